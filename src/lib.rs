@@ -1,0 +1,1 @@
+//! resa-engine
