@@ -1,0 +1,52 @@
+use std::sync::Arc;
+
+use rayon::prelude::*;
+
+use crate::error::{Error, Result};
+use crate::tensor::{Buffer, Pool};
+
+/// The host's cores: a thread pool and a pool of reusable memory.
+#[derive(Clone, Debug)]
+pub struct CpuDevice {
+    threads: Arc<rayon::ThreadPool>,
+    memory: Arc<Pool>,
+}
+
+impl CpuDevice {
+    /// A pool of `threads` threads; 0 means one for each core.
+    pub fn new(threads: usize) -> Result<Self> {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .thread_name(|i| format!("resa-{i}"))
+            .build()
+            .map_err(|e| Error::setting("--threads", e.to_string()))?;
+        Ok(Self {
+            threads: Arc::new(pool),
+            memory: Pool::new(),
+        })
+    }
+
+    pub(super) fn threads(&self) -> usize {
+        self.threads.current_num_threads()
+    }
+
+    pub(super) fn buffer(&self, len: usize) -> Buffer {
+        self.memory.take(len)
+    }
+
+    pub(super) fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        self.threads.install(work)
+    }
+
+    pub(super) fn release_memory(&self) {
+        self.memory.clear();
+    }
+}
+
+/// Applies `f` to pairs of elements, in parallel over chunks of fixed size.
+pub(super) fn for_each_chunk(a: &mut [f32], b: &[f32], f: impl Fn(&mut f32, f32) + Sync) {
+    const CHUNK: usize = 1 << 14;
+    a.par_chunks_mut(CHUNK)
+        .zip(b.par_chunks(CHUNK))
+        .for_each(|(a, b)| a.iter_mut().zip(b).for_each(|(a, &b)| f(a, b)));
+}

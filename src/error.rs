@@ -1,0 +1,94 @@
+//! The one error type of the library.
+
+use std::path::{Path, PathBuf};
+
+/// What every fallible function of the library returns.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Everything that can go wrong, said so that the reader knows where to look:
+/// each variant names the file, tensor, operator or option, what was expected
+/// and what was found.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The operating system refused to read or write a file.
+    #[error("{}: {source}", path.display())]
+    Io {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    /// A file was read but its content is not what it should be.
+    #[error("{}: {what}", path.display())]
+    File { path: PathBuf, what: String },
+    /// One tensor inside a file is missing or malformed.
+    #[error("{}: tensor {tensor}: {what}", path.display())]
+    TensorInFile {
+        path: PathBuf,
+        tensor: String,
+        what: String,
+    },
+    /// An operator was called with operands that do not fit together.
+    #[error("{op}: expected {expected}, got {got}")]
+    Operand {
+        op: &'static str,
+        expected: String,
+        got: String,
+    },
+    /// A setting has a value the engine cannot work with.
+    #[error("{option}: {what}")]
+    Setting { option: String, what: String },
+    /// A number that must be finite is not; training cannot go on from it.
+    #[error("{what}")]
+    NotFinite { what: String },
+    /// The caller asked to stop; what had been reached was saved where a run folder is in use.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+impl Error {
+    /// An operating system error at `path`.
+    pub fn io(path: impl AsRef<Path>, source: std::io::Error) -> Self {
+        Self::Io {
+            path: path.as_ref().to_owned(),
+            source,
+        }
+    }
+
+    /// A file whose content is wrong: `what` says what was expected and what was found.
+    pub fn file(path: impl AsRef<Path>, what: impl Into<String>) -> Self {
+        Self::File {
+            path: path.as_ref().to_owned(),
+            what: what.into(),
+        }
+    }
+
+    /// A missing or malformed tensor of a file.
+    pub fn tensor(
+        path: impl AsRef<Path>,
+        tensor: impl Into<String>,
+        what: impl Into<String>,
+    ) -> Self {
+        Self::TensorInFile {
+            path: path.as_ref().to_owned(),
+            tensor: tensor.into(),
+            what: what.into(),
+        }
+    }
+
+    /// Operands that do not fit operator `op`.
+    pub fn operand(op: &'static str, expected: impl Into<String>, got: impl Into<String>) -> Self {
+        Self::Operand {
+            op,
+            expected: expected.into(),
+            got: got.into(),
+        }
+    }
+
+    /// A setting, named as its command-line option is (`--k`), with a value that does not work.
+    pub fn setting(option: impl Into<String>, what: impl Into<String>) -> Self {
+        Self::Setting {
+            option: option.into(),
+            what: what.into(),
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! Evaluation: perplexity, greedy generation, answer grading.

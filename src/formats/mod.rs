@@ -1,0 +1,1 @@
+//! Files of other tools: safetensors, Hugging Face models, PEFT adapters, sparsify SAEs.

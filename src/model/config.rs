@@ -1,0 +1,36 @@
+use crate::model::Module;
+
+/// The shape of a Qwen2 model (a Llama without attention bias is one whose `attention_bias` is
+/// false).
+#[derive(Clone, Debug, PartialEq)]
+pub struct Qwen2Config {
+    pub vocab_size: usize,
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub num_hidden_layers: usize,
+    pub num_attention_heads: usize,
+    pub num_key_value_heads: usize,
+    pub head_dim: usize,
+    pub max_position_embeddings: usize,
+    pub rms_norm_eps: f32,
+    pub rope_theta: f64,
+    /// Whether the output head is the embedding matrix.
+    pub tie_word_embeddings: bool,
+    /// Whether the q, k and v projections have biases.
+    pub attention_bias: bool,
+}
+
+impl Qwen2Config {
+    /// (out features, in features) of a linear module.
+    pub fn module_dims(&self, module: Module) -> (usize, usize) {
+        let q = self.num_attention_heads * self.head_dim;
+        let kv = self.num_key_value_heads * self.head_dim;
+        match module {
+            Module::Q => (q, self.hidden_size),
+            Module::K | Module::V => (kv, self.hidden_size),
+            Module::O => (self.hidden_size, q),
+            Module::Gate | Module::Up => (self.intermediate_size, self.hidden_size),
+            Module::Down => (self.hidden_size, self.intermediate_size),
+        }
+    }
+}

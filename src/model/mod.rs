@@ -1,0 +1,9 @@
+//! The models: Qwen2 with its adapters, and the sparse autoencoder. Nothing here knows a file.
+
+mod config;
+mod lora;
+mod sae;
+
+pub use config::Qwen2Config;
+pub use lora::{Lora, LoraConfig, LoraPair, Module};
+pub use sae::{Sae, SaeConfig};

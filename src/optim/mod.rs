@@ -1,0 +1,1 @@
+//! Optimizers: AdamW, Adam, signum with schedule-free averaging, gradient clipping.

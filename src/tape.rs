@@ -1,0 +1,249 @@
+//! A minimal autograd tape: values, the operators that made them, and the reverse sweep. It
+//! knows no operator by name.
+
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::ops::Operator;
+use crate::tensor::Tensor;
+
+/// A value on its way through a computation; it knows whether a gradient can reach it.
+#[derive(Clone, Debug)]
+pub struct Var {
+    value: Tensor,
+    slot: Option<usize>,
+}
+
+impl Var {
+    /// A value that no gradient is wanted for: data, frozen weights, a detached result.
+    pub fn constant(value: Tensor) -> Self {
+        Self { value, slot: None }
+    }
+
+    /// The value.
+    pub fn value(&self) -> &Tensor {
+        &self.value
+    }
+
+    /// The value alone; the gradient's path ends here.
+    pub fn into_value(self) -> Tensor {
+        self.value
+    }
+}
+
+type Backward = Box<dyn FnOnce(&Device, Vec<Option<Tensor>>) -> Result<Vec<Option<Tensor>>>>;
+
+struct Node {
+    name: &'static str,
+    inputs: Vec<Option<usize>>,
+    outputs: std::ops::Range<usize>,
+    backward: Backward,
+}
+
+/// Records operators whose inputs need gradients; everything else runs and is forgotten, so
+/// that a forward pass without parameters keeps nothing.
+pub struct Tape<'d> {
+    device: &'d Device,
+    nodes: Vec<Node>,
+    slots: usize,
+}
+
+impl<'d> Tape<'d> {
+    /// An empty tape.
+    pub fn new(device: &'d Device) -> Self {
+        Self {
+            device,
+            nodes: Vec::new(),
+            slots: 0,
+        }
+    }
+
+    /// The device that operators run on.
+    pub fn device(&self) -> &'d Device {
+        self.device
+    }
+
+    /// A leaf whose gradient is wanted.
+    pub fn parameter(&mut self, value: Tensor) -> Var {
+        let slot = Some(self.new_slots(1).start);
+        Var { value, slot }
+    }
+
+    /// Runs an operator with one output.
+    pub fn apply<O: Operator>(&mut self, op: O, inputs: &[&Var]) -> Result<Var> {
+        let mut outputs = self.apply_all(op, inputs)?;
+        match (outputs.pop(), outputs.is_empty()) {
+            (Some(output), true) => Ok(output),
+            _ => Err(Error::operand(O::NAME, "one output", "another number")),
+        }
+    }
+
+    /// Runs an operator; all its outputs.
+    pub fn apply_all<O: Operator>(&mut self, op: O, inputs: &[&Var]) -> Result<Vec<Var>> {
+        let values: Vec<&Tensor> = inputs.iter().map(|v| &v.value).collect();
+        let needed: Vec<bool> = inputs.iter().map(|v| v.slot.is_some()).collect();
+        let (outputs, saved) = op.forward(self.device, &values, &needed)?;
+        if !needed.contains(&true) {
+            return Ok(outputs.into_iter().map(Var::constant).collect());
+        }
+        let slots = self.new_slots(outputs.len());
+        self.nodes.push(Node {
+            name: O::NAME,
+            inputs: inputs.iter().map(|v| v.slot).collect(),
+            outputs: slots.clone(),
+            backward: Box::new(move |device, grads| op.backward(device, saved, grads, &needed)),
+        });
+        Ok(outputs
+            .into_iter()
+            .zip(slots)
+            .map(|(value, slot)| Var {
+                value,
+                slot: Some(slot),
+            })
+            .collect())
+    }
+
+    /// Sweeps back from the scalar `loss` with gradient `seed` (1, or the share of one
+    /// micro-batch). Saved tensors are freed as the sweep passes them.
+    pub fn backward(self, loss: &Var, seed: f32) -> Result<Gradients> {
+        let mut grads: Vec<Option<Tensor>> = vec![None; self.slots];
+        match loss.slot {
+            Some(slot) if loss.value.len() == 1 => {
+                grads[slot] = Some(Tensor::from_vec(vec![seed], loss.value.shape())?);
+            }
+            _ => {
+                return Err(Error::operand(
+                    "backward",
+                    "a scalar that depends on a parameter",
+                    format!("shape {:?}", loss.value.shape()),
+                ));
+            }
+        }
+        for node in self.nodes.into_iter().rev() {
+            let output_grads: Vec<_> = node.outputs.map(|slot| grads[slot].take()).collect();
+            if output_grads.iter().all(Option::is_none) {
+                continue;
+            }
+            let input_grads = (node.backward)(self.device, output_grads)?;
+            if input_grads.len() != node.inputs.len() {
+                return Err(Error::operand(
+                    node.name,
+                    format!("{} input gradients", node.inputs.len()),
+                    format!("{}", input_grads.len()),
+                ));
+            }
+            for (slot, grad) in node.inputs.iter().zip(input_grads) {
+                if let (&Some(slot), Some(grad)) = (slot, grad) {
+                    accumulate(self.device, &mut grads[slot], grad)?;
+                }
+            }
+        }
+        Ok(Gradients { grads })
+    }
+
+    fn new_slots(&mut self, n: usize) -> std::ops::Range<usize> {
+        let start = self.slots;
+        self.slots += n;
+        start..self.slots
+    }
+}
+
+fn accumulate(device: &Device, sum: &mut Option<Tensor>, grad: Tensor) -> Result<()> {
+    match sum {
+        Some(sum) => device.add_assign(sum, &grad),
+        None => {
+            *sum = Some(grad);
+            Ok(())
+        }
+    }
+}
+
+/// What a reverse sweep leaves: the gradients of the parameters.
+pub struct Gradients {
+    grads: Vec<Option<Tensor>>,
+}
+
+impl Gradients {
+    /// Takes the gradient of a parameter; `None` when the loss does not depend on it.
+    pub fn take(&mut self, parameter: &Var) -> Option<Tensor> {
+        self.grads.get_mut(parameter.slot?)?.take()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// z = x * y, element by element; returns z twice.
+    struct Product;
+
+    impl Operator for Product {
+        type Saved = (Tensor, Tensor);
+        const NAME: &'static str = "product";
+
+        fn forward(
+            &self,
+            _: &Device,
+            inputs: &[&Tensor],
+            _: &[bool],
+        ) -> Result<(Vec<Tensor>, Self::Saved)> {
+            let (x, y) = (inputs[0].f32s()?, inputs[1].f32s()?);
+            let z = x.iter().zip(y).map(|(x, y)| x * y).collect();
+            let z = Tensor::from_vec(z, inputs[0].shape())?;
+            Ok((vec![z.clone(), z], (inputs[0].clone(), inputs[1].clone())))
+        }
+
+        fn backward(
+            &self,
+            _: &Device,
+            (x, y): Self::Saved,
+            grads: Vec<Option<Tensor>>,
+            needed: &[bool],
+        ) -> Result<Vec<Option<Tensor>>> {
+            let mut result = Vec::new();
+            for (other, &needed) in [y, x].iter().zip(needed) {
+                let mut sum = vec![0.0; other.len()];
+                for grad in grads.iter().flatten() {
+                    for ((s, g), o) in sum.iter_mut().zip(grad.f32s()?).zip(other.f32s()?) {
+                        *s += g * o;
+                    }
+                }
+                result.push(match needed {
+                    true => Some(Tensor::from_vec(sum, other.shape())?),
+                    false => None,
+                });
+            }
+            Ok(result)
+        }
+    }
+
+    fn scalar(v: f32) -> Tensor {
+        Tensor::from_vec(vec![v], [1]).unwrap()
+    }
+
+    #[test]
+    fn gradients_of_a_value_used_twice_add_up() {
+        let device = Device::cpu(1).unwrap();
+        let mut tape = Tape::new(&device);
+        let x = tape.parameter(scalar(3.0));
+        let c = Var::constant(scalar(5.0));
+        // loss = (x c)(x c) = 25 x^2; the two outputs carry the same value.
+        let outputs = tape.apply_all(Product, &[&x, &c]).unwrap();
+        let loss = tape
+            .apply_all(Product, &[&outputs[0], &outputs[1]])
+            .unwrap();
+        assert_eq!(loss[0].value().f32s().unwrap(), &[225.0]);
+        let mut grads = tape.backward(&loss[0], 2.0).unwrap();
+        assert_eq!(grads.take(&x).unwrap().f32s().unwrap(), &[2.0 * 50.0 * 3.0]);
+        assert!(grads.take(&c).is_none());
+    }
+
+    #[test]
+    fn nothing_is_recorded_where_no_gradient_is_wanted() {
+        let device = Device::cpu(1).unwrap();
+        let mut tape = Tape::new(&device);
+        let c = Var::constant(scalar(5.0));
+        tape.apply_all(Product, &[&c, &c]).unwrap();
+        assert!(tape.nodes.is_empty());
+        assert!(tape.backward(&c, 1.0).is_err());
+    }
+}

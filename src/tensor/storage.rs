@@ -1,0 +1,201 @@
+use std::collections::HashMap;
+use std::ops::{Deref, DerefMut, Range};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use half::{bf16, f16, slice::HalfFloatSliceExt};
+use memmap2::Mmap;
+
+use super::DType;
+
+/// Where a tensor's elements live.
+#[derive(Debug)]
+pub(super) enum Storage {
+    F32(Buffer),
+    U32(Vec<u32>),
+    Mapped(MappedBytes),
+}
+
+impl Storage {
+    pub(super) fn len(&self) -> usize {
+        match self {
+            Self::F32(data) => data.len(),
+            Self::U32(data) => data.len(),
+            Self::Mapped(map) => map.bytes().len() / map.dtype.size(),
+        }
+    }
+
+    pub(super) fn dtype(&self) -> DType {
+        match self {
+            Self::F32(_) => DType::F32,
+            Self::U32(_) => DType::U32,
+            Self::Mapped(map) => map.dtype,
+        }
+    }
+
+    pub(super) fn is_writable(&self) -> bool {
+        !matches!(self, Self::Mapped(_))
+    }
+
+    /// The elements where they are f32 in memory and aligned.
+    pub(super) fn f32s(&self) -> Option<&[f32]> {
+        match self {
+            Self::F32(data) => Some(data),
+            Self::Mapped(map) if map.dtype == DType::F32 => {
+                bytemuck::try_cast_slice(map.bytes()).ok()
+            }
+            _ => None,
+        }
+    }
+
+    pub(super) fn copied_f32(&self) -> Option<Buffer> {
+        let mut copy = match self {
+            Self::F32(data) => data.sibling(),
+            Self::Mapped(map) if map.dtype == DType::F32 => Buffer::from(vec![0.0; self.len()]),
+            _ => return None,
+        };
+        self.read_f32(0, &mut copy).then_some(copy)
+    }
+
+    /// Widens elements from `start` into `out`; the caller has checked the range. False for u32.
+    pub(super) fn read_f32(&self, start: usize, out: &mut [f32]) -> bool {
+        match self {
+            Self::F32(data) => out.copy_from_slice(&data[start..start + out.len()]),
+            Self::U32(_) => return false,
+            Self::Mapped(map) => map.read_f32(start, out),
+        }
+        true
+    }
+}
+
+/// A range of a memory-mapped file holding elements of one float type.
+#[derive(Clone, Debug)]
+pub struct MappedBytes {
+    map: Arc<Mmap>,
+    range: Range<usize>,
+    dtype: DType,
+}
+
+impl MappedBytes {
+    /// `None` when the range is outside the file or not a whole number of elements.
+    pub fn new(map: Arc<Mmap>, range: Range<usize>, dtype: DType) -> Option<Self> {
+        let inside = range.start <= range.end && range.end <= map.len();
+        let whole = inside && (range.end - range.start).is_multiple_of(dtype.size());
+        (whole && dtype != DType::U32).then_some(Self { map, range, dtype })
+    }
+
+    fn bytes(&self) -> &[u8] {
+        &self.map[self.range.clone()]
+    }
+
+    fn read_f32(&self, start: usize, out: &mut [f32]) {
+        let size = self.dtype.size();
+        let bytes = &self.bytes()[start * size..(start + out.len()) * size];
+        match (self.dtype, bytemuck::try_cast_slice::<u8, u16>(bytes)) {
+            (DType::Bf16, Ok(words)) => {
+                for (value, &word) in out.iter_mut().zip(words) {
+                    *value = f32::from_bits(u32::from(word) << 16);
+                }
+            }
+            (DType::F16, Ok(words)) => {
+                bytemuck::cast_slice::<u16, f16>(words).convert_to_f32_slice(out);
+            }
+            // Files may place tensors at odd offsets; then element by element.
+            (DType::Bf16, Err(_)) => {
+                widen(bytes, out, |b: [u8; 2]| bf16::from_le_bytes(b).to_f32())
+            }
+            (DType::F16, Err(_)) => widen(bytes, out, |b: [u8; 2]| f16::from_le_bytes(b).to_f32()),
+            _ => widen(bytes, out, f32::from_le_bytes),
+        }
+    }
+}
+
+fn widen<const N: usize>(bytes: &[u8], out: &mut [f32], convert: impl Fn([u8; N]) -> f32) {
+    let (chunks, _) = bytes.as_chunks::<N>();
+    for (value, chunk) in out.iter_mut().zip(chunks) {
+        *value = convert(*chunk);
+    }
+}
+
+/// f32 memory that returns to its pool when dropped. A training step asks for the same sizes
+/// over and over; handing the same memory out again spares the page faults and the clearing
+/// that a fresh allocation of this size costs.
+#[derive(Debug)]
+pub struct Buffer {
+    data: Vec<f32>,
+    pool: Option<Arc<Pool>>,
+}
+
+impl Buffer {
+    /// A buffer of the same length from the same pool; its contents are unspecified.
+    fn sibling(&self) -> Self {
+        match &self.pool {
+            Some(pool) => pool.take(self.len()),
+            None => Self::from(vec![0.0; self.len()]),
+        }
+    }
+}
+
+impl From<Vec<f32>> for Buffer {
+    fn from(data: Vec<f32>) -> Self {
+        Self { data, pool: None }
+    }
+}
+
+impl Deref for Buffer {
+    type Target = [f32];
+    fn deref(&self) -> &[f32] {
+        &self.data
+    }
+}
+
+impl DerefMut for Buffer {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        &mut self.data
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        if let Some(pool) = self.pool.take() {
+            pool.put(std::mem::take(&mut self.data));
+        }
+    }
+}
+
+/// Free f32 buffers by exact length.
+#[derive(Debug, Default)]
+pub struct Pool {
+    free: Mutex<HashMap<usize, Vec<Vec<f32>>>>,
+}
+
+impl Pool {
+    /// An empty pool.
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self::default())
+    }
+
+    /// A buffer of `len` values **with unspecified contents** (zeros or what an earlier user left).
+    pub fn take(self: &Arc<Self>, len: usize) -> Buffer {
+        let reused = self.lock().get_mut(&len).and_then(Vec::pop);
+        Buffer {
+            data: reused.unwrap_or_else(|| vec![0.0; len]),
+            pool: Some(self.clone()),
+        }
+    }
+
+    /// Gives all free memory back to the system.
+    pub fn clear(&self) {
+        self.lock().clear();
+    }
+
+    fn put(&self, data: Vec<f32>) {
+        if !data.is_empty() {
+            self.lock().entry(data.len()).or_default().push(data);
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<usize, Vec<Vec<f32>>>> {
+        // A panic elsewhere cannot leave the map half-changed: every use is one call on it.
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

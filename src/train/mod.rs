@@ -1,0 +1,1 @@
+//! The two stages, run folders and checkpoints.

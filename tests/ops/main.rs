@@ -1,0 +1,3 @@
+//! Every operator against float64, on every device: one file per stem.
+
+mod harness;
