@@ -30,7 +30,7 @@ impl Var {
     }
 }
 
-type Backward = Box<dyn FnOnce(&Device, Vec<Option<Tensor>>) -> Result<Vec<Option<Tensor>>>>;
+type Backward = Box<dyn FnOnce(&Device, Vec<Option<Tensor>>) -> Result<Vec<Option<Tensor>>> + Send>;
 
 struct Node {
     name: &'static str,

@@ -10,9 +10,9 @@ use crate::tensor::Tensor;
 ///
 /// What does not change with training (frozen weights, sizes, indices) are fields of the
 /// implementing struct; what a gradient may be wanted for comes in `inputs`.
-pub trait Operator: 'static {
+pub trait Operator: Send + 'static {
     /// What forward keeps for backward.
-    type Saved: 'static;
+    type Saved: Send + 'static;
 
     /// The stem's name, for messages.
     const NAME: &'static str;
