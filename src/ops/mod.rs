@@ -2,6 +2,9 @@
 //! differentiable operator implements [`Operator`], whose one trait holds forward and backward,
 //! so that an operator without a gradient does not compile.
 
+pub mod gemm;
+pub mod lora;
+
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;

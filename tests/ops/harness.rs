@@ -1,12 +1,15 @@
 //! One test body for every operator and device: outputs against a float64 reference, gradients
 //! against finite differences of that reference, equal bits on repetition.
 
+use std::io::Write;
+use std::sync::Arc;
+
 use resa_engine::device::Device;
 use resa_engine::error::Result;
 use resa_engine::ops::Operator;
 use resa_engine::rng::{Purpose, Stream};
 use resa_engine::tape::{Tape, Var};
-use resa_engine::tensor::Tensor;
+use resa_engine::tensor::{DType, MappedBytes, Tensor};
 
 /// Every device that tests run on, with different thread counts where the device has threads.
 pub fn devices() -> Vec<Device> {
@@ -21,6 +24,22 @@ pub fn random(seed: u64, shape: &[usize], scale: f32) -> Tensor {
         .map(|i| (stream.uniform(i as u64) * 2.0 - 1.0) * scale)
         .collect();
     Tensor::from_vec(data, shape).unwrap()
+}
+
+/// The values in a memory-mapped tensor of a 16-bit type, as a model file holds them.
+pub fn half_tensor(values: &Tensor, encode: impl Fn(f32) -> [u8; 2], dtype: DType) -> Tensor {
+    let mut file = tempfile::tempfile().unwrap();
+    let bytes: Vec<u8> = values
+        .f32s()
+        .unwrap()
+        .iter()
+        .flat_map(|&v| encode(v))
+        .collect();
+    file.write_all(&bytes).unwrap();
+    // SAFETY: the file has no name and no other handle, so nothing changes it under the map.
+    let map = unsafe { memmap2::Mmap::map(&file).unwrap() };
+    let mapped = MappedBytes::new(Arc::new(map), 0..bytes.len(), dtype).unwrap();
+    Tensor::from_mapped(mapped, values.shape()).unwrap()
 }
 
 pub fn to_f64(tensor: &Tensor) -> Vec<f64> {
