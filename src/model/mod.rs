@@ -2,8 +2,10 @@
 
 mod config;
 mod lora;
+mod qwen2;
 mod sae;
 
 pub use config::Qwen2Config;
 pub use lora::{Lora, LoraConfig, LoraPair, Module};
+pub use qwen2::{DecoderLayer, Linear, Qwen2};
 pub use sae::{Sae, SaeConfig};

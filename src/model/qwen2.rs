@@ -1,0 +1,79 @@
+//! Qwen2 (Yang et al. 2024, arXiv 2407.10671); a Llama without attention bias is the same
+//! network without the q, k and v biases.
+
+use crate::model::{Module, Qwen2Config};
+use crate::tensor::Tensor;
+
+/// An affine map Y = X Wᵀ + bias.
+#[derive(Clone, Debug)]
+pub struct Linear {
+    /// \[out, in\], f32 in memory or mapped f32, f16 or bf16
+    pub weight: Tensor,
+    /// \[out\], f32
+    pub bias: Option<Tensor>,
+}
+
+/// The weights of one decoder layer; d is the hidden size, f the intermediate size, H the
+/// number of heads, G that of key/value heads, h the size of a head.
+#[derive(Clone, Debug)]
+pub struct DecoderLayer {
+    /// Scale of the RMSNorm before attention, \[d\], f32
+    pub input_norm: Tensor,
+    /// \[H h, d\]
+    pub q: Linear,
+    /// \[G h, d\]
+    pub k: Linear,
+    /// \[G h, d\]
+    pub v: Linear,
+    /// \[d, H h\]
+    pub o: Linear,
+    /// Scale of the RMSNorm before the MLP, \[d\], f32
+    pub post_attention_norm: Tensor,
+    /// \[f, d\]
+    pub gate: Linear,
+    /// \[f, d\]
+    pub up: Linear,
+    /// \[d, f\]
+    pub down: Linear,
+}
+
+impl DecoderLayer {
+    /// The linear map of a module.
+    pub fn module(&self, module: Module) -> &Linear {
+        match module {
+            Module::Q => &self.q,
+            Module::K => &self.k,
+            Module::V => &self.v,
+            Module::O => &self.o,
+            Module::Gate => &self.gate,
+            Module::Up => &self.up,
+            Module::Down => &self.down,
+        }
+    }
+
+    /// The linear map of a module, to change it.
+    pub fn module_mut(&mut self, module: Module) -> &mut Linear {
+        match module {
+            Module::Q => &mut self.q,
+            Module::K => &mut self.k,
+            Module::V => &mut self.v,
+            Module::O => &mut self.o,
+            Module::Gate => &mut self.gate,
+            Module::Up => &mut self.up,
+            Module::Down => &mut self.down,
+        }
+    }
+}
+
+/// A Qwen2 model's weights; V is the vocabulary size, d the hidden size.
+#[derive(Clone, Debug)]
+pub struct Qwen2 {
+    pub config: Qwen2Config,
+    /// \[V, d\], as stored
+    pub embed_tokens: Tensor,
+    pub layers: Vec<DecoderLayer>,
+    /// Scale of the last RMSNorm, \[d\], f32
+    pub norm: Tensor,
+    /// \[V, d\]; shares the embedding's storage when the two are tied
+    pub lm_head: Tensor,
+}
