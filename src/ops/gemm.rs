@@ -72,7 +72,8 @@ pub(crate) fn input_gradient(device: &Device, dy: &Tensor, weight: &Tensor) -> R
     let (rows, _) = dy.matrix_dims();
     let (_, cols) = weight.matrix_dims();
     let mut dx = device.buffer(rows * cols);
-    product_nn(device, &mut dx, Accum::Replace, dy, weight)?;
+    expect_cols("gemm", dy, weight.matrix_dims().0)?;
+    product_nn(device, &mut dx, Accum::Replace, dy.f32s()?, weight)?;
     let mut shape = dy.shape().to_vec();
     *shape
         .last_mut()
@@ -109,7 +110,8 @@ pub(crate) fn affine(
             Some(_) => y.iter_mut().zip(bias).for_each(|(y, b)| *y += b),
         });
     }
-    product_nt(device, &mut y, accum, x, weight, 1.0)?;
+    expect_cols("gemm", x, weight.matrix_dims().1)?;
+    product_nt(device, &mut y, accum, x.f32s()?, weight, 1.0)?;
     Ok(y)
 }
 
@@ -127,14 +129,14 @@ pub(crate) fn product_nt(
     device: &Device,
     out: &mut [f32],
     accum: Accum,
-    x: &Tensor,
+    x: &[f32],
     w: &Tensor,
     alpha: f32,
 ) -> Result<()> {
-    let ((m, k), (n, _)) = (x.matrix_dims(), w.matrix_dims());
-    expect_cols("gemm", w, k)?;
+    let (n, k) = w.matrix_dims();
+    let m = rows_of(x, k)?;
     expect_len(out, m * n)?;
-    let x = matrix(x.f32s()?, m, k);
+    let x = matrix(x, m, k);
     for_each_panel(device, w, |start, panel| {
         let rows = panel.nrows();
         let out = strided_mut(&mut out[start..], m, rows, n);
@@ -154,13 +156,12 @@ pub(crate) fn product_nn(
     device: &Device,
     out: &mut [f32],
     accum: Accum,
-    dy: &Tensor,
+    dy: &[f32],
     w: &Tensor,
 ) -> Result<()> {
-    let ((m, n), (rows, k)) = (dy.matrix_dims(), w.matrix_dims());
-    expect_cols("gemm", dy, rows)?;
+    let (n, k) = w.matrix_dims();
+    let m = rows_of(dy, n)?;
     expect_len(out, m * k)?;
-    let dy = dy.f32s()?;
     for_each_panel(device, w, |start, panel| {
         let rows = panel.nrows();
         let dy = MatRef::from_row_major_slice_with_stride(&dy[start..], m, rows, n);
@@ -198,6 +199,18 @@ pub(crate) fn product_tn(
         parallelism(m * n * k),
     );
     Ok(())
+}
+
+/// The number of rows of `cols` values.
+fn rows_of(data: &[f32], cols: usize) -> Result<usize> {
+    match data.len().checked_rem(cols) {
+        Some(0) => Ok(data.len() / cols),
+        _ => Err(Error::operand(
+            "gemm",
+            format!("rows of {cols} values"),
+            data.len().to_string(),
+        )),
+    }
 }
 
 fn matrix(data: &[f32], rows: usize, cols: usize) -> MatRef<'_, f32> {

@@ -106,12 +106,12 @@ impl Operator for LoraLinear {
             device,
             &mut u,
             Accum::Replace,
-            &self.dropped(device, x)?,
+            self.dropped(device, x)?.f32s()?,
             a,
             1.0,
         )?;
         let u = Tensor::from_buffer(u, [rows, r])?;
-        product_nt(device, &mut y, Accum::Add, &u, b, self.scale)?;
+        product_nt(device, &mut y, Accum::Add, u.f32s()?, b, self.scale)?;
         let y = output(x, &self.weight, y)?;
         let saved = Saved {
             x: x.clone(),
@@ -133,7 +133,7 @@ impl Operator for LoraLinear {
         let dy = only_grad(Self::NAME, grads)?;
         let ((rows, _), (r, cols)) = (dy.matrix_dims(), a.matrix_dims());
         let mut du = device.buffer(rows * r);
-        product_nn(device, &mut du, Accum::Replace, &dy, &b)?;
+        product_nn(device, &mut du, Accum::Replace, dy.f32s()?, &b)?;
         du.iter_mut().for_each(|v| *v *= self.scale);
         let du = Tensor::from_buffer(du, [rows, r])?;
 
@@ -174,7 +174,7 @@ impl LoraLinear {
     ) -> Result<Tensor> {
         let mut dx = input_gradient(device, dy, &self.weight)?;
         match &self.dropout {
-            None => product_nn(device, dx.f32s_mut()?, Accum::Add, du, a)?,
+            None => product_nn(device, dx.f32s_mut()?, Accum::Add, du.f32s()?, a)?,
             Some(dropout) => {
                 let through = input_gradient(device, du, a)?;
                 device.add_assign(&mut dx, &dropout.apply(device, &through)?)?;

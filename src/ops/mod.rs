@@ -2,8 +2,12 @@
 //! differentiable operator implements [`Operator`], whose one trait holds forward and backward,
 //! so that an operator without a gradient does not compile.
 
+pub mod cross_entropy;
 pub mod gemm;
+pub(crate) mod head;
+pub mod kl_div;
 pub mod lora;
+pub(crate) mod math;
 
 use crate::device::Device;
 use crate::error::{Error, Result};

@@ -47,6 +47,13 @@ pub fn to_f64(tensor: &Tensor) -> Vec<f64> {
     tensor.f32s().unwrap().iter().map(|&v| v.into()).collect()
 }
 
+/// log softmax of one row.
+pub fn log_softmax(row: &[f64]) -> Vec<f64> {
+    let max = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let log_sum = max + row.iter().map(|v| (v - max).exp()).sum::<f64>().ln();
+    row.iter().map(|v| v - log_sum).collect()
+}
+
 /// ‖got − want‖ / ‖want‖ (Frobenius).
 pub fn relative_error(got: &[f64], want: &[f64]) -> f64 {
     assert_eq!(got.len(), want.len());

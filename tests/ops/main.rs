@@ -1,5 +1,7 @@
 //! Every operator against float64, on every device: one file per stem.
 
+mod cross_entropy;
 mod gemm;
 mod harness;
+mod kl_div;
 mod lora;
