@@ -1,6 +1,7 @@
 //! Where tensors live and operators run. A device is passed explicitly; there are no globals.
 
 mod cpu;
+pub(crate) mod simd;
 
 pub use cpu::CpuDevice;
 

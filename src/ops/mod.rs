@@ -2,6 +2,12 @@
 //! differentiable operator implements [`Operator`], whose one trait holds forward and backward,
 //! so that an operator without a gradient does not compile.
 
+pub mod embedding;
+pub(crate) mod math;
+pub mod rmsnorm;
+pub mod rope;
+pub mod swiglu;
+
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;

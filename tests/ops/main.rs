@@ -1,3 +1,8 @@
 //! Every operator against float64, on every device: one file per stem.
 
 mod harness;
+
+mod embedding;
+mod rmsnorm;
+mod rope;
+mod swiglu;

@@ -1,0 +1,68 @@
+//! Wide SIMD in a binary that is built for the baseline instruction set: the hot loops are
+//! written in plain Rust, compiled once for each level, and the level is chosen at run time.
+//!
+//! Rust never fuses a multiplication with an addition on its own, so that a loop gives the same
+//! bits at every level.
+
+/// Instruction sets that loops are compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Simd {
+    /// What every machine of the target has.
+    Baseline,
+    /// 256-bit vectors.
+    Avx2,
+    /// 512-bit vectors.
+    Avx512,
+}
+
+/// The widest instruction set of this machine (the standard library remembers the answer).
+#[inline]
+pub(crate) fn level() -> Simd {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl") {
+            return Simd::Avx512;
+        }
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            return Simd::Avx2;
+        }
+    }
+    Simd::Baseline
+}
+
+/// Defines a function whose body is compiled for every level of [`Simd`] and that calls the
+/// version for this machine. What the body calls must be `#[inline(always)]` to be compiled
+/// for that level too.
+macro_rules! vectorized {
+    (
+        $(#[$meta:meta])*
+        $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block
+    ) => {
+        $(#[$meta])*
+        $vis fn $name($($arg: $ty),*) $(-> $ret)? {
+            #[inline(always)]
+            fn baseline($($arg: $ty),*) $(-> $ret)? $body
+
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx2,fma")]
+                fn avx2($($arg: $ty),*) $(-> $ret)? {
+                    baseline($($arg),*)
+                }
+                #[target_feature(enable = "avx512f,avx512vl,avx2,fma")]
+                fn avx512($($arg: $ty),*) $(-> $ret)? {
+                    baseline($($arg),*)
+                }
+                match $crate::device::simd::level() {
+                    // SAFETY: `level` has seen that this machine has these instructions.
+                    $crate::device::simd::Simd::Avx512 => return unsafe { avx512($($arg),*) },
+                    // SAFETY: as above.
+                    $crate::device::simd::Simd::Avx2 => return unsafe { avx2($($arg),*) },
+                    $crate::device::simd::Simd::Baseline => {}
+                }
+            }
+            baseline($($arg),*)
+        }
+    };
+}
+pub(crate) use vectorized;

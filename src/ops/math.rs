@@ -1,0 +1,153 @@
+//! Arithmetic that several operators share, written so that loops over it vectorise: no
+//! branches, no calls, and sums in a fixed order. All of it is `#[inline(always)]`, for use
+//! inside [`vectorized!`](crate::device::simd::vectorized) functions.
+
+/// Independent partial sums of a reduction: enough to hide the latency of an addition.
+pub(crate) const LANES: usize = 32;
+
+/// Σ_i Π_n factors[n][i], in an order that depends on the length alone.
+#[inline(always)]
+pub(crate) fn sum_products<const N: usize>(factors: [&[f32]; N]) -> f32 {
+    let chunks = factors.map(|f| f.as_chunks::<LANES>());
+    let mut sums = [0.0f32; LANES];
+    let count = chunks.iter().map(|c| c.0.len()).min().unwrap_or(0);
+    for c in 0..count {
+        let mut product = [1.0f32; LANES];
+        for (whole, _) in &chunks {
+            for (p, v) in product.iter_mut().zip(&whole[c]) {
+                *p *= v;
+            }
+        }
+        for (s, p) in sums.iter_mut().zip(&product) {
+            *s += p;
+        }
+    }
+    let rest = chunks.iter().map(|c| c.1.len()).min().unwrap_or(0);
+    for (i, s) in sums.iter_mut().enumerate().take(rest) {
+        *s += chunks.iter().map(|c| c.1[i]).product::<f32>();
+    }
+    add_up(sums)
+}
+
+/// The sum of the lanes, pairwise.
+#[inline(always)]
+pub(crate) fn add_up(mut lanes: [f32; LANES]) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] += lanes[i + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// 1.5 * 2^23: adding it rounds to the nearest integer, which is then in the low bits.
+const ROUND: f32 = 12_582_912.0;
+
+/// e^x with a relative error below 1.3e-7 wherever the result is a normal number; 0 below
+/// -104, infinity above 89.
+///
+/// Range reduction after Cody and Waite (ln 2 in two parts, the first short enough for the
+/// product to be exact), then a polynomial through the Chebyshev nodes.
+#[inline(always)]
+pub(crate) fn exp(x: f32) -> f32 {
+    const LN2_HIGH: f32 = 0.693_115_23;
+    const LN2_LOW: f32 = 3.194_618_3e-5;
+    // Written so that NaN passes through.
+    let x = if x > 89.0 { 89.0 } else { x };
+    let x = if x < -104.0 { -104.0 } else { x };
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let power = shifted.to_bits().wrapping_sub(ROUND.to_bits()) as i32;
+    // 2^n in two factors: n may lie outside the exponents of normal numbers.
+    let half = power >> 1;
+    exp_near_zero(x - n * LN2_HIGH - n * LN2_LOW) * power_of_two(half) * power_of_two(power - half)
+}
+
+/// 2^x for x <= 0, to a relative error below 1.3e-7; 0 below -126.
+#[inline(always)]
+pub(crate) fn exp2_of_negative(x: f32) -> f32 {
+    let clamped = if x < -126.0 { -126.0 } else { x };
+    let shifted = clamped + ROUND;
+    let power = shifted.to_bits().wrapping_sub(ROUND.to_bits()) as i32;
+    let fraction = clamped - (shifted - ROUND);
+    let y = exp_near_zero(fraction * std::f32::consts::LN_2) * power_of_two(power);
+    if x < -126.0 { 0.0 } else { y }
+}
+
+/// 2^n for -126 <= n <= 127.
+#[inline(always)]
+fn power_of_two(n: i32) -> f32 {
+    f32::from_bits((n.wrapping_add(127) as u32) << 23)
+}
+
+/// e^r for |r| <= ln(2) / 2; the polynomial alone is off by at most 1.1e-8, relative.
+#[inline(always)]
+fn exp_near_zero(r: f32) -> f32 {
+    let mut p = 1.392_625_1e-3;
+    p = p * r + 8.363_233e-3;
+    p = p * r + 4.166_655_2e-2;
+    p = p * r + 1.666_657_6e-1;
+    p = p * r + 0.5;
+    p * (r * r) + r + 1.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn worst_relative_error(
+        range: std::ops::Range<f32>,
+        got: impl Fn(f32) -> f32,
+        want: impl Fn(f64) -> f64,
+    ) -> f64 {
+        let n = 2_000_000;
+        let step = (range.end - range.start) / n as f32;
+        (0..n)
+            .map(|i| range.start + i as f32 * step)
+            .map(|x| (f64::from(got(x)) / want(x.into()) - 1.0).abs())
+            .fold(0.0, f64::max)
+    }
+
+    #[test]
+    fn exp_is_within_its_stated_error() {
+        for range in [-87.0..88.7, -1.0..1.0, -0.01..0.01] {
+            let error = worst_relative_error(range.clone(), exp, f64::exp);
+            assert!(error < 1.3e-7, "{error:e} in {range:?}");
+        }
+    }
+
+    #[test]
+    fn exp2_is_within_its_stated_error() {
+        for range in [-126.0..0.0, -1.0..0.0] {
+            let error = worst_relative_error(range.clone(), exp2_of_negative, f64::exp2);
+            assert!(error < 1.3e-7, "{error:e} in {range:?}");
+        }
+    }
+
+    #[test]
+    fn exponentials_are_right_at_the_ends_of_their_range() {
+        assert_eq!(exp(0.0), 1.0);
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp(-1e30), 0.0);
+        assert_eq!(exp(f32::INFINITY), f32::INFINITY);
+        assert_eq!(exp(89.0), f32::INFINITY);
+        assert!(exp(f32::NAN).is_nan());
+        // Subnormal results lose relative, not absolute precision.
+        assert!((f64::from(exp(-95.0)) - (-95.0f64).exp()).abs() < 2e-45);
+        assert_eq!(exp2_of_negative(0.0), 1.0);
+        assert_eq!(exp2_of_negative(-126.0), f32::MIN_POSITIVE);
+        assert_eq!(exp2_of_negative(f32::NEG_INFINITY), 0.0);
+        assert!(exp2_of_negative(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn products_of_any_length_add_up() {
+        for n in [0, 1, 31, 32, 33, 101] {
+            let a: Vec<f32> = (0..n).map(|i| i as f32).collect();
+            let want: f32 = (0..n).map(|i| (i * i) as f32).sum();
+            assert_eq!(sum_products([&a, &a]), want);
+        }
+    }
+}
