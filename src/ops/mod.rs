@@ -8,6 +8,11 @@ pub(crate) mod head;
 pub mod kl_div;
 pub mod lora;
 pub(crate) mod math;
+pub mod embedding;
+pub(crate) mod math;
+pub mod rmsnorm;
+pub mod rope;
+pub mod swiglu;
 
 use crate::device::Device;
 use crate::error::{Error, Result};

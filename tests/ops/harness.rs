@@ -64,7 +64,8 @@ pub fn relative_error(got: &[f64], want: &[f64]) -> f64 {
 
 /// Runs `make()` on `inputs` on every device. `reference` maps the inputs, in float64, to the
 /// outputs that carry gradients (outputs of other dtypes, such as indices, are not compared).
-/// Outputs and gradients must agree with it to `tolerance`, relative in the Frobenius norm.
+/// Outputs and gradients must agree with it to `tolerance`, relative in the Frobenius norm, and
+/// have the same bits for every number of CPU threads.
 pub fn check<O: Operator>(
     make: impl Fn() -> O,
     inputs: &[Tensor],
@@ -78,11 +79,16 @@ pub fn check<O: Operator>(
         .enumerate()
         .map(|(i, w)| random(1000 + i as u64, &[w.len()], 1.0))
         .collect();
+    let mut on_cpu = None;
     for device in devices() {
         let label = format!("{} on {} x{}", O::NAME, device.name(), device.threads());
         let first = run(&device, make(), inputs, &upstream);
         let again = run(&device, make(), inputs, &upstream);
         assert_eq!(first, again, "{label}: two runs differ in bits");
+        if device.name() == "cpu" {
+            let other = on_cpu.get_or_insert_with(|| first.clone());
+            assert_eq!(&first, other, "{label}: bits depend on the thread count");
+        }
         let (outputs, grads) = first;
         for (i, (got, want)) in outputs.iter().zip(&want).enumerate() {
             let got: Vec<f64> = got.iter().map(|&b| f32::from_bits(b).into()).collect();

@@ -5,3 +5,8 @@ mod gemm;
 mod harness;
 mod kl_div;
 mod lora;
+
+mod embedding;
+mod rmsnorm;
+mod rope;
+mod swiglu;

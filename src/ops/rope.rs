@@ -1,0 +1,151 @@
+//! Rotary position embedding (Su et al. 2021, arXiv 2104.09864) in the rotate-half layout of
+//! Hugging Face's Llama and Qwen2: dimension i of a head turns together with i + D/2 by the
+//! angle p theta^(-2i/D), where p is the token's position and D the head size.
+//!
+//! x, y: [T, heads * D] f32. Saved: nothing. Backward is the rotation by the negative angle, in
+//! place. Least traffic: T heads D values in, as many out.
+
+use std::sync::Arc;
+
+use rayon::prelude::*;
+
+use super::{Operator, expect_cols, expect_inputs, only_grad};
+use crate::device::Device;
+use crate::device::simd::vectorized;
+use crate::error::{Error, Result};
+use crate::tensor::Tensor;
+
+/// Rows that one task works through.
+const ROWS: usize = 16;
+
+/// Cosines and sines of all positions: computed once in float64, shared by all layers.
+#[derive(Debug)]
+pub struct RopeTable {
+    head_dim: usize,
+    /// For each position head_dim / 2 cosines, then as many sines.
+    values: Vec<f32>,
+}
+
+impl RopeTable {
+    /// The table for positions `0..positions`; fails unless `head_dim` is even and not zero.
+    pub fn new(positions: usize, head_dim: usize, theta: f64) -> Result<Arc<Self>> {
+        if head_dim == 0 || !head_dim.is_multiple_of(2) {
+            return Err(Error::operand(
+                "rope",
+                "an even head size",
+                format!("{head_dim}"),
+            ));
+        }
+        let half = head_dim / 2;
+        let mut values = vec![0.0; positions * head_dim];
+        for (position, row) in values.chunks_exact_mut(head_dim).enumerate() {
+            let (cos, sin) = row.split_at_mut(half);
+            for (i, (cos, sin)) in cos.iter_mut().zip(sin).enumerate() {
+                let frequency = theta.powf(-(2.0 * i as f64) / head_dim as f64);
+                let angle = position as f64 * frequency;
+                *cos = angle.cos() as f32;
+                *sin = angle.sin() as f32;
+            }
+        }
+        Ok(Arc::new(Self { head_dim, values }))
+    }
+
+    /// Number of positions that the table holds.
+    pub fn positions(&self) -> usize {
+        self.values.len() / self.head_dim
+    }
+}
+
+/// Rotation of queries or keys: one input [T, heads * head size], one output of that shape.
+/// Row t is at position `start + t % seq_len`.
+pub struct Rope {
+    /// Rows of a sequence.
+    pub seq_len: usize,
+    /// Position of a sequence's first row: not 0 where it continues what a cache holds.
+    pub start: usize,
+    /// Heads side by side in a row.
+    pub heads: usize,
+    /// Must hold `start + seq_len` positions.
+    pub table: Arc<RopeTable>,
+}
+
+impl Rope {
+    fn check(&self, x: &Tensor) -> Result<()> {
+        expect_cols(Self::NAME, x, self.heads * self.table.head_dim)?;
+        let positions = self.table.positions();
+        let end = self.start.checked_add(self.seq_len);
+        if self.seq_len == 0 || end.is_none_or(|end| end > positions) {
+            return Err(Error::operand(
+                Self::NAME,
+                format!("rows within the table's {positions} positions"),
+                format!("{} rows from position {}", self.seq_len, self.start),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Rotates by `sign` times the angle: out of `x` where there is one, else in place.
+    fn rotate(&self, out: &mut [f32], x: Option<&[f32]>, sign: f32) {
+        let cols = self.heads * self.table.head_dim;
+        let chunk = (ROWS * cols).max(1);
+        out.par_chunks_mut(chunk).enumerate().for_each(|(i, out)| {
+            if let Some(x) = x {
+                out.copy_from_slice(&x[i * chunk..][..out.len()]);
+            }
+            for (row, out) in out.chunks_exact_mut(cols).enumerate() {
+                let position = self.start + (i * ROWS + row) % self.seq_len;
+                let head_dim = self.table.head_dim;
+                let angles = &self.table.values[position * head_dim..][..head_dim];
+                rotate_row(out, angles, sign);
+            }
+        });
+    }
+}
+
+impl Operator for Rope {
+    type Saved = ();
+    const NAME: &'static str = "rope";
+
+    fn forward(
+        &self,
+        device: &Device,
+        inputs: &[&Tensor],
+        _: &[bool],
+    ) -> Result<(Vec<Tensor>, ())> {
+        let [x] = expect_inputs(Self::NAME, inputs)?;
+        self.check(x)?;
+        let mut y = device.buffer(x.len());
+        match device {
+            Device::Cpu(_) => self.rotate(&mut y, Some(x.f32s()?), 1.0),
+        }
+        Ok((vec![Tensor::from_buffer(y, x.shape())?], ()))
+    }
+
+    fn backward(
+        &self,
+        device: &Device,
+        (): (),
+        grads: Vec<Option<Tensor>>,
+        _: &[bool],
+    ) -> Result<Vec<Option<Tensor>>> {
+        let mut grad = only_grad(Self::NAME, grads)?;
+        self.check(&grad)?;
+        match device {
+            Device::Cpu(_) => self.rotate(grad.f32s_mut()?, None, -1.0),
+        }
+        Ok(vec![Some(grad)])
+    }
+}
+
+vectorized! {
+    fn rotate_row(row: &mut [f32], angles: &[f32], sign: f32) {
+        let (cos, sin) = angles.split_at(angles.len() / 2);
+        for head in row.chunks_exact_mut(angles.len()) {
+            let (a, b) = head.split_at_mut(cos.len());
+            for (((a, b), cos), sin) in a.iter_mut().zip(b).zip(cos).zip(sin) {
+                let sin = sin * sign;
+                (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+            }
+        }
+    }
+}

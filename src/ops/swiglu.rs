@@ -1,0 +1,92 @@
+//! SwiGLU (Shazeer 2020, arXiv 2002.05202): y = silu(gate) * up with silu(g) = g sigmoid(g).
+//!
+//! gate, up, y: [T, n] f32. Saved: gate and up; backward computes sigmoid again:
+//! dgate = dy up s (1 + gate (1 - s)) and dup = dy gate s with s = sigmoid(gate).
+//! Least traffic: 3 T n values forward, 5 T n backward.
+
+use rayon::prelude::*;
+
+use super::math::exp;
+use super::{Operator, expect_inputs, expect_shape, only_grad};
+use crate::device::Device;
+use crate::device::simd::vectorized;
+use crate::error::Result;
+use crate::tensor::Tensor;
+
+/// Elements that one task works through.
+const CHUNK: usize = 1 << 14;
+
+/// The gated activation of the MLP: inputs gate and up, one output, all of one shape.
+pub struct SwiGlu;
+
+impl Operator for SwiGlu {
+    /// gate and up.
+    type Saved = (Tensor, Tensor);
+    const NAME: &'static str = "swiglu";
+
+    fn forward(
+        &self,
+        device: &Device,
+        inputs: &[&Tensor],
+        _: &[bool],
+    ) -> Result<(Vec<Tensor>, Self::Saved)> {
+        let [gate, up] = expect_inputs(Self::NAME, inputs)?;
+        expect_shape(Self::NAME, up, gate.shape())?;
+        let mut y = device.buffer(gate.len());
+        match device {
+            Device::Cpu(_) => y
+                .par_chunks_mut(CHUNK)
+                .zip(gate.f32s()?.par_chunks(CHUNK))
+                .zip(up.f32s()?.par_chunks(CHUNK))
+                .for_each(|((y, gate), up)| forward_chunk(y, gate, up)),
+        }
+        let y = Tensor::from_buffer(y, gate.shape())?;
+        Ok((vec![y], (gate.clone(), up.clone())))
+    }
+
+    fn backward(
+        &self,
+        device: &Device,
+        (gate, up): Self::Saved,
+        grads: Vec<Option<Tensor>>,
+        needed: &[bool],
+    ) -> Result<Vec<Option<Tensor>>> {
+        let mut grad = only_grad(Self::NAME, grads)?;
+        expect_shape(Self::NAME, &grad, gate.shape())?;
+        let mut dgate = device.buffer(gate.len());
+        match device {
+            Device::Cpu(_) => dgate
+                .par_chunks_mut(CHUNK)
+                .zip(grad.f32s_mut()?.par_chunks_mut(CHUNK))
+                .zip(gate.f32s()?.par_chunks(CHUNK))
+                .zip(up.f32s()?.par_chunks(CHUNK))
+                .for_each(|(((dgate, grad), gate), up)| backward_chunk(dgate, grad, gate, up)),
+        }
+        let dgate = Tensor::from_buffer(dgate, gate.shape())?;
+        Ok(vec![needed[0].then_some(dgate), needed[1].then_some(grad)])
+    }
+}
+
+#[inline(always)]
+fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
+}
+
+vectorized! {
+    fn forward_chunk(y: &mut [f32], gate: &[f32], up: &[f32]) {
+        for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
+            *y = gate * sigmoid(*gate) * up;
+        }
+    }
+}
+
+vectorized! {
+    /// Turns the gradient of y into that of up, and writes that of gate.
+    fn backward_chunk(dgate: &mut [f32], grad: &mut [f32], gate: &[f32], up: &[f32]) {
+        for (((dgate, grad), gate), up) in dgate.iter_mut().zip(grad).zip(gate).zip(up) {
+            let s = sigmoid(*gate);
+            *dgate = *grad * up * s * (1.0 + gate * (1.0 - s));
+            *grad *= gate * s;
+        }
+    }
+}
