@@ -1,0 +1,162 @@
+//! The folder of a run: what it is called, who may write to it, and how files get into it whole.
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{ErrorKind, Write};
+use std::path::{Path, PathBuf};
+
+use super::config::TrainConfig;
+use super::settings::hookpoint_name;
+use super::{checkpoint, metrics::MetricsLog};
+use crate::error::{Error, Result};
+
+const LOCK: &str = ".lock";
+const CONFIG: &str = "config.toml";
+const CONFIG_UNFINISHED: &str = "config.toml.tmp";
+
+/// A run folder that this process alone trains into, for as long as the value lives. The
+/// operating system releases the lock when the process ends, however it ends.
+#[derive(Debug)]
+pub struct RunDir {
+    path: PathBuf,
+    _lock: File,
+}
+
+impl RunDir {
+    /// Makes the folder of a new run and writes `config.toml`.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] where the folder holds a run or anything else already, or another
+    /// process trains into it.
+    pub fn create(path: impl AsRef<Path>, config: &TrainConfig) -> Result<Self> {
+        let path = path.as_ref();
+        check_is_free(path)?;
+        fs::create_dir_all(path).map_err(|e| Error::io(path, e))?;
+        let run = Self::lock(path)?;
+        // Another process may have made its run between the look and the lock.
+        check_is_free(path)?;
+        let unfinished = path.join(CONFIG_UNFINISHED);
+        write_synced(&unfinished, config.to_toml()?.as_bytes())?;
+        fs::rename(&unfinished, path.join(CONFIG)).map_err(|e| Error::io(&unfinished, e))?;
+        sync_dir(path)?;
+        Ok(run)
+    }
+
+    /// Opens the folder of a run to go on with it, clears away what an interrupted write left,
+    /// and reads the settings it was started with (see [`TrainConfig::check_resumes`]).
+    ///
+    /// # Errors
+    /// [`Error::Setting`] where there is no run in the folder or another process trains into
+    /// it; [`Error::File`] where its `config.toml` is damaged.
+    pub fn resume(path: impl AsRef<Path>) -> Result<(Self, TrainConfig)> {
+        let path = path.as_ref();
+        let config = Self::read_config(path)?;
+        let run = Self::lock(path)?;
+        checkpoint::remove_unfinished(&run)?;
+        Ok((run, config))
+    }
+
+    /// The settings of the run in a folder, without opening the run.
+    ///
+    /// # Errors
+    /// As [`RunDir::resume`].
+    pub fn read_config(path: &Path) -> Result<TrainConfig> {
+        let file = path.join(CONFIG);
+        match fs::read_to_string(&file) {
+            Ok(text) => TrainConfig::from_toml(&text, &file),
+            Err(e) if e.kind() == ErrorKind::NotFound => Err(Error::setting(
+                "--resume",
+                format!("there is no run in {}: it has no {CONFIG}", path.display()),
+            )),
+            Err(e) => Err(Error::io(file, e)),
+        }
+    }
+
+    fn lock(path: &Path) -> Result<Self> {
+        let file = path.join(LOCK);
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).truncate(false);
+        let lock = options.open(&file).map_err(|e| Error::io(&file, e))?;
+        match lock.try_lock() {
+            Ok(()) => Ok(Self {
+                path: path.to_owned(),
+                _lock: lock,
+            }),
+            Err(TryLockError::WouldBlock) => Err(Error::setting(
+                "--out",
+                format!("another process is training into {}", path.display()),
+            )),
+            Err(TryLockError::Error(e)) => Err(Error::io(file, e)),
+        }
+    }
+
+    /// The folder itself.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where the trained adapter goes, in PEFT's format.
+    pub fn adapter_dir(&self) -> PathBuf {
+        self.path.join("adapter")
+    }
+
+    /// Where the SAE of a layer goes, in sparsify's format: `sae/model.layers.N`.
+    pub fn sae_dir(&self, layer: usize) -> PathBuf {
+        self.path.join("sae").join(hookpoint_name(layer))
+    }
+
+    /// Where checkpoints are.
+    pub fn checkpoints_dir(&self) -> PathBuf {
+        self.path.join("checkpoints")
+    }
+
+    /// The file with a line for each step.
+    pub fn metrics_path(&self) -> PathBuf {
+        self.path.join("metrics.jsonl")
+    }
+
+    /// Opens the metrics of the run: see [`MetricsLog::open`].
+    pub fn metrics(&self, offset: u64) -> Result<MetricsLog> {
+        MetricsLog::open(self.metrics_path(), offset)
+    }
+}
+
+/// Refuses a folder with anything in it but what a run leaves that was killed before it began.
+fn check_is_free(path: &Path) -> Result<()> {
+    let entries = match fs::read_dir(path) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(Error::io(path, e)),
+    };
+    for entry in entries {
+        let name = entry.map_err(|e| Error::io(path, e))?.file_name();
+        if name == LOCK || name == CONFIG_UNFINISHED {
+            continue;
+        }
+        let what = if path.join(CONFIG).exists() {
+            "holds a run already: go on with it by --resume, or name another folder with --out"
+        } else {
+            "is not empty and no run: name another folder with --out"
+        };
+        return Err(Error::setting(
+            "--out",
+            format!("{} {what}", path.display()),
+        ));
+    }
+    Ok(())
+}
+
+/// Writes a file and brings it to the disk.
+pub(super) fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
+    let write = || {
+        let mut file = File::create(path)?;
+        file.write_all(bytes)?;
+        file.sync_all()
+    };
+    write().map_err(|e| Error::io(path, e))
+}
+
+/// Brings a folder's entries (new names, renames) to the disk.
+pub(super) fn sync_dir(path: &Path) -> Result<()> {
+    let sync = || File::open(path)?.sync_all();
+    sync().map_err(|e| Error::io(path, e))
+}
