@@ -3,12 +3,12 @@
 //! so that an operator without a gradient does not compile.
 
 pub mod cross_entropy;
+pub mod embedding;
 pub mod gemm;
 pub(crate) mod head;
 pub mod kl_div;
 pub mod lora;
 pub(crate) mod math;
-pub mod embedding;
 pub(crate) mod math;
 pub mod rmsnorm;
 pub mod rope;

@@ -1,0 +1,205 @@
+//! The forward pass of [`Qwen2`] on a tape, in pieces that the two stages put together: up to
+//! the hookpoint, from it on, with adapters or without.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+use crate::model::{DecoderLayer, Linear, Lora, LoraPair, Module, Qwen2, Qwen2Config};
+use crate::ops;
+use crate::ops::embedding::Embedding;
+use crate::ops::flash_attention::FlashAttention;
+use crate::ops::lora::{Dropout, LoraLinear};
+use crate::ops::rmsnorm::RmsNorm;
+use crate::ops::rope::{Rope, RopeTable};
+use crate::ops::swiglu::SwiGlu;
+use crate::rng::{Purpose, Stream};
+use crate::tape::{Tape, Var};
+use crate::tensor::Tensor;
+
+/// How the tokens of a step lie: `batch` sequences of `seq_len`, one after another.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    pub batch: usize,
+    pub seq_len: usize,
+    /// \[batch x seq_len\] u32: for each token the index within its sequence where its document
+    /// begins; attention does not look further back.
+    pub doc_starts: Option<Tensor>,
+    rope: Arc<RopeTable>,
+}
+
+impl Layout {
+    /// Sequences of `seq_len` tokens for a model of this shape.
+    pub fn new(config: &Qwen2Config, batch: usize, seq_len: usize) -> Result<Self> {
+        let rope = RopeTable::new(seq_len, config.head_dim, config.rope_theta)?;
+        Ok(Self { batch, seq_len, doc_starts: None, rope })
+    }
+
+    /// Another number of sequences, with their documents.
+    pub fn with_batch(&self, batch: usize, doc_starts: Option<Tensor>) -> Self {
+        Self { batch, doc_starts, ..self.clone() }
+    }
+
+    /// Number of tokens.
+    pub fn tokens(&self) -> usize {
+        self.batch * self.seq_len
+    }
+}
+
+/// Dropout of the adapters' inputs in one step.
+#[derive(Clone, Copy, Debug)]
+pub struct StepDropout {
+    /// Probability of a zero.
+    pub p: f32,
+    pub seed: u64,
+    /// The micro-batch counted from the start of the run.
+    pub step: u64,
+}
+
+/// Adapters on a tape: as parameters where they are trained, as constants where they only act.
+pub struct Adapters {
+    pairs: BTreeMap<(usize, Module), (Var, Var)>,
+    scale: f32,
+    dropout: Option<StepDropout>,
+}
+
+impl Adapters {
+    /// All adapters as constants.
+    pub fn frozen(lora: &Lora) -> Self {
+        let constant = |p: &LoraPair| (Var::constant(p.a.clone()), Var::constant(p.b.clone()));
+        let pairs = lora.pairs.iter().map(|(&key, pair)| (key, constant(pair))).collect();
+        Self { pairs, scale: lora.config.scale(), dropout: None }
+    }
+
+    /// The adapters of `layers` as parameters of `tape`; those of other layers are left out.
+    pub fn trained(
+        tape: &mut Tape,
+        lora: &Lora,
+        layers: Range<usize>,
+        dropout: Option<StepDropout>,
+    ) -> Self {
+        let chosen = lora.pairs.iter().filter(|((layer, _), _)| layers.contains(layer));
+        let pairs = chosen
+            .map(|(&key, pair)| {
+                (key, (tape.parameter(pair.a.clone()), tape.parameter(pair.b.clone())))
+            })
+            .collect();
+        Self { pairs, scale: lora.config.scale(), dropout: dropout.filter(|d| d.p > 0.0) }
+    }
+
+    /// The factors A and B of each adapter, in the order of layer and module.
+    pub fn pairs(&self) -> impl Iterator<Item = (&(usize, Module), &(Var, Var))> {
+        self.pairs.iter()
+    }
+}
+
+impl Qwen2 {
+    /// The embeddings of token ids \[T\] u32: \[T, d\].
+    pub fn embed(&self, tape: &mut Tape, ids: Tensor) -> Result<Var> {
+        tape.apply(Embedding { ids }, &[&Var::constant(self.embed_tokens.clone())])
+    }
+
+    /// Runs decoder layers `layers` on hidden states \[T, d\].
+    ///
+    /// # Errors
+    /// When a layer does not exist or the hidden states do not fit the layout.
+    pub fn decode(
+        &self,
+        tape: &mut Tape,
+        mut x: Var,
+        layers: Range<usize>,
+        layout: &Layout,
+        adapters: Option<&Adapters>,
+    ) -> Result<Var> {
+        for index in layers {
+            let layer = self.layers.get(index).ok_or_else(|| {
+                Error::operand("decode", format!("a layer below {}", self.layers.len()), index.to_string())
+            })?;
+            x = LayerPass { config: &self.config, layer, index, layout, adapters }.run(tape, x)?;
+        }
+        Ok(x)
+    }
+
+    /// The norm before the output head.
+    pub fn final_norm(&self, tape: &mut Tape, x: &Var) -> Result<Var> {
+        tape.apply(RmsNorm { weight: self.norm.clone(), eps: self.config.rms_norm_eps }, &[x])
+    }
+}
+
+/// One decoder layer on one step's tokens.
+struct LayerPass<'a> {
+    config: &'a Qwen2Config,
+    layer: &'a DecoderLayer,
+    index: usize,
+    layout: &'a Layout,
+    adapters: Option<&'a Adapters>,
+}
+
+impl LayerPass<'_> {
+    fn run(&self, tape: &mut Tape, x: Var) -> Result<Var> {
+        let normed = self.norm(tape, &self.layer.input_norm, &x)?;
+        let attended = self.attention(tape, &normed)?;
+        let x = self.linear(tape, Module::O, &attended, Some(&x))?;
+        let normed = self.norm(tape, &self.layer.post_attention_norm, &x)?;
+        let gate = self.linear(tape, Module::Gate, &normed, None)?;
+        let up = self.linear(tape, Module::Up, &normed, None)?;
+        let activated = tape.apply(SwiGlu, &[&gate, &up])?;
+        self.linear(tape, Module::Down, &activated, Some(&x))
+    }
+
+    fn attention(&self, tape: &mut Tape, x: &Var) -> Result<Var> {
+        let config = self.config;
+        let q = self.linear(tape, Module::Q, x, None)?;
+        let k = self.linear(tape, Module::K, x, None)?;
+        let v = self.linear(tape, Module::V, x, None)?;
+        let q = tape.apply(self.rope(config.num_attention_heads), &[&q])?;
+        let k = tape.apply(self.rope(config.num_key_value_heads), &[&k])?;
+        let attention = FlashAttention {
+            batch: self.layout.batch,
+            seq_len: self.layout.seq_len,
+            heads: config.num_attention_heads,
+            kv_heads: config.num_key_value_heads,
+            head_dim: config.head_dim,
+            doc_starts: self.layout.doc_starts.clone(),
+        };
+        tape.apply(attention, &[&q, &k, &v])
+    }
+
+    fn norm(&self, tape: &mut Tape, weight: &Tensor, x: &Var) -> Result<Var> {
+        tape.apply(RmsNorm { weight: weight.clone(), eps: self.config.rms_norm_eps }, &[x])
+    }
+
+    fn rope(&self, heads: usize) -> Rope {
+        Rope { seq_len: self.layout.seq_len, start: 0, heads, table: self.layout.rope.clone() }
+    }
+
+    fn linear(
+        &self,
+        tape: &mut Tape,
+        module: Module,
+        x: &Var,
+        residual: Option<&Var>,
+    ) -> Result<Var> {
+        let Linear { weight, bias } = self.layer.module(module).clone();
+        let mut inputs = vec![x];
+        match self.adapters.and_then(|a| Some((a, a.pairs.get(&(self.index, module))?))) {
+            Some((adapters, (a, b))) => {
+                inputs.extend([a, b]);
+                inputs.extend(residual);
+                let dropout = adapters.dropout.map(|d| self.dropout(d, module));
+                tape.apply(LoraLinear { weight, bias, scale: adapters.scale, dropout }, &inputs)
+            }
+            None => {
+                inputs.extend(residual);
+                tape.apply(ops::gemm::Linear { weight, bias }, &inputs)
+            }
+        }
+    }
+
+    fn dropout(&self, dropout: StepDropout, module: Module) -> Dropout {
+        let index = self.index as u32 * Module::ALL.len() as u32 + module as u32;
+        let stream = Stream::new(dropout.seed, Purpose::Dropout, dropout.step, index);
+        Dropout { p: dropout.p, stream }
+    }
+}
