@@ -1,1 +1,14 @@
 //! Data: records, the template that makes texts of them, tokenising and packing, the activation cache.
+
+pub mod cache;
+pub mod pack;
+mod parquet;
+pub mod records;
+pub mod template;
+pub mod tokenizer;
+
+pub use cache::ActivationCache;
+pub use pack::{Packed, order, pack};
+pub use records::Record;
+pub use template::{Template, Text};
+pub use tokenizer::Tokenizer;

@@ -1,1 +1,3 @@
 //! Evaluation: perplexity, greedy generation, answer grading.
+
+pub mod answer;

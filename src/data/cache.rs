@@ -1,0 +1,183 @@
+//! Activations kept from one epoch to the next.
+
+use std::fs::File;
+use std::io::{ErrorKind, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use memmap2::Mmap;
+
+use crate::{Error, Result};
+
+/// The share of a disk's free space that a cache may take; the rest is left for checkpoints.
+const DISK_SHARE: f64 = 0.9;
+
+/// Rows of f32 numbers by index, stored as they come and given back to the bit.
+///
+/// Rows live in memory if all of them fit into the limit, else in a memory-mapped file without a
+/// name, which vanishes with the cache or the process. Where the disk has no room for all rows, as
+/// many as fit are kept and the others are missed.
+#[derive(Debug)]
+pub struct ActivationCache {
+    row_len: usize,
+    store: Store,
+}
+
+#[derive(Debug)]
+enum Store {
+    Memory(Vec<Option<Box<[f32]>>>),
+    Disk(Disk),
+}
+
+#[derive(Debug)]
+struct Disk {
+    file: File,
+    dir: PathBuf,
+    map: Mmap,
+    /// Place of each row in the file, where it is stored.
+    slots: Vec<Option<usize>>,
+    used: usize,
+    capacity: usize,
+}
+
+impl ActivationCache {
+    /// An empty cache for `rows` rows of `row_len` numbers. Up to `memory_limit` bytes they are
+    /// kept in memory, above that in a file in `spill_dir`.
+    ///
+    /// # Errors
+    /// When the sizes overflow, or the file cannot be made.
+    pub fn new(rows: usize, row_len: usize, memory_limit: u64, spill_dir: &Path) -> Result<Self> {
+        let row_bytes = row_len.checked_mul(size_of::<f32>());
+        let Some(bytes) = row_bytes.and_then(|bytes| bytes.checked_mul(rows)) else {
+            let got = format!("{rows} x {row_len}");
+            return Err(Error::operand(
+                "activation cache",
+                "a size that fits in memory",
+                got,
+            ));
+        };
+        let store = if bytes as u64 <= memory_limit {
+            Store::Memory(vec![None; rows])
+        } else {
+            Store::Disk(Disk::new(rows, bytes / rows, spill_dir)?)
+        };
+        Ok(Self { row_len, store })
+    }
+
+    /// Whether row `i` is stored.
+    pub fn contains(&self, i: usize) -> bool {
+        match &self.store {
+            Store::Memory(rows) => rows.get(i).is_some_and(Option::is_some),
+            Store::Disk(disk) => disk.slots.get(i).is_some_and(Option::is_some),
+        }
+    }
+
+    /// Whether rows live in a file instead of memory.
+    pub fn is_on_disk(&self) -> bool {
+        matches!(self.store, Store::Disk(_))
+    }
+
+    /// Copies row `i` to `out` [row_len]; false, and `out` untouched, if it is not stored or
+    /// `out` has another length.
+    pub fn get(&self, i: usize, out: &mut [f32]) -> bool {
+        if !self.contains(i) || out.len() != self.row_len {
+            return false;
+        }
+        match &self.store {
+            Store::Memory(rows) => {
+                if let Some(row) = &rows[i] {
+                    out.copy_from_slice(row);
+                }
+            }
+            Store::Disk(disk) => {
+                if let Some(slot) = disk.slots[i] {
+                    let bytes = bytemuck::cast_slice_mut(out);
+                    bytes.copy_from_slice(&disk.map[slot * bytes.len()..][..bytes.len()]);
+                }
+            }
+        }
+        true
+    }
+
+    /// Stores row `i` [row_len], or replaces it. Does nothing where the disk has no room for it.
+    ///
+    /// # Errors
+    /// When the row has a wrong index or length, or writing fails for another reason than space.
+    pub fn put(&mut self, i: usize, row: &[f32]) -> Result<()> {
+        let rows = match &self.store {
+            Store::Memory(rows) => rows.len(),
+            Store::Disk(disk) => disk.slots.len(),
+        };
+        if i >= rows || row.len() != self.row_len {
+            return Err(Error::operand(
+                "activation cache",
+                format!("a row below {rows} of {} numbers", self.row_len),
+                format!("row {i} of {}", row.len()),
+            ));
+        }
+        match &mut self.store {
+            Store::Memory(rows) => rows[i] = Some(row.into()),
+            Store::Disk(disk) => disk.put(i, bytemuck::cast_slice(row))?,
+        }
+        Ok(())
+    }
+}
+
+impl Disk {
+    fn new(rows: usize, row_bytes: usize, dir: &Path) -> Result<Self> {
+        let error = |e| Error::io(dir, e);
+        let capacity = rows.min((free_space(dir)? as f64 * DISK_SHARE) as usize / row_bytes);
+        let file = tempfile::tempfile_in(dir).map_err(error)?;
+        // The file is sparse: blocks are taken when rows are written. At least one byte, since an
+        // empty file cannot be mapped everywhere.
+        file.set_len((capacity * row_bytes).max(1) as u64)
+            .map_err(error)?;
+        // SAFETY: the file has no name, so nobody else changes or shortens it while it is mapped.
+        let map = unsafe { Mmap::map(&file) }.map_err(error)?;
+        Ok(Self {
+            file,
+            dir: dir.to_owned(),
+            map,
+            slots: vec![None; rows],
+            used: 0,
+            capacity,
+        })
+    }
+
+    /// Writes through the file, not the map: a full disk is then an error, not a signal.
+    fn put(&mut self, i: usize, bytes: &[u8]) -> Result<()> {
+        let slot = self.slots[i].unwrap_or(self.used);
+        if slot >= self.capacity {
+            return Ok(());
+        }
+        self.slots[i] = None;
+        let written = self
+            .file
+            .seek(SeekFrom::Start((slot * bytes.len()) as u64))
+            .and_then(|_| self.file.write_all(bytes));
+        match written {
+            Ok(()) => {
+                self.slots[i] = Some(slot);
+                self.used = self.used.max(slot + 1);
+                Ok(())
+            }
+            Err(e) if matches!(e.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) => {
+                self.capacity = self.used;
+                Ok(())
+            }
+            Err(e) => Err(Error::io(&self.dir, e)),
+        }
+    }
+}
+
+/// Bytes that an unprivileged user may still write in `dir`.
+#[cfg(unix)]
+fn free_space(dir: &Path) -> Result<u64> {
+    let stat = rustix::fs::statvfs(dir).map_err(|e| Error::io(dir, e.into()))?;
+    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+/// Unknown here, so only a failing write tells.
+#[cfg(not(unix))]
+fn free_space(_dir: &Path) -> Result<u64> {
+    Ok(u64::MAX)
+}

@@ -1,0 +1,336 @@
+//! The tokenizer of a Hugging Face model folder.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+use tokenizers::processors::template::TemplateProcessing;
+use tokenizers::{AddedToken, PostProcessorWrapper};
+
+use crate::{Error, Result};
+
+const TOKENIZER: &str = "tokenizer.json";
+const CONFIG: &str = "tokenizer_config.json";
+
+/// What belongs to a tokenizer in a model folder.
+const FILES: [&str; 10] = [
+    TOKENIZER,
+    CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+];
+
+/// The keys under which `tokenizer_config.json` names special tokens.
+const NAMED_TOKENS: [&str; 7] = [
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+];
+
+/// A tokenizer that gives the ids transformers' `PreTrainedTokenizerFast` gives on the same
+/// folder. (transformers 5's `AutoTokenizer` replaces the pre-tokenizer of qwen2 folders
+/// whatever the file says, so its ids can differ.)
+#[derive(Clone, Debug)]
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    path: PathBuf,
+    eos_id: u32,
+    eos_token: String,
+    bos: Option<u32>,
+    vocab_size: usize,
+    eos_separates: bool,
+}
+
+/// A token and the byte range of the text it came from.
+pub(super) type Located = (u32, (usize, usize));
+
+impl Tokenizer {
+    /// Reads `tokenizer.json`, with `tokenizer_config.json` for the special tokens. Where the
+    /// latter names no EOS token it is taken from `eos_token_id` in `config.json` or
+    /// `generation_config.json` (the first, where there are several).
+    ///
+    /// # Errors
+    /// Names the file and key when one is missing, malformed, or names an unknown token.
+    pub fn from_dir(dir: impl AsRef<Path>) -> Result<Self> {
+        let dir = dir.as_ref();
+        let path = dir.join(TOKENIZER);
+        let bytes = std::fs::read(&path).map_err(|e| Error::io(&path, e))?;
+        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes)
+            .map_err(|e| Error::file(&path, format!("not a valid tokenizer: {e}")))?;
+        inner
+            .with_truncation(None)
+            .map_err(|e| Error::file(&path, e.to_string()))?
+            .with_padding(None);
+
+        let config = Config::read(&dir.join(CONFIG))?;
+        inner
+            .add_tokens(config.special_tokens()?)
+            .map_err(|e| Error::file(&config.path, e.to_string()))?;
+        let eos_token = match config.named_token("eos_token")? {
+            Some(token) => token.content,
+            None => eos_from_model(dir, &inner)?,
+        };
+        let eos_id = inner.token_to_id(&eos_token).ok_or_else(|| {
+            let what = format!("eos_token {eos_token:?} is not in the vocabulary of {TOKENIZER}");
+            Error::file(&config.path, what)
+        })?;
+        config.replace_post_processor(&mut inner, &eos_token, eos_id)?;
+        let vocabulary = inner.get_vocab(true);
+        let mut tokenizer = Self {
+            eos_separates: separates(&inner, &eos_token),
+            vocab_size: vocabulary.values().max().map_or(0, |&id| id as usize + 1),
+            bos: None,
+            inner,
+            path,
+            eos_id,
+            eos_token,
+        };
+        tokenizer.bos = tokenizer.leading_token(&config)?;
+        Ok(tokenizer)
+    }
+
+    /// Token ids of a text. With `add_special`, also what the tokenizer puts around a text (BOS).
+    ///
+    /// # Errors
+    /// When the tokenizer cannot represent the text.
+    pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
+        self.inner
+            .encode_fast(text, add_special)
+            .map(|encoding| encoding.get_ids().to_vec())
+            .map_err(|e| Error::file(&self.path, format!("cannot encode a text: {e}")))
+    }
+
+    /// Token ids, each with the byte range of `text` it stands for; nothing is put around.
+    pub(super) fn encode_located(&self, text: &str) -> Result<Vec<Located>> {
+        let encoding = self
+            .inner
+            .encode(text, false)
+            .map_err(|e| Error::file(&self.path, format!("cannot encode a text: {e}")))?;
+        let offsets = encoding.get_offsets().iter().copied();
+        Ok(encoding.get_ids().iter().copied().zip(offsets).collect())
+    }
+
+    /// The text of token ids, without special tokens if `skip_special`. Unknown ids are left out.
+    ///
+    /// # Errors
+    /// When the tokenizer's decoder fails.
+    pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
+        self.inner
+            .decode(ids, skip_special)
+            .map_err(|e| Error::file(&self.path, format!("cannot decode: {e}")))
+    }
+
+    /// The id of the token that ends a text.
+    pub fn eos_id(&self) -> u32 {
+        self.eos_id
+    }
+
+    /// The token that ends a text, as it is written.
+    pub fn eos_token(&self) -> &str {
+        &self.eos_token
+    }
+
+    /// The token every sequence starts with, where the tokenizer has one: `add_bos_token` of
+    /// `tokenizer_config.json`, else what `tokenizer.json` itself puts first.
+    pub fn bos(&self) -> Option<u32> {
+        self.bos
+    }
+
+    /// One more than the highest id: the rows an embedding needs.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    /// Whether text before and after an EOS token is tokenised as if each stood alone.
+    pub(super) fn eos_separates(&self) -> bool {
+        self.eos_separates
+    }
+
+    /// The `bos_token` if a text encoded with special tokens starts with it.
+    fn leading_token(&self, config: &Config) -> Result<Option<u32>> {
+        let Some(bos) = config.named_token("bos_token")? else {
+            return Ok(None);
+        };
+        let id = self.inner.token_to_id(&bos.content);
+        let first = self.encode("", true)?.first().copied();
+        Ok(id.filter(|_| id == first))
+    }
+}
+
+/// Copies the files a tokenizer consists of, those that are there, into another folder.
+///
+/// # Errors
+/// When a file cannot be read or written.
+pub fn copy_files(from: impl AsRef<Path>, to: impl AsRef<Path>) -> Result<()> {
+    for name in FILES {
+        let source = from.as_ref().join(name);
+        if source.is_file() {
+            let bytes = std::fs::read(&source).map_err(|e| Error::io(&source, e))?;
+            let target = to.as_ref().join(name);
+            std::fs::write(&target, bytes).map_err(|e| Error::io(&target, e))?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether `eos` cuts a text into parts that do not influence each other: it is found before
+/// anything is normalised, takes no white space from what precedes it, counts inside words, and
+/// no other added token can overlap it.
+fn separates(tokenizer: &tokenizers::Tokenizer, eos: &str) -> bool {
+    let added = tokenizer.get_added_tokens_decoder();
+    let overlaps = |other: &str| {
+        other.char_indices().skip(1).any(|(i, _)| {
+            let tail = &other[i..];
+            eos.starts_with(tail) || tail.starts_with(eos)
+        })
+    };
+    let plain = |t: &AddedToken| !t.normalized && !t.lstrip && !t.single_word;
+    added.values().any(|t| t.content == eos && plain(t))
+        && !added.values().any(|t| overlaps(&t.content))
+}
+
+/// The EOS token by the id that the model's own configuration gives.
+fn eos_from_model(dir: &Path, tokenizer: &tokenizers::Tokenizer) -> Result<String> {
+    for name in ["config.json", "generation_config.json"] {
+        let config = Config::read(&dir.join(name))?;
+        let id = match &config.values["eos_token_id"] {
+            Value::Null => continue,
+            Value::Array(ids) => ids.first().and_then(Value::as_u64),
+            id => id.as_u64(),
+        };
+        return id
+            .and_then(|id| tokenizer.id_to_token(u32::try_from(id).ok()?))
+            .ok_or_else(|| {
+                let what = format!("eos_token_id names no token of {TOKENIZER}");
+                Error::file(&config.path, what)
+            });
+    }
+    let what = format!(
+        "no EOS token: expected eos_token in {CONFIG}, or eos_token_id in config.json or generation_config.json"
+    );
+    Err(Error::file(dir, what))
+}
+
+/// A JSON object in a file; without entries where there is no such file.
+struct Config {
+    path: PathBuf,
+    values: Value,
+}
+
+impl Config {
+    fn read(path: &Path) -> Result<Self> {
+        let values = match std::fs::read(path) {
+            Ok(bytes) => serde_json::from_slice(&bytes)
+                .map_err(|e| Error::file(path, format!("not valid JSON: {e}")))?,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => serde_json::json!({}),
+            Err(e) => return Err(Error::io(path, e)),
+        };
+        if !values.is_object() {
+            return Err(Error::file(path, "expected a JSON object"));
+        }
+        Ok(Self {
+            path: path.to_owned(),
+            values,
+        })
+    }
+
+    /// A token given as a string or as an object with `content`; `None` where it is null or absent.
+    fn named_token(&self, key: &str) -> Result<Option<AddedToken>> {
+        match &self.values[key] {
+            Value::Null => Ok(None),
+            value => added_token(value).map(Some).ok_or_else(|| {
+                let what = format!("{key}: expected a string or an object with content");
+                Error::file(&self.path, what)
+            }),
+        }
+    }
+
+    fn flag(&self, key: &str) -> Result<Option<bool>> {
+        match &self.values[key] {
+            Value::Null => Ok(None),
+            Value::Bool(flag) => Ok(Some(*flag)),
+            other => {
+                let what = format!("{key}: expected true or false, found {other}");
+                Err(Error::file(&self.path, what))
+            }
+        }
+    }
+
+    /// The special tokens named here; transformers adds those that `tokenizer.json` lacks.
+    fn special_tokens(&self) -> Result<Vec<AddedToken>> {
+        let mut tokens = Vec::new();
+        if let Value::Object(added) = &self.values["added_tokens_decoder"] {
+            let mut added: Vec<_> = added.iter().collect();
+            added.sort_by_key(|(id, _)| id.parse::<u64>().unwrap_or(u64::MAX));
+            tokens.extend(added.into_iter().filter_map(|(_, t)| added_token(t)));
+        }
+        for key in NAMED_TOKENS {
+            tokens.extend(self.named_token(key)?);
+        }
+        for key in ["additional_special_tokens", "extra_special_tokens"] {
+            if let Value::Array(more) = &self.values[key] {
+                tokens.extend(more.iter().filter_map(added_token));
+            }
+        }
+        Ok(tokens)
+    }
+
+    /// Where `add_bos_token` or `add_eos_token` is given it decides, instead of the file's own
+    /// post-processor, what is put around a text.
+    fn replace_post_processor(
+        &self,
+        tokenizer: &mut tokenizers::Tokenizer,
+        eos: &str,
+        eos_id: u32,
+    ) -> Result<()> {
+        let (add_bos, add_eos) = (self.flag("add_bos_token")?, self.flag("add_eos_token")?);
+        if add_bos.is_none() && add_eos.is_none() {
+            return Ok(());
+        }
+        let mut pieces = vec!["$A".to_owned()];
+        let mut tokens = Vec::new();
+        let bos = self.named_token("bos_token")?;
+        if let Some(bos) = bos.filter(|_| add_bos == Some(true)) {
+            // Cannot fail: the token was added with the other special ones.
+            let id = tokenizer.token_to_id(&bos.content).unwrap_or(eos_id);
+            pieces.insert(0, bos.content.clone());
+            tokens.push((bos.content, id));
+        }
+        if add_eos == Some(true) {
+            pieces.push(eos.to_owned());
+            tokens.push((eos.to_owned(), eos_id));
+        }
+        let processor = TemplateProcessing::builder()
+            .try_single(pieces)
+            .map_err(|e| Error::file(&self.path, e))?
+            .special_tokens(tokens)
+            .build()
+            .map_err(|e| Error::file(&self.path, e.to_string()))?;
+        tokenizer.with_post_processor(Some(PostProcessorWrapper::Template(processor)));
+        Ok(())
+    }
+}
+
+fn added_token(value: &Value) -> Option<AddedToken> {
+    if let Value::String(content) = value {
+        return Some(AddedToken::from(content.as_str(), true));
+    }
+    let flag = |key: &str, default| value[key].as_bool().unwrap_or(default);
+    Some(AddedToken {
+        content: value["content"].as_str()?.to_owned(),
+        single_word: flag("single_word", false),
+        lstrip: flag("lstrip", false),
+        rstrip: flag("rstrip", false),
+        normalized: flag("normalized", false),
+        special: flag("special", true),
+    })
+}
