@@ -33,12 +33,21 @@ impl Layout {
     /// Sequences of `seq_len` tokens for a model of this shape.
     pub fn new(config: &Qwen2Config, batch: usize, seq_len: usize) -> Result<Self> {
         let rope = RopeTable::new(seq_len, config.head_dim, config.rope_theta)?;
-        Ok(Self { batch, seq_len, doc_starts: None, rope })
+        Ok(Self {
+            batch,
+            seq_len,
+            doc_starts: None,
+            rope,
+        })
     }
 
     /// Another number of sequences, with their documents.
     pub fn with_batch(&self, batch: usize, doc_starts: Option<Tensor>) -> Self {
-        Self { batch, doc_starts, ..self.clone() }
+        Self {
+            batch,
+            doc_starts,
+            ..self.clone()
+        }
     }
 
     /// Number of tokens.
@@ -68,8 +77,16 @@ impl Adapters {
     /// All adapters as constants.
     pub fn frozen(lora: &Lora) -> Self {
         let constant = |p: &LoraPair| (Var::constant(p.a.clone()), Var::constant(p.b.clone()));
-        let pairs = lora.pairs.iter().map(|(&key, pair)| (key, constant(pair))).collect();
-        Self { pairs, scale: lora.config.scale(), dropout: None }
+        let pairs = lora
+            .pairs
+            .iter()
+            .map(|(&key, pair)| (key, constant(pair)))
+            .collect();
+        Self {
+            pairs,
+            scale: lora.config.scale(),
+            dropout: None,
+        }
     }
 
     /// The adapters of `layers` as parameters of `tape`; those of other layers are left out.
@@ -79,13 +96,26 @@ impl Adapters {
         layers: Range<usize>,
         dropout: Option<StepDropout>,
     ) -> Self {
-        let chosen = lora.pairs.iter().filter(|((layer, _), _)| layers.contains(layer));
+        let chosen = lora
+            .pairs
+            .iter()
+            .filter(|((layer, _), _)| layers.contains(layer));
         let pairs = chosen
             .map(|(&key, pair)| {
-                (key, (tape.parameter(pair.a.clone()), tape.parameter(pair.b.clone())))
+                (
+                    key,
+                    (
+                        tape.parameter(pair.a.clone()),
+                        tape.parameter(pair.b.clone()),
+                    ),
+                )
             })
             .collect();
-        Self { pairs, scale: lora.config.scale(), dropout: dropout.filter(|d| d.p > 0.0) }
+        Self {
+            pairs,
+            scale: lora.config.scale(),
+            dropout: dropout.filter(|d| d.p > 0.0),
+        }
     }
 
     /// The factors A and B of each adapter, in the order of layer and module.
@@ -97,7 +127,10 @@ impl Adapters {
 impl Qwen2 {
     /// The embeddings of token ids \[T\] u32: \[T, d\].
     pub fn embed(&self, tape: &mut Tape, ids: Tensor) -> Result<Var> {
-        tape.apply(Embedding { ids }, &[&Var::constant(self.embed_tokens.clone())])
+        tape.apply(
+            Embedding { ids },
+            &[&Var::constant(self.embed_tokens.clone())],
+        )
     }
 
     /// Runs decoder layers `layers` on hidden states \[T, d\].
@@ -114,16 +147,33 @@ impl Qwen2 {
     ) -> Result<Var> {
         for index in layers {
             let layer = self.layers.get(index).ok_or_else(|| {
-                Error::operand("decode", format!("a layer below {}", self.layers.len()), index.to_string())
+                Error::operand(
+                    "decode",
+                    format!("a layer below {}", self.layers.len()),
+                    index.to_string(),
+                )
             })?;
-            x = LayerPass { config: &self.config, layer, index, layout, adapters }.run(tape, x)?;
+            x = LayerPass {
+                config: &self.config,
+                layer,
+                index,
+                layout,
+                adapters,
+            }
+            .run(tape, x)?;
         }
         Ok(x)
     }
 
     /// The norm before the output head.
     pub fn final_norm(&self, tape: &mut Tape, x: &Var) -> Result<Var> {
-        tape.apply(RmsNorm { weight: self.norm.clone(), eps: self.config.rms_norm_eps }, &[x])
+        tape.apply(
+            RmsNorm {
+                weight: self.norm.clone(),
+                eps: self.config.rms_norm_eps,
+            },
+            &[x],
+        )
     }
 }
 
@@ -167,11 +217,22 @@ impl LayerPass<'_> {
     }
 
     fn norm(&self, tape: &mut Tape, weight: &Tensor, x: &Var) -> Result<Var> {
-        tape.apply(RmsNorm { weight: weight.clone(), eps: self.config.rms_norm_eps }, &[x])
+        tape.apply(
+            RmsNorm {
+                weight: weight.clone(),
+                eps: self.config.rms_norm_eps,
+            },
+            &[x],
+        )
     }
 
     fn rope(&self, heads: usize) -> Rope {
-        Rope { seq_len: self.layout.seq_len, start: 0, heads, table: self.layout.rope.clone() }
+        Rope {
+            seq_len: self.layout.seq_len,
+            start: 0,
+            heads,
+            table: self.layout.rope.clone(),
+        }
     }
 
     fn linear(
@@ -183,12 +244,23 @@ impl LayerPass<'_> {
     ) -> Result<Var> {
         let Linear { weight, bias } = self.layer.module(module).clone();
         let mut inputs = vec![x];
-        match self.adapters.and_then(|a| Some((a, a.pairs.get(&(self.index, module))?))) {
+        match self
+            .adapters
+            .and_then(|a| Some((a, a.pairs.get(&(self.index, module))?)))
+        {
             Some((adapters, (a, b))) => {
                 inputs.extend([a, b]);
                 inputs.extend(residual);
                 let dropout = adapters.dropout.map(|d| self.dropout(d, module));
-                tape.apply(LoraLinear { weight, bias, scale: adapters.scale, dropout }, &inputs)
+                tape.apply(
+                    LoraLinear {
+                        weight,
+                        bias,
+                        scale: adapters.scale,
+                        dropout,
+                    },
+                    &inputs,
+                )
             }
             None => {
                 inputs.extend(residual);
@@ -200,6 +272,9 @@ impl LayerPass<'_> {
     fn dropout(&self, dropout: StepDropout, module: Module) -> Dropout {
         let index = self.index as u32 * Module::ALL.len() as u32 + module as u32;
         let stream = Stream::new(dropout.seed, Purpose::Dropout, dropout.step, index);
-        Dropout { p: dropout.p, stream }
+        Dropout {
+            p: dropout.p,
+            stream,
+        }
     }
 }

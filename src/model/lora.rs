@@ -1,7 +1,11 @@
 //! Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): Y = X Wᵀ + s (X Aᵀ) Bᵀ.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
+use crate::error::Result;
+use crate::model::Qwen2Config;
+use crate::rng::{Purpose, Stream};
 use crate::tensor::Tensor;
 
 /// The linear modules of a decoder layer that an adapter can sit on.
@@ -99,4 +103,36 @@ pub struct Lora {
     /// What the adapter was trained on (a folder or hub id), for the files that name it.
     pub base_model: String,
     pub pairs: BTreeMap<(usize, Module), LoraPair>,
+}
+
+impl Lora {
+    /// New adapters on the target modules of `layers`: A uniform in ±1/√in (Kaiming with
+    /// a = √5, as PEFT draws it), B zero, so that they change nothing yet.
+    pub fn new(
+        config: LoraConfig,
+        model: &Qwen2Config,
+        layers: Range<usize>,
+        seed: u64,
+    ) -> Result<Self> {
+        let mut pairs = BTreeMap::new();
+        for layer in layers {
+            for &module in &config.targets {
+                let (rows, cols) = model.module_dims(module);
+                let index = layer as u32 * Module::ALL.len() as u32 + module as u32;
+                let stream = Stream::new(seed, Purpose::Init, 1, index);
+                let bound = 1.0 / (cols as f32).sqrt();
+                let a = (0..config.r * cols)
+                    .map(|i| (stream.uniform(i as u64) * 2.0 - 1.0) * bound)
+                    .collect();
+                let a = Tensor::from_vec(a, [config.r, cols])?;
+                let b = Tensor::from_vec(vec![0.0; rows * config.r], [rows, config.r])?;
+                pairs.insert((layer, module), LoraPair { a, b });
+            }
+        }
+        Ok(Self {
+            config,
+            base_model: String::new(),
+            pairs,
+        })
+    }
 }

@@ -1,6 +1,7 @@
 //! Qwen2 (Yang et al. 2024, arXiv 2407.10671); a Llama without attention bias is the same
 //! network without the q, k and v biases.
 
+use crate::error::Result;
 use crate::model::{Module, Qwen2Config};
 use crate::tensor::Tensor;
 
@@ -76,4 +77,20 @@ pub struct Qwen2 {
     pub norm: Tensor,
     /// \[V, d\]; shares the embedding's storage when the two are tied
     pub lm_head: Tensor,
+}
+
+impl Qwen2 {
+    /// Brings the linear maps of `layers`, and the output head where asked, into f32 in memory.
+    pub fn widen(&mut self, layers: std::ops::Range<usize>, head: bool) -> Result<()> {
+        for layer in self.layers.get_mut(layers).into_iter().flatten() {
+            for module in Module::ALL {
+                let linear = layer.module_mut(module);
+                linear.weight = linear.weight.to_f32()?;
+            }
+        }
+        if head {
+            self.lm_head = self.lm_head.to_f32()?;
+        }
+        Ok(())
+    }
 }

@@ -1,0 +1,172 @@
+//! What a run reads: models, tokenizer, texts.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use super::{TrainConfig, example};
+use crate::data::records::{self, Record};
+use crate::data::{Packed, Template, Tokenizer, pack};
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::formats::{huggingface, peft};
+use crate::model::{Layout, Qwen2};
+use crate::tensor::Tensor;
+use crate::train::{DeviceSetting, DtypeSetting};
+
+/// Where a run's files are, the embedded example's included.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sources {
+    /// Folder of the model to tune.
+    pub target: PathBuf,
+    /// Folder of the model whose activations the SAE learns, where it is another one.
+    pub source: Option<PathBuf>,
+    pub source_adapter: Option<PathBuf>,
+    pub data: PathBuf,
+    pub elicitation_data: Option<PathBuf>,
+    pub template: Option<PathBuf>,
+}
+
+impl Sources {
+    /// The files that `config` names; for the embedded example, written below `run`.
+    pub fn resolve(config: &TrainConfig, run: &Path) -> Result<Self> {
+        let Some(target) = &config.target else {
+            return example::unpack(&run.join("example"));
+        };
+        let data = config.data.as_ref().ok_or_else(|| {
+            Error::setting("--data", "expected a file of problems and answers, found none")
+        })?;
+        Ok(Self {
+            target: target.into(),
+            source: config.source.as_ref().filter(|s| *s != target).map(PathBuf::from),
+            source_adapter: config.source_adapter.as_ref().map(PathBuf::from),
+            data: data.into(),
+            elicitation_data: config
+                .elicitation_data
+                .as_ref()
+                .filter(|e| *e != data)
+                .map(PathBuf::from),
+            template: config.template.clone(),
+        })
+    }
+
+    /// Whether Stage I looks at the very model that Stage II tunes.
+    pub fn source_is_target(&self) -> bool {
+        self.source.is_none() && self.source_adapter.is_none()
+    }
+
+    /// The template of the texts.
+    pub fn template(&self) -> Result<Template> {
+        match &self.template {
+            Some(path) => Template::from_file(path),
+            None => Ok(Template::builtin()),
+        }
+    }
+
+    /// The model whose activations the SAE learns, its adapter merged in; layers after `last`
+    /// are not read.
+    pub fn load_source(&self, dtype: DtypeSetting, last: usize) -> Result<Qwen2> {
+        let dir = self.source.as_ref().unwrap_or(&self.target);
+        let mut model = huggingface::load(dir)?;
+        if let Some(adapter) = &self.source_adapter {
+            let lora = peft::load(adapter, &model.config)?;
+            huggingface::merge_into(&mut model, &lora)?;
+        }
+        widen(&mut model, dtype, 0..last + 1, false)?;
+        Ok(model)
+    }
+
+    /// The model to tune.
+    pub fn load_target(&self, dtype: DtypeSetting) -> Result<Qwen2> {
+        let mut model = huggingface::load(&self.target)?;
+        let layers = 0..model.layers.len();
+        widen(&mut model, dtype, layers, true)?;
+        Ok(model)
+    }
+}
+
+/// Brings the weights that products will use into f32 where the setting says so, or, when left
+/// to the engine, where they then take at most a third of the memory that is free.
+pub fn widen(
+    model: &mut Qwen2,
+    dtype: DtypeSetting,
+    layers: Range<usize>,
+    head: bool,
+) -> Result<()> {
+    let wide = match dtype {
+        DtypeSetting::F32 => true,
+        DtypeSetting::Bf16 => false,
+        DtypeSetting::Auto => {
+            let config = &model.config;
+            let layer: usize = crate::model::Module::ALL
+                .iter()
+                .map(|&m| config.module_dims(m))
+                .map(|(out, cols)| out * cols)
+                .sum();
+            let head = if head { config.vocab_size * config.hidden_size } else { 0 };
+            let bytes = 4 * (layers.len() * layer + head) as u64;
+            bytes <= available_memory() / 3
+        }
+    };
+    if wide { model.widen(layers, head) } else { Ok(()) }
+}
+
+/// Bytes of memory that processes may still take; a careful guess where the system does not say.
+pub fn available_memory() -> u64 {
+    const GUESS: u64 = 4 << 30;
+    let Ok(text) = std::fs::read_to_string("/proc/meminfo") else { return GUESS };
+    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|l| l.trim().strip_suffix(" kB")).and_then(|n| n.trim().parse::<u64>().ok());
+    kib.map_or(GUESS, |kib| kib.saturating_mul(1024))
+}
+
+/// The device of a setting.
+pub fn device(setting: DeviceSetting, threads: usize) -> Result<Device> {
+    match setting {
+        DeviceSetting::Auto | DeviceSetting::Cpu => Device::cpu(threads),
+        DeviceSetting::Cuda(_) => Err(Error::setting(
+            "--device",
+            "this build runs on the CPU only; CUDA kernels are not part of it yet",
+        )),
+    }
+}
+
+/// Reads problems, makes texts of them and packs these into rows.
+pub fn read_texts(
+    data: &Path,
+    template: &Template,
+    tokenizer: &Tokenizer,
+    seq_len: usize,
+    document_mask: bool,
+) -> Result<(Vec<Record>, Packed)> {
+    use rayon::prelude::*;
+    let records = records::read(data)?;
+    let texts = records.par_iter().map(|r| template.render_text(r)).collect::<Result<Vec<_>>>()?;
+    let packed = pack(&texts, tokenizer, seq_len, document_mask)?;
+    Ok((records, packed))
+}
+
+/// An error unless every token id is one of the model's.
+pub fn check_vocabulary(model: &Qwen2, packed: &Packed, tokenizer: &Path) -> Result<()> {
+    let vocab = model.config.vocab_size;
+    match packed.tokens.iter().find(|&&id| id as usize >= vocab) {
+        Some(id) => Err(Error::file(
+            tokenizer.join("tokenizer.json"),
+            format!("expected token ids below the model's vocab_size {vocab}, found {id}"),
+        )),
+        None => Ok(()),
+    }
+}
+
+/// The token ids of rows \[rows x seq_len\] and how they lie.
+pub fn batch(packed: &Packed, rows: &[usize], layout: &Layout) -> Result<(Tensor, Layout)> {
+    let shape = [rows.len() * packed.seq_len];
+    let ids = rows.iter().flat_map(|&r| packed.row(r)).copied().collect();
+    let doc_starts = match packed.doc_starts {
+        Some(_) => {
+            let starts = rows.iter().filter_map(|&r| packed.row_doc_starts(r)).flatten();
+            Some(Tensor::from_u32(starts.copied().collect(), shape)?)
+        }
+        None => None,
+    };
+    Ok((Tensor::from_u32(ids, shape)?, layout.with_batch(rows.len(), doc_starts)))
+}

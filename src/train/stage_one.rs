@@ -1,0 +1,300 @@
+//! Stage I: SAEs learn the activations of the source model, at one or several hookpoints in one
+//! pass over the data.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use serde_json::{Value, json};
+
+use super::inputs::batch;
+use super::metrics::{StepMetrics, StepStage};
+use super::row_cache::RowCache;
+use super::sae_trainer::{SaeOptimizer, SaeTrainOptions, SaeTrainer};
+use super::session::{Session, StageState};
+use super::settings::hookpoint_name;
+use super::{Event, SaeInit, TrainConfig};
+use crate::data::{Packed, order};
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::formats::sparsify;
+use crate::model::{Layout, Qwen2, Sae, SaeConfig};
+use crate::tape::Tape;
+use crate::tensor::Tensor;
+
+/// Steps of Stage I, or of Stage II with its micro-batches.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Schedule {
+    pub steps_per_epoch: u64,
+    pub steps: u64,
+}
+
+impl Schedule {
+    /// `rows` sequences in steps of `per_step`, the last of an epoch with what is left.
+    pub fn new(rows: usize, per_step: usize, epochs: usize, max_steps: Option<usize>) -> Self {
+        let steps_per_epoch = rows.div_ceil(per_step) as u64;
+        let all = steps_per_epoch * epochs as u64;
+        Self { steps_per_epoch, steps: max_steps.map_or(all, |max| all.min(max as u64)) }
+    }
+
+    /// Whether any row is used twice.
+    pub fn repeats(&self) -> bool {
+        self.steps > self.steps_per_epoch
+    }
+}
+
+/// The rows of each step, in the order of its epoch.
+pub(super) fn rows_of_step<'o>(
+    order: &'o [usize],
+    step: u64,
+    schedule: Schedule,
+    per_step: usize,
+) -> &'o [usize] {
+    let start = (step % schedule.steps_per_epoch) as usize * per_step;
+    &order[start..(start + per_step).min(order.len())]
+}
+
+pub(super) struct StageOne<'a> {
+    pub device: &'a Device,
+    pub model: &'a Qwen2,
+    pub packed: &'a Packed,
+    /// Layers whose output is learnt, ascending.
+    pub hookpoints: &'a [usize],
+    pub schedule: Schedule,
+}
+
+/// One SAE in training.
+struct Hook {
+    layer: usize,
+    trainer: SaeTrainer,
+    /// Lowest mean FVU of a checkpoint's interval so far.
+    best: f64,
+    /// Sum of FVU and number of steps since the last checkpoint.
+    interval: (f64, u64),
+}
+
+/// What Stage I leaves.
+pub(super) struct Trained {
+    /// The SAE of each hookpoint, as saved.
+    pub saes: Vec<(usize, Sae)>,
+    /// FVU of the first and of the last step of each hookpoint, where this process ran them.
+    pub fvu: Vec<(usize, f64, f64)>,
+}
+
+impl StageOne<'_> {
+    /// Trains and saves. `activations` gives layer outputs, one part a hookpoint.
+    pub fn run(&self, session: &mut Session, activations: &mut RowCache) -> Result<Trained> {
+        let config = session.config;
+        let mut hooks = self.hooks(config)?;
+        let start = match session.take_state(StepStage::Sae) {
+            Some(state) => restore(&mut hooks, state)?,
+            None => 0,
+        };
+        let name = "Stage I: sparse autoencoder".to_owned();
+        session.tell(Event::Phase { name, steps: self.schedule.steps, done: start });
+        let layout = Layout::new(&self.model.config, config.sae_batch, self.packed.seq_len)?;
+        let seed = config.shuffle.then_some(config.seed);
+        let (mut epoch, mut rows) = (u64::MAX, Vec::new());
+        let mut fvu = Vec::new();
+        for step in start..self.schedule.steps {
+            session.check_cancelled()?;
+            let began = Instant::now();
+            if step / self.schedule.steps_per_epoch != epoch {
+                epoch = step / self.schedule.steps_per_epoch;
+                rows = order(self.packed.rows(), seed, epoch);
+            }
+            let rows = rows_of_step(&rows, step, self.schedule, config.sae_batch);
+            let outputs = self.device.run(|| {
+                activations.get(rows, |rows| self.layer_outputs(rows, &layout))
+            })?;
+            let mut measured = Vec::new();
+            for (hook, x) in hooks.iter_mut().zip(&outputs) {
+                let metrics = hook.trainer.step(self.device, x)?;
+                hook.interval.0 += metrics.fvu;
+                hook.interval.1 += 1;
+                measured.push(metrics);
+            }
+            let seconds = began.elapsed().as_secs_f64();
+            let tokens = rows.len() * self.packed.seq_len;
+            for (i, (hook, m)) in hooks.iter().zip(&measured).enumerate() {
+                if fvu.len() <= i {
+                    fvu.push((hook.layer, m.fvu, m.fvu));
+                }
+                fvu[i].2 = m.fvu;
+                session.record(StepMetrics {
+                    epoch: (step + 1) as f64 / self.schedule.steps_per_epoch as f64,
+                    tokens: self.tokens_until(step + 1, config.sae_batch),
+                    seconds,
+                    tokens_per_s: tokens as f64 / seconds,
+                    lr: m.lr,
+                    hookpoint: Some(hookpoint_name(hook.layer)),
+                    fvu: Some(m.fvu),
+                    fvu_no_sinks: m.fvu_no_sinks,
+                    dead_fraction: Some(m.dead_fraction),
+                    ..StepMetrics::new(StepStage::Sae, step + 1)
+                })?;
+            }
+            let done = step + 1;
+            if done.is_multiple_of(config.checkpoint_every as u64) || done == self.schedule.steps {
+                save_best(session, &mut hooks)?;
+            }
+            session.step_done(StepStage::Sae, done, || state(&hooks))?;
+        }
+        let saes = self.save(session, &hooks)?;
+        Ok(Trained { saes, fvu })
+    }
+
+    /// The outputs of the hookpoints' layers for rows of tokens, \[rows x seq_len, d\] each.
+    pub fn layer_outputs(&self, rows: &[usize], layout: &Layout) -> Result<Vec<Tensor>> {
+        layer_outputs(self.device, self.model, self.packed, self.hookpoints, rows, layout)
+    }
+
+    fn hooks(&self, config: &TrainConfig) -> Result<Vec<Hook>> {
+        let hooks = self.hookpoints.iter().map(|&layer| {
+            let sae = start_sae(self.device, config, &self.model.config, layer)?;
+            let total = self.schedule.steps;
+            let optimizer = match config.sae_optimizer {
+                super::SaeOptimizer::Signum => SaeOptimizer::Signum,
+                super::SaeOptimizer::Adam => SaeOptimizer::Adam { warmup: 1000.min(total / 5), total },
+            };
+            let options = SaeTrainOptions {
+                optimizer,
+                lr: Some(config.sae_lr_for(sae.config.num_latents)),
+                exclude_sinks: config.exclude_sinks,
+                auxk_alpha: config.auxk_alpha as f32,
+                ..SaeTrainOptions::default()
+            };
+            let trainer = SaeTrainer::new(sae, options)?;
+            Ok(Hook { layer, trainer, best: f64::INFINITY, interval: (0.0, 0) })
+        });
+        hooks.collect()
+    }
+
+    fn save(&self, session: &mut Session, hooks: &[Hook]) -> Result<Vec<(usize, Sae)>> {
+        let mut saes = Vec::new();
+        for hook in hooks {
+            let sae = hook.trainer.averaged()?;
+            let dir = session.run.sae_dir(hook.layer);
+            sparsify::save(&dir, &sae)?;
+            session.tell(Event::Saved(dir));
+            saes.push((hook.layer, sae));
+        }
+        Ok(saes)
+    }
+
+    fn tokens_until(&self, steps: u64, batch: usize) -> u64 {
+        tokens_until(steps, self.schedule, batch, self.packed)
+    }
+}
+
+/// Tokens of the first `steps` steps.
+pub(super) fn tokens_until(steps: u64, schedule: Schedule, batch: usize, packed: &Packed) -> u64 {
+    let (epochs, rest) = (steps / schedule.steps_per_epoch, steps % schedule.steps_per_epoch);
+    (epochs * packed.rows() as u64 + rest * batch as u64) * packed.seq_len as u64
+}
+
+/// The outputs of `layers` (ascending) for rows of tokens, in one pass that ends at the last.
+pub(super) fn layer_outputs(
+    device: &Device,
+    model: &Qwen2,
+    packed: &Packed,
+    layers: &[usize],
+    rows: &[usize],
+    layout: &Layout,
+) -> Result<Vec<Tensor>> {
+    let (ids, layout) = batch(packed, rows, layout)?;
+    let mut tape = Tape::new(device);
+    let mut x = model.embed(&mut tape, ids)?;
+    let (mut next, mut outputs) = (0, Vec::new());
+    for &layer in layers {
+        x = model.decode(&mut tape, x, next..layer + 1, &layout, None)?;
+        next = layer + 1;
+        outputs.push(x.value().clone());
+    }
+    Ok(outputs)
+}
+
+/// The SAE that a stage starts from.
+pub(super) fn start_sae(
+    device: &Device,
+    config: &TrainConfig,
+    model: &crate::model::Qwen2Config,
+    layer: usize,
+) -> Result<Sae> {
+    let d = model.hidden_size;
+    if config.sae_init == SaeInit::Scratch {
+        let sae = SaeConfig {
+            d_in: d,
+            num_latents: config.latents_for(d)?,
+            k: config.k,
+            expansion_factor: config.expansion,
+            normalize_decoder: true,
+            multi_topk: config.multi_topk,
+        };
+        return Sae::scratch(device, sae, config.seed, layer as u32);
+    }
+    let root = config.sae.as_ref().ok_or_else(|| {
+        Error::setting("--sae", "expected the folder of an SAE to start from, found none")
+    })?;
+    load_sae(root, layer, d)
+}
+
+/// The SAE of a layer below a folder, for activations of size `d`.
+pub(super) fn load_sae(root: &std::path::Path, layer: usize, d: usize) -> Result<Sae> {
+    let dir: PathBuf = sparsify::hookpoint_dir(root, layer)?;
+    let sae = sparsify::load(&dir)?;
+    if sae.config.d_in != d {
+        return Err(Error::file(
+            dir.join("cfg.json"),
+            format!("expected d_in {d}, the model's hidden size, found {}", sae.config.d_in),
+        ));
+    }
+    Ok(sae)
+}
+
+/// Saves each SAE whose mean FVU since the last look is the lowest so far.
+fn save_best(session: &mut Session, hooks: &mut [Hook]) -> Result<()> {
+    for hook in hooks {
+        let (sum, steps) = std::mem::take(&mut hook.interval);
+        let mean = sum / steps.max(1) as f64;
+        if mean < hook.best {
+            hook.best = mean;
+            let dir = session.run.path().join("sae").join("best").join(hookpoint_name(hook.layer));
+            sparsify::save(&dir, &hook.trainer.averaged()?)?;
+        }
+    }
+    Ok(())
+}
+
+fn state(hooks: &[Hook]) -> Result<(Vec<(String, Tensor)>, Value)> {
+    let (mut tensors, mut states) = (Vec::new(), Vec::new());
+    for hook in hooks {
+        let (own, state) = hook.trainer.state()?;
+        tensors.extend(own.into_iter().map(|(name, t)| (format!("{}.{name}", hook.layer), t)));
+        // JSON has no infinity; `best` is one before the first interval.
+        let best = hook.best.is_finite().then_some(hook.best.to_bits());
+        states.push(json!({
+            "layer": hook.layer, "trainer": state, "best_bits": best,
+            "interval_sum_bits": hook.interval.0.to_bits(), "interval_steps": hook.interval.1,
+        }));
+    }
+    Ok((tensors, Value::Array(states)))
+}
+
+/// Puts the SAEs where a checkpoint left them; the step to go on with.
+fn restore(hooks: &mut [Hook], saved: StageState) -> Result<u64> {
+    let StageState { step, mut tensors, state } = saved;
+    for (i, hook) in hooks.iter_mut().enumerate() {
+        let prefix = format!("{}.", hook.layer);
+        let names: Vec<_> = tensors.keys().filter(|n| n.starts_with(&prefix)).cloned().collect();
+        let own = names
+            .into_iter()
+            .filter_map(|n| Some((n[prefix.len()..].to_owned(), tensors.remove(&n)?)))
+            .collect();
+        let state = &state[i];
+        hook.trainer.restore(own, &state["trainer"])?;
+        hook.best = state["best_bits"].as_u64().map_or(f64::INFINITY, f64::from_bits);
+        let sum = state["interval_sum_bits"].as_u64().map_or(0.0, f64::from_bits);
+        hook.interval = (sum, state["interval_steps"].as_u64().unwrap_or(0));
+    }
+    Ok(step)
+}
