@@ -37,7 +37,11 @@ impl Operator for Embedding {
             ));
         };
         let ids = self.ids.u32s()?;
-        if let Some((t, id)) = ids.iter().enumerate().find(|(_, id)| **id as usize >= vocab) {
+        if let Some((t, id)) = ids
+            .iter()
+            .enumerate()
+            .find(|(_, id)| **id as usize >= vocab)
+        {
             return Err(Error::operand(
                 Self::NAME,
                 format!("token ids below {vocab}"),

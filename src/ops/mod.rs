@@ -3,6 +3,7 @@
 //! so that an operator without a gradient does not compile.
 
 pub mod embedding;
+pub mod flash_attention;
 pub(crate) mod math;
 pub mod rmsnorm;
 pub mod rope;

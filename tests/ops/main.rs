@@ -3,6 +3,7 @@
 mod harness;
 
 mod embedding;
+mod flash_attention;
 mod rmsnorm;
 mod rope;
 mod swiglu;

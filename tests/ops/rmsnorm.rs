@@ -63,5 +63,8 @@ fn a_row_of_another_width_is_an_error_that_names_both() {
     };
     let x = Var::constant(random(2, &[3, 5], 1.0));
     let error = Tape::new(&device).apply(op, &[&x]).unwrap_err().to_string();
-    assert!(error.contains("rmsnorm") && error.contains("[3, 5]"), "{error}");
+    assert!(
+        error.contains("rmsnorm") && error.contains("[3, 5]"),
+        "{error}"
+    );
 }
