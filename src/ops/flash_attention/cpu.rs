@@ -91,21 +91,21 @@ impl<'a> Operands<'a> {
     fn pack(&self, from: &[f32], d: usize, tile: &TileOf, scale: f32, to: &mut [f32]) {
         let (cols, width) = (self.op.heads * d, self.op.group() * d);
         let first = tile.seq * self.op.seq_len + tile.queries.start;
-        let rows = from[first * cols..].chunks_exact(cols);
-        for (to, row) in to.chunks_exact_mut(width).zip(rows) {
-            let row = &row[tile.kv_head * width..][..width];
-            to.iter_mut().zip(row).for_each(|(t, v)| *t = v * scale);
-        }
+        let from = &from[first * cols + tile.kv_head * width..];
+        copy_scaled(from, cols, to, width, width, scale);
     }
 
     /// Writes the tile of one group of heads, times `scale`, into a block of rows [_, heads * d].
     fn unpack(&self, from: &[f32], d: usize, kv_head: usize, scale: f32, rows: &mut [f32]) {
         let (cols, width) = (self.op.heads * d, self.op.group() * d);
-        let rows = rows.chunks_exact_mut(cols);
-        for (from, row) in from.chunks_exact(width).zip(rows) {
-            let row = &mut row[kv_head * width..][..width];
-            row.iter_mut().zip(from).for_each(|(r, t)| *r = t * scale);
-        }
+        copy_scaled(
+            from,
+            width,
+            &mut rows[kv_head * width..],
+            cols,
+            width,
+            scale,
+        );
     }
 
     /// What q is multiplied by so that scores come out in base 2.
@@ -162,6 +162,24 @@ vectorized! {
         let d = a.len() / out.len();
         for (out, (a, b)) in out.iter_mut().zip(a.chunks_exact(d).zip(b.chunks_exact(d))) {
             *out = sum_products([a, b]);
+        }
+    }
+}
+
+vectorized! {
+    /// `to = scale * from` for matrices of `width` columns with rows of different lengths.
+    fn copy_scaled(
+        from: &[f32],
+        from_stride: usize,
+        to: &mut [f32],
+        to_stride: usize,
+        width: usize,
+        scale: f32,
+    ) {
+        for (to, from) in to.chunks_mut(to_stride).zip(from.chunks(from_stride)) {
+            for (to, from) in to[..width].iter_mut().zip(&from[..width]) {
+                *to = from * scale;
+            }
         }
     }
 }

@@ -113,17 +113,22 @@ vectorized! {
     ) {
         let rows = scores.chunks_exact_mut(KEYS).zip(grads.chunks_exact_mut(KEYS));
         let width = visible.keys.len();
-        for (r, ((row, grad), (log_sum, delta))) in rows.zip(log_sum.iter().zip(delta)).enumerate() {
+        for (r, ((row, grad), (&log_sum, &delta))) in rows.zip(log_sum.iter().zip(delta)).enumerate() {
             let vectors = cover(row, visible.columns(r), width);
             grad[..width.min(vectors.start * LANES)].fill(0.0);
             grad[width.min(vectors.end * LANES)..width].fill(0.0);
             let row = &mut row.as_chunks_mut::<LANES>().0[vectors.clone()];
             let grad = &mut grad.as_chunks_mut::<LANES>().0[vectors];
             for (row, grad) in row.iter_mut().zip(grad) {
-                for (p, g) in row.iter_mut().zip(grad) {
+                // Copies, so that the compiler sees that the two do not overlap.
+                let (mut p, mut g) = (*row, *grad);
+                for p in &mut p {
                     *p = exp2_of_negative(*p - log_sum);
-                    *g = *p * (*g - delta);
                 }
+                for (g, p) in g.iter_mut().zip(&p) {
+                    *g = p * (*g - delta);
+                }
+                (*row, *grad) = (p, g);
             }
         }
     }
