@@ -9,6 +9,7 @@ pub(crate) mod head;
 pub mod kl_div;
 pub mod lora;
 pub(crate) mod math;
+pub mod flash_attention;
 pub(crate) mod math;
 pub mod rmsnorm;
 pub mod rope;

@@ -7,6 +7,7 @@ mod kl_div;
 mod lora;
 
 mod embedding;
+mod flash_attention;
 mod rmsnorm;
 mod rope;
 mod swiglu;

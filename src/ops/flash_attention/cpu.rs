@@ -1,0 +1,437 @@
+//! The CPU version. A task owns a block of rows (of queries, or of keys in the pass for dK and
+//! dV) and works through the blocks of the other side. The query heads that share a key/value
+//! head are stacked: the tile of `rows` queries and `group` heads is a matrix [rows * group, D]
+//! whose row r is query r / group, head r % group. That gives matrix products of a good size,
+//! and their reduction adds up the gradients of the group in a fixed order.
+
+use std::f32::consts::{LN_2, LOG2_E};
+use std::ops::Range;
+
+use faer::linalg::matmul::matmul;
+use faer::{Accum, MatMut, MatRef, Par};
+use rayon::prelude::*;
+
+use super::FlashAttention;
+use super::softmax::{Visible, finish_softmax, online_softmax, softmax_backward};
+use crate::device::Device;
+use crate::device::simd::vectorized;
+use crate::error::Result;
+use crate::ops::math::sum_products;
+use crate::tensor::{Buffer, Tensor};
+
+/// Stacked rows of a query tile (more only where the group alone is larger).
+const TILE_ROWS: usize = 192;
+/// Queries of a tile at most: what lies above the diagonal within it is wasted.
+const MAX_QUERIES: usize = 64;
+/// Keys that a query tile meets at a time; also the width of a row of scores.
+pub(super) const KEYS: usize = 256;
+/// Keys of a task in the pass for dK and dV.
+const KEYS_OF_TASK: usize = 128;
+
+/// The operator and its inputs as slices.
+pub(super) struct Operands<'a> {
+    op: &'a FlashAttention,
+    q: &'a [f32],
+    k: &'a [f32],
+    v: &'a [f32],
+    doc_starts: Option<&'a [u32]>,
+}
+
+impl<'a> Operands<'a> {
+    /// The caller has checked the shapes.
+    pub(super) fn new(
+        op: &'a FlashAttention,
+        q: &'a Tensor,
+        k: &'a Tensor,
+        v: &'a Tensor,
+    ) -> Result<Self> {
+        Ok(Self {
+            op,
+            q: q.f32s()?,
+            k: k.f32s()?,
+            v: v.f32s()?,
+            doc_starts: op.doc_starts.as_ref().map(Tensor::u32s).transpose()?,
+        })
+    }
+
+    fn queries_of_tile(&self) -> usize {
+        (TILE_ROWS / self.op.group()).clamp(1, MAX_QUERIES)
+    }
+
+    /// Keys (or values) `keys` of the tile's key/value head, as a matrix [keys, D].
+    fn keys_of<'b>(&self, kv: &'b [f32], tile: &TileOf, keys: &Range<usize>) -> Mat<'b> {
+        let (d, stride) = (self.op.head_dim, self.op.kv_heads * self.op.head_dim);
+        let first = (tile.seq * self.op.seq_len + keys.start) * stride + tile.kv_head * d;
+        mat(&kv[first..], keys.len(), d, stride)
+    }
+
+    /// For each query of the tile the first position that it sees, where documents are masked.
+    fn starts_of(&self, tile: &TileOf) -> Option<&'a [u32]> {
+        let starts = &self.doc_starts?[tile.seq * self.op.seq_len..];
+        Some(&starts[tile.queries.clone()])
+    }
+
+    /// The first position that any query of the tile sees.
+    fn first_visible(&self, tile: &TileOf) -> usize {
+        let first = self.starts_of(tile).and_then(|starts| starts.iter().min());
+        first.map_or(0, |&start| start as usize)
+    }
+
+    /// Which of the keys `keys` the rows of the tile see.
+    fn visible(&self, tile: &TileOf, keys: &Range<usize>) -> Visible<'a> {
+        Visible {
+            first_query: tile.queries.start,
+            group: self.op.group(),
+            keys: keys.clone(),
+            doc_starts: self.starts_of(tile),
+        }
+    }
+
+    /// Copies the tile of one group of heads out of `from` ([T, heads * d]), times `scale`.
+    fn pack(&self, from: &[f32], d: usize, tile: &TileOf, scale: f32, to: &mut [f32]) {
+        let (cols, width) = (self.op.heads * d, self.op.group() * d);
+        let first = tile.seq * self.op.seq_len + tile.queries.start;
+        let from = &from[first * cols + tile.kv_head * width..];
+        copy_scaled(from, cols, to, width, width, scale);
+    }
+
+    /// Writes the tile of one group of heads, times `scale`, into a block of rows [_, heads * d].
+    fn unpack(&self, from: &[f32], d: usize, kv_head: usize, scale: f32, rows: &mut [f32]) {
+        let (cols, width) = (self.op.heads * d, self.op.group() * d);
+        copy_scaled(
+            from,
+            width,
+            &mut rows[kv_head * width..],
+            cols,
+            width,
+            scale,
+        );
+    }
+
+    /// What q is multiplied by so that scores come out in base 2.
+    fn score_scale(&self) -> f32 {
+        LOG2_E * self.inverse_sqrt_d()
+    }
+
+    fn inverse_sqrt_d(&self) -> f32 {
+        1.0 / (self.op.head_dim as f32).sqrt()
+    }
+}
+
+/// Some queries of one sequence, and the heads that share a key/value head.
+struct TileOf {
+    seq: usize,
+    kv_head: usize,
+    queries: Range<usize>,
+}
+
+/// What flows into backward, and what backward needs of the softmax.
+pub(super) struct Upstream<'a> {
+    grad: &'a [f32],
+    /// [T, heads], base 2.
+    log_sum: &'a [f32],
+    /// [T, heads]: rowsum(dO O).
+    delta: Buffer,
+}
+
+impl<'a> Upstream<'a> {
+    pub(super) fn new(
+        device: &Device,
+        op: &FlashAttention,
+        o: &[f32],
+        grad: &'a [f32],
+        log_sum: &'a [f32],
+    ) -> Self {
+        let mut delta = device.buffer(log_sum.len());
+        let d = op.head_dim;
+        delta
+            .par_chunks_mut(KEYS)
+            .zip(o.par_chunks(KEYS * d).zip(grad.par_chunks(KEYS * d)))
+            .for_each(|(delta, (o, grad))| row_products(delta, o, grad));
+        Self {
+            grad,
+            log_sum,
+            delta,
+        }
+    }
+}
+
+vectorized! {
+    /// out[i] = Σ a[i] b[i] for matrices of as many rows as `out` is long.
+    fn row_products(out: &mut [f32], a: &[f32], b: &[f32]) {
+        let d = a.len() / out.len();
+        for (out, (a, b)) in out.iter_mut().zip(a.chunks_exact(d).zip(b.chunks_exact(d))) {
+            *out = sum_products([a, b]);
+        }
+    }
+}
+
+vectorized! {
+    /// `to = scale * from` for matrices of `width` columns with rows of different lengths.
+    fn copy_scaled(
+        from: &[f32],
+        from_stride: usize,
+        to: &mut [f32],
+        to_stride: usize,
+        width: usize,
+        scale: f32,
+    ) {
+        for (to, from) in to.chunks_mut(to_stride).zip(from.chunks(from_stride)) {
+            for (to, from) in to[..width].iter_mut().zip(&from[..width]) {
+                *to = from * scale;
+            }
+        }
+    }
+}
+
+/// Memory for one query tile.
+struct Scratch {
+    /// [rows, D]: queries, scaled for base-2 scores.
+    q: Buffer,
+    /// [rows, D]: O, or dQ.
+    out: Buffer,
+    /// [rows, KEYS].
+    scores: Buffer,
+    /// [rows]: the running maximum, at the end the logarithm of the denominator.
+    log_sum: Buffer,
+    /// [rows]: the running sum, or delta.
+    sum: Buffer,
+}
+
+impl Scratch {
+    fn new(device: &Device, x: &Operands<'_>) -> Self {
+        let rows = x.queries_of_tile() * x.op.group();
+        Self {
+            q: device.buffer(rows * x.op.head_dim),
+            out: device.buffer(rows * x.op.head_dim),
+            scores: device.buffer(rows * KEYS),
+            log_sum: device.buffer(rows),
+            sum: device.buffer(rows),
+        }
+    }
+}
+
+/// More memory for one query tile in backward.
+struct GradScratch {
+    /// [rows, D]: dO.
+    grad: Buffer,
+    /// [rows, KEYS]: dO V^T, then dS.
+    grads: Buffer,
+}
+
+impl GradScratch {
+    fn new(device: &Device, x: &Operands<'_>) -> Self {
+        let rows = x.queries_of_tile() * x.op.group();
+        Self {
+            grad: device.buffer(rows * x.op.head_dim),
+            grads: device.buffer(rows * KEYS),
+        }
+    }
+}
+
+type Mat<'a> = MatRef<'a, f32>;
+
+/// The first `cols` columns of a row-major matrix whose rows are `stride` long.
+fn mat(data: &[f32], rows: usize, cols: usize, stride: usize) -> Mat<'_> {
+    MatRef::from_row_major_slice_with_stride(data, rows, cols, stride)
+}
+
+/// `out` (rows `stride` long) becomes a b, or has it added.
+fn product(out: &mut [f32], stride: usize, accumulate: Accum, a: Mat<'_>, b: Mat<'_>) {
+    // Made as its transpose: faer 0.24's from_row_major_slice_with_stride_mut mixes up the strides.
+    let out = MatMut::from_column_major_slice_with_stride_mut(out, b.ncols(), a.nrows(), stride);
+    matmul(out.transpose_mut(), accumulate, a, b, 1.0, Par::Seq);
+}
+
+/// Blocks of at most `rows` rows of each sequence, `cols` wide: sequence, rows, elements.
+fn blocks<'a>(
+    data: &'a mut [f32],
+    op: &FlashAttention,
+    cols: usize,
+    rows: usize,
+) -> Vec<(usize, Range<usize>, &'a mut [f32])> {
+    let sequences = data.chunks_exact_mut(op.seq_len * cols).enumerate();
+    sequences
+        .flat_map(|(seq, data)| {
+            let blocks = data.chunks_mut(rows * cols).enumerate();
+            blocks.map(move |(i, block)| {
+                let first = i * rows;
+                (seq, first..first + block.len() / cols, block)
+            })
+        })
+        .collect()
+}
+
+/// `keys` cut into blocks that a tile of scores can hold.
+fn key_blocks(keys: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    let end = keys.end;
+    keys.step_by(KEYS).map(move |j| j..(j + KEYS).min(end))
+}
+
+/// Computes the output and the base-2 logarithms of the softmax's denominators.
+pub(super) fn forward(device: &Device, x: &Operands<'_>, o: &mut [f32], log_sum: &mut [f32]) {
+    let op = x.op;
+    let o = blocks(o, op, op.heads * op.head_dim, x.queries_of_tile());
+    let log_sum = blocks(log_sum, op, op.heads, x.queries_of_tile());
+    let tasks = o.into_par_iter().zip(log_sum).with_max_len(1);
+    tasks.for_each(|((seq, queries, o), (_, _, log_sum))| {
+        let mut scratch = Scratch::new(device, x);
+        let rows = queries.len() * op.group();
+        for kv_head in 0..op.kv_heads {
+            let tile = TileOf {
+                seq,
+                kv_head,
+                queries: queries.clone(),
+            };
+            forward_tile(x, &tile, &mut scratch);
+            x.unpack(
+                &scratch.out[..rows * op.head_dim],
+                op.head_dim,
+                kv_head,
+                1.0,
+                o,
+            );
+            x.unpack(&scratch.log_sum[..rows], 1, kv_head, 1.0, log_sum);
+        }
+    });
+}
+
+fn forward_tile(x: &Operands<'_>, tile: &TileOf, scratch: &mut Scratch) {
+    let d = x.op.head_dim;
+    let rows = tile.queries.len() * x.op.group();
+    let q = &mut scratch.q[..rows * d];
+    let o = &mut scratch.out[..rows * d];
+    let scores = &mut scratch.scores[..rows * KEYS];
+    let (max, sum) = (&mut scratch.log_sum[..rows], &mut scratch.sum[..rows]);
+    x.pack(x.q, d, tile, x.score_scale(), q);
+    o.fill(0.0);
+    max.fill(f32::NEG_INFINITY);
+    sum.fill(0.0);
+    for keys in key_blocks(x.first_visible(tile)..tile.queries.end) {
+        let (k, v) = (x.keys_of(x.k, tile, &keys), x.keys_of(x.v, tile, &keys));
+        product(
+            scores,
+            KEYS,
+            Accum::Replace,
+            mat(q, rows, d, d),
+            k.transpose(),
+        );
+        online_softmax(scores, &x.visible(tile, &keys), max, sum, o);
+        product(o, d, Accum::Add, mat(scores, rows, keys.len(), KEYS), v);
+    }
+    finish_softmax(max, sum, o);
+}
+
+/// Computes dQ: a task owns a block of queries.
+pub(super) fn backward_q(device: &Device, x: &Operands<'_>, up: &Upstream<'_>, dq: &mut [f32]) {
+    let (op, d) = (x.op, x.op.head_dim);
+    let tasks = blocks(dq, op, op.heads * d, x.queries_of_tile());
+    let tasks = tasks.into_par_iter().with_max_len(1);
+    tasks.for_each(|(seq, queries, dq)| {
+        let mut scratch = Scratch::new(device, x);
+        let mut grads = GradScratch::new(device, x);
+        let rows = queries.len() * op.group();
+        for kv_head in 0..op.kv_heads {
+            let tile = TileOf {
+                seq,
+                kv_head,
+                queries: queries.clone(),
+            };
+            load_tile(x, up, &tile, &mut scratch, &mut grads);
+            let out = &mut scratch.out[..rows * d];
+            out.fill(0.0);
+            for keys in key_blocks(x.first_visible(&tile)..tile.queries.end) {
+                score_grads(x, &tile, &keys, &mut scratch, &mut grads);
+                let ds = mat(&grads.grads, rows, keys.len(), KEYS);
+                let k = x.keys_of(x.k, &tile, &keys);
+                product(&mut scratch.out, d, Accum::Add, ds, k);
+            }
+            let out = &scratch.out[..rows * d];
+            x.unpack(out, d, kv_head, x.inverse_sqrt_d(), dq);
+        }
+    });
+}
+
+/// Computes dK and dV: a task owns a block of keys.
+pub(super) fn backward_kv(
+    device: &Device,
+    x: &Operands<'_>,
+    up: &Upstream<'_>,
+    dk: &mut [f32],
+    dv: &mut [f32],
+) {
+    let (op, d) = (x.op, x.op.head_dim);
+    let cols = op.kv_heads * d;
+    let dk = blocks(dk, op, cols, KEYS_OF_TASK);
+    let dv = blocks(dv, op, cols, KEYS_OF_TASK);
+    let tasks = dk.into_par_iter().zip(dv).with_max_len(1);
+    tasks.for_each(|((seq, keys, dk), (_, _, dv))| {
+        let mut scratch = Scratch::new(device, x);
+        let mut grads = GradScratch::new(device, x);
+        dk.fill(0.0);
+        dv.fill(0.0);
+        for kv_head in 0..op.kv_heads {
+            for first in (keys.start..op.seq_len).step_by(x.queries_of_tile()) {
+                let tile = TileOf {
+                    seq,
+                    kv_head,
+                    queries: first..(first + x.queries_of_tile()).min(op.seq_len),
+                };
+                let keys = keys.start..keys.end.min(tile.queries.end);
+                if x.first_visible(&tile) >= keys.end {
+                    continue;
+                }
+                load_tile(x, up, &tile, &mut scratch, &mut grads);
+                score_grads(x, &tile, &keys, &mut scratch, &mut grads);
+                let rows = tile.queries.len() * op.group();
+                let p = mat(&scratch.scores, rows, keys.len(), KEYS).transpose();
+                let ds = mat(&grads.grads, rows, keys.len(), KEYS).transpose();
+                let (q, grad) = (mat(&scratch.q, rows, d, d), mat(&grads.grad, rows, d, d));
+                product(&mut dk[kv_head * d..], cols, Accum::Add, ds, q);
+                product(&mut dv[kv_head * d..], cols, Accum::Add, p, grad);
+            }
+        }
+        // The queries carried log2(e) for base-2 scores.
+        dk.iter_mut().for_each(|v| *v *= LN_2);
+    });
+}
+
+/// Brings what backward needs of a query tile together.
+fn load_tile(
+    x: &Operands<'_>,
+    up: &Upstream<'_>,
+    tile: &TileOf,
+    scratch: &mut Scratch,
+    grads: &mut GradScratch,
+) {
+    let d = x.op.head_dim;
+    let rows = tile.queries.len() * x.op.group();
+    x.pack(x.q, d, tile, x.score_scale(), &mut scratch.q[..rows * d]);
+    x.pack(up.grad, d, tile, 1.0, &mut grads.grad[..rows * d]);
+    x.pack(up.log_sum, 1, tile, 1.0, &mut scratch.log_sum[..rows]);
+    x.pack(&up.delta, 1, tile, 1.0, &mut scratch.sum[..rows]);
+}
+
+/// For a loaded query tile and a block of keys: P in `scratch.scores`, dS in `grads.grads`.
+fn score_grads(
+    x: &Operands<'_>,
+    tile: &TileOf,
+    keys: &Range<usize>,
+    scratch: &mut Scratch,
+    grads: &mut GradScratch,
+) {
+    let d = x.op.head_dim;
+    let rows = tile.queries.len() * x.op.group();
+    let (k, v) = (x.keys_of(x.k, tile, keys), x.keys_of(x.v, tile, keys));
+    let q = mat(&scratch.q, rows, d, d);
+    product(&mut scratch.scores, KEYS, Accum::Replace, q, k.transpose());
+    let grad = mat(&grads.grad, rows, d, d);
+    product(&mut grads.grads, KEYS, Accum::Replace, grad, v.transpose());
+    softmax_backward(
+        &mut scratch.scores,
+        &mut grads.grads,
+        &x.visible(tile, keys),
+        &scratch.log_sum[..rows],
+        &scratch.sum[..rows],
+    );
+}

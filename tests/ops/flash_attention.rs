@@ -1,0 +1,218 @@
+use resa_engine::Device;
+use resa_engine::ops::flash_attention::FlashAttention;
+use resa_engine::tape::{Tape, Var};
+use resa_engine::tensor::Tensor;
+
+use super::harness::{check, devices, random, relative_error, to_f64};
+
+#[derive(Clone, Copy)]
+struct Case {
+    batch: usize,
+    seq_len: usize,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+}
+
+impl Case {
+    fn op(&self, doc_starts: Option<&Tensor>) -> FlashAttention {
+        FlashAttention {
+            batch: self.batch,
+            seq_len: self.seq_len,
+            heads: self.heads,
+            kv_heads: self.kv_heads,
+            head_dim: self.head_dim,
+            doc_starts: doc_starts.cloned(),
+        }
+    }
+
+    /// q, k and v with scores large enough for a softmax that is far from uniform.
+    fn inputs(&self) -> [Tensor; 3] {
+        let rows = self.batch * self.seq_len;
+        let kv = [rows, self.kv_heads * self.head_dim];
+        [
+            random(7, &[rows, self.heads * self.head_dim], 3.0),
+            random(8, &kv, 3.0),
+            random(9, &kv, 1.0),
+        ]
+    }
+
+    /// Plain attention in float64, one query at a time.
+    fn reference(&self, inputs: &[Vec<f64>], starts: Option<&Tensor>) -> Vec<f64> {
+        let (d, group) = (self.head_dim, self.heads / self.kv_heads);
+        let starts = starts.map(|s| s.u32s().unwrap());
+        let mut o = Vec::with_capacity(inputs[0].len());
+        for row in 0..self.batch * self.seq_len {
+            let first_row = row / self.seq_len * self.seq_len;
+            let first = first_row + starts.map_or(0, |s| s[row] as usize);
+            for head in 0..self.heads {
+                let q = &inputs[0][(row * self.heads + head) * d..][..d];
+                let at = |j: usize| (j * self.kv_heads + head / group) * d;
+                let scores = (first..=row).map(|j| {
+                    let k = &inputs[1][at(j)..][..d];
+                    q.iter().zip(k).map(|(q, k)| q * k).sum::<f64>() / (d as f64).sqrt()
+                });
+                let scores: Vec<f64> = scores.collect();
+                let max = scores.iter().copied().fold(f64::MIN, f64::max);
+                let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
+                let sum: f64 = weights.iter().sum();
+                o.extend((0..d).map(|c| {
+                    let values = (first..=row).map(|j| inputs[2][at(j) + c]);
+                    values.zip(&weights).map(|(v, w)| v * w / sum).sum::<f64>()
+                }));
+            }
+        }
+        o
+    }
+
+    fn agrees_with_float64(&self, doc_starts: Option<&Tensor>) {
+        check(
+            || self.op(doc_starts),
+            &self.inputs(),
+            |inputs| vec![self.reference(inputs, doc_starts)],
+            5e-6,
+        );
+    }
+}
+
+fn case(batch: usize, seq_len: usize, heads: usize, kv_heads: usize, head_dim: usize) -> Case {
+    Case {
+        batch,
+        seq_len,
+        heads,
+        kv_heads,
+        head_dim,
+    }
+}
+
+#[test]
+fn odd_shapes_agree_with_float64() {
+    for case in [
+        case(1, 1, 1, 1, 2),
+        case(3, 7, 1, 1, 6),
+        case(2, 31, 4, 2, 16),
+        case(1, 65, 3, 1, 4),
+        case(1, 63, 2, 2, 8),
+    ] {
+        case.agrees_with_float64(None);
+    }
+}
+
+#[test]
+fn a_row_sees_only_its_document() {
+    // Documents of 1 to 12 rows; a sequence starts with what is left of one.
+    let starts = |position: u32| match position {
+        0..5 => 0,
+        5 => 5,
+        6..18 => 6,
+        _ => position - position % 9,
+    };
+    let case = case(2, 37, 4, 2, 8);
+    let starts = (0..74).map(|row| starts(row % 37)).collect();
+    let starts = Tensor::from_u32(starts, [74]).unwrap();
+    case.agrees_with_float64(Some(&starts));
+}
+
+/// Gradients of Σ o_i u_i by the textbook formulas in float64, with the whole matrix of weights.
+fn gradients(case: Case, x: &[Vec<f64>], starts: Option<&Tensor>, up: &[f64]) -> [Vec<f64>; 3] {
+    let (d, group) = (case.head_dim, case.heads / case.kv_heads);
+    let scale = 1.0 / (d as f64).sqrt();
+    let starts = starts.map(|s| s.u32s().unwrap());
+    let mut grads = [0, 1, 2].map(|i: usize| vec![0.0; x[i].len()]);
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    for row in 0..case.batch * case.seq_len {
+        let first = row / case.seq_len * case.seq_len + starts.map_or(0, |s| s[row] as usize);
+        for head in 0..case.heads {
+            let i = (row * case.heads + head) * d;
+            let at = |j: usize| (j * case.kv_heads + head / group) * d;
+            let scores = (first..=row).map(|j| scale * dot(&x[0][i..i + d], &x[1][at(j)..][..d]));
+            let scores: Vec<f64> = scores.collect();
+            let max = scores.iter().copied().fold(f64::MIN, f64::max);
+            let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+            let p: Vec<f64> = scores.iter().map(|s| (s - max).exp() / sum).collect();
+            let dp = (first..=row).map(|j| dot(&up[i..i + d], &x[2][at(j)..][..d]));
+            let dp: Vec<f64> = dp.collect();
+            let mean = dot(&p, &dp);
+            for (n, j) in (first..=row).enumerate() {
+                let ds = p[n] * (dp[n] - mean) * scale;
+                for c in 0..d {
+                    grads[0][i + c] += ds * x[1][at(j) + c];
+                    grads[1][at(j) + c] += ds * x[0][i + c];
+                    grads[2][at(j) + c] += p[n] * up[i + c];
+                }
+            }
+        }
+    }
+    grads
+}
+
+#[test]
+fn many_blocks_agree_with_float64() {
+    // Around the tiles' sizes: 64 queries, 128 and 256 keys.
+    let documents = |rows: usize, seq_len: usize| {
+        let start = |row: usize| match row % seq_len {
+            position @ 0..200 => position / 70 * 70,
+            200..290 => 200,
+            _ => 290,
+        };
+        Tensor::from_u32((0..rows).map(|row| start(row) as u32).collect(), [rows]).unwrap()
+    };
+    for (case, masked) in [
+        (case(1, 257, 3, 1, 64), false),
+        (case(2, 129, 6, 1, 16), false),
+        (case(1, 383, 2, 2, 32), true),
+        (case(1, 130, 9, 3, 128), true),
+    ] {
+        let rows = case.batch * case.seq_len;
+        let starts = masked.then(|| documents(rows, case.seq_len));
+        let inputs = case.inputs();
+        let inputs64: Vec<Vec<f64>> = inputs.iter().map(to_f64).collect();
+        let up = random(10, &[rows, case.heads * case.head_dim], 1.0);
+        let want = gradients(case, &inputs64, starts.as_ref(), &to_f64(&up));
+        let want_o = case.reference(&inputs64, starts.as_ref());
+        for device in devices() {
+            let (o, grads) = run(&device, case.op(starts.as_ref()), &inputs, &up);
+            let error = relative_error(&to_f64(&o), &want_o);
+            assert!(error < 2e-6, "output is off by {error:e}");
+            for (i, (got, want)) in grads.iter().zip(&want).enumerate() {
+                let error = relative_error(&to_f64(got), want);
+                assert!(error < 5e-6, "gradient of input {i} is off by {error:e}");
+            }
+        }
+    }
+}
+
+/// The operator's output, and its gradients for `up` as the gradient of the output.
+fn run(
+    device: &Device,
+    op: FlashAttention,
+    inputs: &[Tensor],
+    up: &Tensor,
+) -> (Tensor, Vec<Tensor>) {
+    use resa_engine::ops::Operator;
+    device.run(|| {
+        let inputs: Vec<&Tensor> = inputs.iter().collect();
+        let (o, saved) = op.forward(device, &inputs, &[true; 3]).unwrap();
+        let grads = vec![Some(up.clone())];
+        let grads = op.backward(device, saved, grads, &[true; 3]).unwrap();
+        (o[0].clone(), grads.into_iter().flatten().collect())
+    })
+}
+
+#[test]
+fn operands_that_do_not_fit_are_errors() {
+    let device = Device::cpu(1).unwrap();
+    let apply = |op: FlashAttention, case: Case| {
+        let inputs = case.inputs().map(Var::constant);
+        let inputs: Vec<&Var> = inputs.iter().collect();
+        device.run(|| Tape::new(&device).apply(op, &inputs).map(|_| ()))
+    };
+    let good = case(1, 4, 2, 1, 8);
+    assert!(apply(good.op(None), good).is_ok());
+    assert!(apply(case(1, 4, 3, 2, 8).op(None), good).is_err());
+    assert!(apply(case(2, 4, 2, 1, 8).op(None), good).is_err());
+    assert!(apply(case(1, 0, 2, 1, 8).op(None), case(1, 0, 2, 1, 8)).is_err());
+    let later = Tensor::from_u32(vec![0, 0, 3, 3], [4]).unwrap();
+    let error = apply(good.op(Some(&later)), good).unwrap_err().to_string();
+    assert!(error.contains("row 2"), "{error}");
+}
