@@ -2,6 +2,10 @@
 //! differentiable operator implements [`Operator`], whose one trait holds forward and backward,
 //! so that an operator without a gradient does not compile.
 
+pub mod fvu;
+pub mod sparse_decode;
+pub mod topk;
+
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
