@@ -1,1 +1,3 @@
 //! The two stages, run folders and checkpoints.
+
+pub mod sae_trainer;
