@@ -1,6 +1,15 @@
 //! TopK sparse autoencoders (Gao et al. 2024, arXiv 2406.04093).
 
-use crate::tensor::Tensor;
+use rayon::prelude::*;
+
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::ops::Operator;
+use crate::ops::sparse_decode::rows::{dot, vectorized};
+use crate::ops::sparse_decode::{SharedGroups, SparseDecode};
+use crate::ops::topk::TopK;
+use crate::rng::{Purpose, Stream};
+use crate::tensor::{DType, Tensor};
 
 /// The shape of a sparse autoencoder; the keys of sparsify's `cfg.json`.
 #[derive(Clone, Debug, PartialEq)]
@@ -32,4 +41,114 @@ pub struct Sae {
     pub w_dec: Tensor,
     /// \[d\]
     pub b_dec: Tensor,
+}
+
+impl Sae {
+    /// The four tensors' names in sparsify's files, in the order of [`Self::tensors`].
+    pub const TENSORS: [&'static str; 4] = ["encoder.weight", "encoder.bias", "W_dec", "b_dec"];
+
+    /// Fresh weights: W_enc uniform in (−1/√d, 1/√d) as PyTorch's linear layer has it, W_dec the
+    /// same with unit rows, biases zero. `index` keeps the autoencoders of one seed apart.
+    pub fn scratch(device: &Device, config: SaeConfig, seed: u64, index: u32) -> Result<Self> {
+        let (m, d) = (config.num_latents, config.d_in);
+        let Some(len) = m.checked_mul(d).filter(|&len| len > 0) else {
+            let what = format!("an SAE of {m} latents over {d} dimensions cannot be made");
+            return Err(Error::setting("--num-latents", what));
+        };
+        if config.k == 0 || config.k > m {
+            let what = format!("{} is not between 1 and the {m} latents", config.k);
+            return Err(Error::setting("--k", what));
+        }
+        let stream = Stream::new(seed, Purpose::Init, 0, index);
+        let bound = 1.0 / (d as f32).sqrt();
+        let mut weights = vec![0.0f32; len];
+        device.run(|| {
+            let words = weights.par_chunks_mut(4).enumerate();
+            words.for_each(|(block, values)| {
+                for (v, word) in values.iter_mut().zip(stream.block(block as u32)) {
+                    let unit = (word >> 8) as f32 / (1 << 24) as f32;
+                    *v = (2.0 * unit - 1.0) * bound;
+                }
+            });
+        });
+        let w_enc = Tensor::from_vec(weights, [m, d])?;
+        let mut sae = Self {
+            config,
+            w_dec: w_enc.clone(),
+            w_enc,
+            b_enc: Tensor::from_vec(vec![0.0; m], [m])?,
+            b_dec: Tensor::from_vec(vec![0.0; d], [d])?,
+        };
+        sae.normalize_decoder(device)?;
+        Ok(sae)
+    }
+
+    /// An error naming the tensor whose shape or dtype does not fit the configuration.
+    pub fn check(&self) -> Result<()> {
+        let (m, d) = (self.config.num_latents, self.config.d_in);
+        let shapes: [&[usize]; 4] = [&[m, d], &[m], &[m, d], &[d]];
+        for ((name, tensor), shape) in Self::TENSORS.iter().zip(self.tensors()).zip(shapes) {
+            if tensor.shape() != shape || tensor.dtype() != DType::F32 {
+                return Err(Error::operand(
+                    "sae",
+                    format!("{name}: float32 of shape {shape:?}"),
+                    format!("{} of shape {:?}", tensor.dtype().name(), tensor.shape()),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// W_enc, b_enc, W_dec, b_dec.
+    pub fn tensors(&self) -> [&Tensor; 4] {
+        [&self.w_enc, &self.b_enc, &self.w_dec, &self.b_dec]
+    }
+
+    /// W_enc, b_enc, W_dec, b_dec, for writing.
+    pub fn tensors_mut(&mut self) -> [&mut Tensor; 4] {
+        [
+            &mut self.w_enc,
+            &mut self.b_enc,
+            &mut self.w_dec,
+            &mut self.b_dec,
+        ]
+    }
+
+    /// Divides each row of W_dec by its norm + 2^-23.
+    pub fn normalize_decoder(&mut self, device: &Device) -> Result<()> {
+        let d = self.config.d_in.max(1);
+        let rows = self.w_dec.f32s_mut()?.par_chunks_mut(d);
+        device.run(|| {
+            rows.for_each(|row| {
+                vectorized(|| {
+                    let divisor = dot(row, row).sqrt() + f32::EPSILON;
+                    row.iter_mut().for_each(|v| *v /= divisor);
+                });
+            });
+        });
+        Ok(())
+    }
+
+    /// The k active latents of each token of `x` \[T, d\], without gradient: acts \[T, k\] f32
+    /// and indices \[T, k\] u32, ascending.
+    pub fn encode(&self, device: &Device, x: &Tensor) -> Result<(Tensor, Tensor)> {
+        let encoder = TopK::new(self.config.k, SharedGroups::default());
+        let inputs = [x, &self.w_enc, &self.b_enc, &self.b_dec];
+        let (outputs, _) = device.run(|| encoder.forward(device, &inputs, &[false; 4]))?;
+        let [acts, indices] = outputs
+            .try_into()
+            .map_err(|_| Error::operand(TopK::NAME, "two outputs", "another number"))?;
+        Ok((acts, indices))
+    }
+
+    /// X̂ \[T, d\] of `x` \[T, d\], without gradient.
+    pub fn reconstruct(&self, device: &Device, x: &Tensor) -> Result<Tensor> {
+        let (acts, indices) = self.encode(device, x)?;
+        let groups = SharedGroups::default();
+        let decoder = SparseDecode { indices, groups };
+        let inputs = [&acts, &self.w_dec, &self.b_dec];
+        let (outputs, _) = device.run(|| decoder.forward(device, &inputs, &[false; 3]))?;
+        let x_hat = outputs.into_iter().next();
+        x_hat.ok_or_else(|| Error::operand(SparseDecode::NAME, "one output", "none"))
+    }
 }

@@ -14,6 +14,9 @@ pub(crate) mod math;
 pub mod rmsnorm;
 pub mod rope;
 pub mod swiglu;
+pub mod fvu;
+pub mod sparse_decode;
+pub mod topk;
 
 use crate::device::Device;
 use crate::error::{Error, Result};

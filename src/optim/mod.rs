@@ -5,3 +5,10 @@ mod clip;
 
 pub use adamw::{AdamW, AdamWConfig};
 pub use clip::clip_grad_norm;
+//! Optimizers: AdamW, Adam, signum with schedule-free averaging, gradient clipping.
+
+pub mod adam;
+pub mod signum;
+mod update;
+
+pub use update::Update;

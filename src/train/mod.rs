@@ -13,3 +13,4 @@ pub use metrics::{MetricsLog, StepMetrics, StepStage};
 pub use observer::{CancelFlag, Event, Observer, RunOptions};
 pub use run_dir::RunDir;
 pub use settings::{DeviceSetting, DtypeSetting, Method, SaeGrad, SaeInit, SaeOptimizer, Stage};
+pub mod sae_trainer;

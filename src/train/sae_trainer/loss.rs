@@ -1,0 +1,193 @@
+//! The loss of Stage I and its gradients.
+
+use std::sync::Arc;
+
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::model::Sae;
+use crate::ops::Operator;
+use crate::ops::fvu::Fvu;
+use crate::ops::sparse_decode::{SharedGroups, SparseDecode};
+use crate::ops::topk::TopK;
+use crate::tape::{Tape, Var};
+use crate::tensor::Tensor;
+
+/// Weight of the reconstruction from 4k latents (Gao et al. 2024, appendix B).
+const MULTI_TOPK_WEIGHT: f32 = 1.0 / 8.0;
+
+/// What forward and backward give.
+pub(super) struct Pass {
+    pub x_hat: Tensor,
+    pub acts: Tensor,
+    pub indices: Tensor,
+    /// In the order of [`Sae::TENSORS`].
+    pub grads: Vec<Tensor>,
+    pub fvu: f64,
+    pub auxk: Option<f64>,
+    pub multi_topk_fvu: Option<f64>,
+}
+
+/// FVU of `x` \[T, d\], plus `auxk_alpha` times AuxK where latents are `dead`, plus Multi-TopK
+/// where the configuration has it; and the gradients of their sum.
+pub(super) fn gradients(
+    device: &Device,
+    sae: &Sae,
+    x: &Tensor,
+    dead: Vec<u32>,
+    auxk_alpha: f32,
+) -> Result<Pass> {
+    let mut tape = Tape::new(device);
+    let objective = Fvu::new(device, x)?;
+    let variance = objective.variance();
+    let parameters = sae.tensors().map(|t| tape.parameter(t.clone()));
+    let input = Var::constant(x.clone());
+    let k = sae.config.k;
+    let main = reconstruct(&mut tape, &input, &parameters, k)?;
+    let loss = tape.apply(objective, &[&main.x_hat])?;
+    let fvu = scalar(&loss)?;
+    let mut terms = vec![(loss, 1.0)];
+
+    let mut auxk = None;
+    if !dead.is_empty() {
+        let k_aux = (sae.config.d_in / 2).max(1);
+        let scale = (dead.len() as f32 / k_aux as f32).min(1.0);
+        let residual = Fvu::with_variance(difference(x, main.x_hat.value())?, variance)?;
+        let e_hat = reconstruct_dead(&mut tape, &input, &parameters, k_aux, dead)?;
+        let loss = tape.apply(residual, &[&e_hat])?;
+        auxk = Some(f64::from(scale) * scalar(&loss)?);
+        terms.push((loss, scale * auxk_alpha));
+    }
+
+    let mut multi_topk_fvu = None;
+    if sae.config.multi_topk {
+        let wide = reconstruct(&mut tape, &input, &parameters, 4 * k)?;
+        let loss = tape.apply(Fvu::with_variance(x.clone(), variance)?, &[&wide.x_hat])?;
+        multi_topk_fvu = Some(scalar(&loss)?);
+        terms.push((loss, MULTI_TOPK_WEIGHT));
+    }
+
+    let (losses, weights): (Vec<Var>, Vec<f32>) = terms.into_iter().unzip();
+    let loss = tape.apply(WeightedSum(weights), &losses.iter().collect::<Vec<_>>())?;
+    let total = scalar(&loss)?;
+    if !total.is_finite() {
+        return Err(Error::NotFinite {
+            what: format!("the autoencoder's loss is {total}"),
+        });
+    }
+    let mut grads = tape.backward(&loss, 1.0)?;
+    let missing = || Error::operand("sae", "a gradient of every parameter", "none");
+    let grads = parameters
+        .iter()
+        .map(|p| grads.take(p).ok_or_else(missing))
+        .collect::<Result<_>>()?;
+    Ok(Pass {
+        x_hat: main.x_hat.into_value(),
+        acts: main.acts,
+        indices: main.indices,
+        grads,
+        fvu,
+        auxk,
+        multi_topk_fvu,
+    })
+}
+
+struct Reconstruction {
+    x_hat: Var,
+    acts: Tensor,
+    indices: Tensor,
+}
+
+fn reconstruct(
+    tape: &mut Tape,
+    x: &Var,
+    [w_enc, b_enc, w_dec, b_dec]: &[Var; 4],
+    k: usize,
+) -> Result<Reconstruction> {
+    let groups = SharedGroups::default();
+    let encoder = TopK::new(k, groups.clone());
+    let [acts, indices] = pair(tape.apply_all(encoder, &[x, w_enc, b_enc, b_dec])?)?;
+    let indices = indices.into_value();
+    let decoder = SparseDecode {
+        indices: indices.clone(),
+        groups,
+    };
+    let x_hat = tape.apply(decoder, &[&acts, w_dec, b_dec])?;
+    Ok(Reconstruction {
+        x_hat,
+        acts: acts.into_value(),
+        indices,
+    })
+}
+
+/// What the k_aux strongest dead latents of each token make of the residual; without b_dec,
+/// which is no part of the residual any more.
+fn reconstruct_dead(
+    tape: &mut Tape,
+    x: &Var,
+    [w_enc, b_enc, w_dec, b_dec]: &[Var; 4],
+    k_aux: usize,
+    dead: Vec<u32>,
+) -> Result<Var> {
+    let groups = SharedGroups::default();
+    let encoder = TopK {
+        k: k_aux.min(dead.len()),
+        among: Some(Arc::from(dead)),
+        groups: groups.clone(),
+    };
+    let [acts, indices] = pair(tape.apply_all(encoder, &[x, w_enc, b_enc, b_dec])?)?;
+    let d = b_dec.value().len();
+    let no_bias = Var::constant(Tensor::from_vec(vec![0.0; d], [d])?);
+    let indices = indices.into_value();
+    tape.apply(SparseDecode { indices, groups }, &[&acts, w_dec, &no_bias])
+}
+
+fn pair(outputs: Vec<Var>) -> Result<[Var; 2]> {
+    let wrong = |_| Error::operand(TopK::NAME, "two outputs", "another number");
+    outputs.try_into().map_err(wrong)
+}
+
+fn scalar(value: &Var) -> Result<f64> {
+    let values = value.value().f32s()?;
+    Ok(values.first().copied().map_or(f64::NAN, f64::from))
+}
+
+fn difference(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    let pairs = x.f32s()?.iter().zip(y.f32s()?);
+    Tensor::from_vec(pairs.map(|(x, y)| x - y).collect(), x.shape())
+}
+
+/// Σ_i w_i loss_i of scalars.
+struct WeightedSum(Vec<f32>);
+
+impl Operator for WeightedSum {
+    type Saved = ();
+    const NAME: &'static str = "weighted_sum";
+
+    fn forward(
+        &self,
+        _: &Device,
+        inputs: &[&Tensor],
+        _: &[bool],
+    ) -> Result<(Vec<Tensor>, Self::Saved)> {
+        let mut sum = 0.0;
+        for (input, weight) in inputs.iter().zip(&self.0) {
+            sum += weight * input.f32s()?.iter().sum::<f32>();
+        }
+        Ok((vec![Tensor::from_vec(vec![sum], [1])?], ()))
+    }
+
+    fn backward(
+        &self,
+        _: &Device,
+        (): Self::Saved,
+        grads: Vec<Option<Tensor>>,
+        _: &[bool],
+    ) -> Result<Vec<Option<Tensor>>> {
+        let upstream = crate::ops::only_grad(Self::NAME, grads)?.f32s()?[0];
+        let scaled = self
+            .0
+            .iter()
+            .map(|w| Tensor::from_vec(vec![w * upstream], [1]));
+        scaled.map(|grad| grad.map(Some)).collect()
+    }
+}

@@ -1,0 +1,361 @@
+//! Stage I, one step at a time: a TopK sparse autoencoder learns to reconstruct activations.
+
+mod loss;
+
+use std::collections::BTreeMap;
+
+use serde_json::{Value, json};
+
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::model::Sae;
+use crate::ops::fvu::{fvu_without, sinks, token_mean};
+use crate::optim::{Update, adam::Adam, signum::Signum};
+use crate::tensor::Tensor;
+
+/// Latents at which the default learning rates hold; others scale them by 1/√(m / 2^14).
+const LR_LATENTS: f64 = 16384.0;
+const FIRED: &str = "tokens_since_fired";
+
+/// How the autoencoder's parameters are moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SaeOptimizer {
+    /// Sign descent under schedule-free averaging, constant learning rate.
+    Signum,
+    /// Adam; the learning rate rises linearly for `warmup` steps and falls linearly to zero at
+    /// step `total`.
+    Adam { warmup: u64, total: u64 },
+}
+
+/// Settings of Stage I training that are not part of the autoencoder itself.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SaeTrainOptions {
+    pub optimizer: SaeOptimizer,
+    /// Learning rate; where `None`, 5e-3 (signum) or 2e-4 (Adam) divided by √(m / 2^14).
+    pub lr: Option<f64>,
+    /// Sets b_dec to the first batch's mean before the first step (`scratch` and `finetune`).
+    pub center: bool,
+    /// Leaves sink tokens (norm of 10 times the batch's median and more) out of training.
+    pub exclude_sinks: bool,
+    /// Weight of the AuxK loss on dead latents; 0 turns it off.
+    pub auxk_alpha: f32,
+    /// A latent is dead when it has not fired for more than this many tokens.
+    pub dead_after: u32,
+}
+
+impl Default for SaeTrainOptions {
+    fn default() -> Self {
+        Self {
+            optimizer: SaeOptimizer::Signum,
+            lr: None,
+            center: true,
+            exclude_sinks: false,
+            auxk_alpha: 0.0,
+            dead_after: 10_000_000,
+        }
+    }
+}
+
+/// What one step reports.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SaeStepMetrics {
+    /// Fraction of variance unexplained over the tokens trained on, before the step.
+    pub fvu: f64,
+    /// The same over tokens that are not sinks; `None` where their variance is zero.
+    pub fvu_no_sinks: Option<f64>,
+    /// AuxK loss before its weight; `None` where it is off or no latent is dead.
+    pub auxk: Option<f64>,
+    /// FVU of the reconstruction from 4k latents; `None` where it is off.
+    pub multi_topk_fvu: Option<f64>,
+    /// Share of latents that are dead after the step.
+    pub dead_fraction: f64,
+    /// Learning rate of the step.
+    pub lr: f64,
+    /// Tokens trained on.
+    pub tokens: usize,
+}
+
+enum Optimizer {
+    Signum(Signum),
+    Adam(Adam),
+}
+
+/// Trains one autoencoder. The same calls give the same bits on any number of threads.
+pub struct SaeTrainer {
+    sae: Sae,
+    options: SaeTrainOptions,
+    optimizer: Optimizer,
+    lr: f64,
+    steps: u64,
+    since_fired: Vec<u32>,
+}
+
+impl SaeTrainer {
+    /// An error where a tensor does not fit the autoencoder's configuration or a setting is
+    /// out of range.
+    pub fn new(sae: Sae, options: SaeTrainOptions) -> Result<Self> {
+        sae.check()?;
+        let m = sae.config.num_latents;
+        let scale = 1.0 / (m as f64 / LR_LATENTS).sqrt();
+        let default_lr = match options.optimizer {
+            SaeOptimizer::Signum => 5e-3,
+            SaeOptimizer::Adam { .. } => 2e-4,
+        };
+        let lr = options.lr.unwrap_or(default_lr * scale);
+        if !(lr > 0.0 && lr.is_finite()) {
+            return Err(Error::setting("--lr", format!("{lr} is not above zero")));
+        }
+        if !(options.auxk_alpha >= 0.0 && options.auxk_alpha.is_finite()) {
+            let what = format!("{} is not zero or above", options.auxk_alpha);
+            return Err(Error::setting("--auxk-alpha", what));
+        }
+        if sae.config.multi_topk && sae.config.k.checked_mul(4).is_none_or(|k| k > m) {
+            let what = format!("4k latents of only {m} cannot be taken");
+            return Err(Error::setting("--multi-topk", what));
+        }
+        let optimizer = match options.optimizer {
+            SaeOptimizer::Signum => Optimizer::Signum(Signum::new(lr as f32)),
+            SaeOptimizer::Adam { .. } => Optimizer::Adam(Adam::default()),
+        };
+        Ok(Self {
+            sae,
+            options,
+            optimizer,
+            lr,
+            steps: 0,
+            since_fired: vec![0; m],
+        })
+    }
+
+    /// The weights that are trained (signum's y), not those to save.
+    pub fn sae(&self) -> &Sae {
+        &self.sae
+    }
+
+    /// Steps taken.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// One step on activations `x` \[T, d\] f32. A loss that is not finite is
+    /// [`Error::NotFinite`], and activations without variance are an error; nothing but the
+    /// decoder's row norms and the first batch's b_dec has changed then.
+    pub fn step(&mut self, device: &Device, x: &Tensor) -> Result<SaeStepMetrics> {
+        device.run(|| self.step_on_device(device, x))
+    }
+
+    fn step_on_device(&mut self, device: &Device, x: &Tensor) -> Result<SaeStepMetrics> {
+        let sinks = sinks(x)?;
+        let (x, sinks) = match self.options.exclude_sinks {
+            true => without(x, &sinks)?,
+            false => (x.clone(), sinks),
+        };
+        if self.steps == 0 && self.options.center {
+            self.sae.b_dec = token_mean(&x)?;
+            self.sae.check()?;
+        }
+        if self.sae.config.normalize_decoder {
+            self.sae.normalize_decoder(device)?;
+        }
+        let dead = match self.options.auxk_alpha > 0.0 {
+            true => self.dead(),
+            false => Vec::new(),
+        };
+        let pass = loss::gradients(device, &self.sae, &x, dead, self.options.auxk_alpha)?;
+        let fvu_no_sinks = match sinks.contains(&true) {
+            true => fvu_without(&x, &pass.x_hat, &sinks)?,
+            false => Some(pass.fvu),
+        };
+        let lr = self.current_lr();
+        self.update(device, pass.grads, lr)?;
+        self.count_fired(&pass.acts, &pass.indices)?;
+        self.steps += 1;
+        Ok(SaeStepMetrics {
+            fvu: pass.fvu,
+            fvu_no_sinks,
+            auxk: pass.auxk,
+            multi_topk_fvu: pass.multi_topk_fvu,
+            dead_fraction: self.dead().len() as f64 / self.since_fired.len() as f64,
+            lr,
+            tokens: sinks.len(),
+        })
+    }
+
+    fn update(&mut self, device: &Device, grads: Vec<Tensor>, lr: f64) -> Result<()> {
+        let normalized = self.sae.config.normalize_decoder;
+        let tensors = self.sae.tensors_mut().into_iter().zip(grads);
+        let updates = tensors
+            .zip(Sae::TENSORS)
+            .map(|((value, grad), name)| Update {
+                value,
+                grad,
+                unit_rows: normalized && name == "W_dec",
+            })
+            .collect();
+        match &mut self.optimizer {
+            Optimizer::Signum(signum) => signum.step(device, updates),
+            Optimizer::Adam(adam) => adam.step(device, lr, updates),
+        }
+    }
+
+    /// Learning rate of the next step.
+    fn current_lr(&self) -> f64 {
+        match self.options.optimizer {
+            SaeOptimizer::Signum => self.lr,
+            SaeOptimizer::Adam { warmup, .. } if self.steps < warmup => {
+                self.lr * self.steps as f64 / warmup as f64
+            }
+            SaeOptimizer::Adam { warmup, total } => {
+                let left = total.saturating_sub(self.steps) as f64;
+                self.lr * left / total.saturating_sub(warmup).max(1) as f64
+            }
+        }
+    }
+
+    /// The dead latents, ascending.
+    fn dead(&self) -> Vec<u32> {
+        let counts = (0u32..).zip(&self.since_fired);
+        let dead = counts.filter(|&(_, &n)| n > self.options.dead_after);
+        dead.map(|(latent, _)| latent).collect()
+    }
+
+    fn count_fired(&mut self, acts: &Tensor, indices: &Tensor) -> Result<()> {
+        let tokens = u32::try_from(acts.matrix_dims().0).unwrap_or(u32::MAX);
+        for count in &mut self.since_fired {
+            *count = count.saturating_add(tokens);
+        }
+        for (&act, &latent) in acts.f32s()?.iter().zip(indices.u32s()?) {
+            if act > 0.0 {
+                self.since_fired[latent as usize] = 0;
+            }
+        }
+        Ok(())
+    }
+
+    /// The autoencoder to save: signum's averaged weights (decoder rows as they come out, not
+    /// renormalised), or Adam's weights.
+    pub fn averaged(&self) -> Result<Sae> {
+        let mut sae = self.sae.clone();
+        if let Optimizer::Signum(signum) = &self.optimizer {
+            for (i, tensor) in sae.tensors_mut().into_iter().enumerate() {
+                *tensor = signum.averaged(i, tensor)?;
+            }
+        }
+        Ok(sae)
+    }
+
+    /// Everything that [`Self::restore`] needs to go on to the same bits: named tensors and a
+    /// JSON object.
+    pub fn state(&self) -> Result<(Vec<(String, Tensor)>, Value)> {
+        let groups: Vec<(&str, &[Tensor])> = match &self.optimizer {
+            Optimizer::Signum(signum) => vec![("z", signum.z())],
+            Optimizer::Adam(adam) => {
+                let (first, second) = adam.moments();
+                vec![("first_moment", first), ("second_moment", second)]
+            }
+        };
+        let mut tensors = Vec::new();
+        for (name, tensor) in Sae::TENSORS.iter().zip(self.sae.tensors()) {
+            tensors.push((name.to_string(), tensor.clone()));
+        }
+        for (prefix, group) in &groups {
+            for (name, tensor) in Sae::TENSORS.iter().zip(*group) {
+                tensors.push((format!("{prefix}.{name}"), tensor.clone()));
+            }
+        }
+        let fired = Tensor::from_u32(self.since_fired.clone(), [self.since_fired.len()])?;
+        tensors.push((FIRED.to_owned(), fired));
+        Ok((
+            tensors,
+            json!({ "optimizer": self.kind(), "steps": self.steps }),
+        ))
+    }
+
+    /// Takes over a state made by [`Self::state`] of a trainer with the same options. An error
+    /// names what is missing or does not fit; the trainer is unchanged then.
+    pub fn restore(&mut self, mut tensors: BTreeMap<String, Tensor>, json: &Value) -> Result<()> {
+        let steps = json["steps"]
+            .as_u64()
+            .ok_or_else(|| mismatch("a number of steps", json["steps"].to_string()))?;
+        if json["optimizer"] != self.kind() {
+            let expected = format!("optimizer {}", self.kind());
+            return Err(mismatch(&expected, json["optimizer"].to_string()));
+        }
+        let sae = Sae {
+            config: self.sae.config.clone(),
+            w_enc: take(&mut tensors, "encoder.weight")?,
+            b_enc: take(&mut tensors, "encoder.bias")?,
+            w_dec: take(&mut tensors, "W_dec")?,
+            b_dec: take(&mut tensors, "b_dec")?,
+        };
+        sae.check()?;
+        let fired = take(&mut tensors, FIRED)?;
+        if fired.len() != self.since_fired.len() {
+            let expected = format!("{FIRED} of {} latents", self.since_fired.len());
+            return Err(mismatch(&expected, format!("{}", fired.len())));
+        }
+        let fired = fired.u32s()?.to_vec();
+        let mut group = |prefix: &str| match steps {
+            0 => Ok(Vec::new()),
+            _ => like(&mut tensors, prefix, &sae),
+        };
+        self.optimizer = match &self.optimizer {
+            Optimizer::Signum(_) => {
+                Optimizer::Signum(Signum::restored(self.lr as f32, steps, group("z")?))
+            }
+            Optimizer::Adam(_) => Optimizer::Adam(Adam::restored(
+                steps,
+                group("first_moment")?,
+                group("second_moment")?,
+            )),
+        };
+        self.sae = sae;
+        self.since_fired = fired;
+        self.steps = steps;
+        Ok(())
+    }
+
+    fn kind(&self) -> &'static str {
+        match self.optimizer {
+            Optimizer::Signum(_) => "signum",
+            Optimizer::Adam(_) => "adam",
+        }
+    }
+}
+
+/// The tokens of `x` that are not marked, and that none of them is.
+fn without(x: &Tensor, skip: &[bool]) -> Result<(Tensor, Vec<bool>)> {
+    let (_, d) = x.matrix_dims();
+    let rows = x.f32s()?.chunks_exact(d.max(1)).zip(skip);
+    let kept: Vec<&[f32]> = rows.filter(|&(_, &s)| !s).map(|(row, _)| row).collect();
+    let tokens = kept.len();
+    Ok((
+        Tensor::from_vec(kept.concat(), [tokens, d])?,
+        vec![false; tokens],
+    ))
+}
+
+fn mismatch(expected: &str, got: String) -> Error {
+    Error::operand("state of stage 1", expected, got)
+}
+
+fn take(tensors: &mut BTreeMap<String, Tensor>, name: &str) -> Result<Tensor> {
+    let found = tensors.remove(name);
+    found.ok_or_else(|| mismatch(&format!("tensor {name}"), "no such tensor".into()))
+}
+
+/// The optimizer's tensors of one kind, each of its parameter's shape.
+fn like(tensors: &mut BTreeMap<String, Tensor>, prefix: &str, sae: &Sae) -> Result<Vec<Tensor>> {
+    let parameters = Sae::TENSORS.iter().zip(sae.tensors());
+    parameters
+        .map(|(name, parameter)| {
+            let name = format!("{prefix}.{name}");
+            let tensor = take(tensors, &name)?;
+            if tensor.shape() == parameter.shape() && tensor.dtype() == parameter.dtype() {
+                return Ok(tensor);
+            }
+            let expected = format!("{name} of shape {:?}", parameter.shape());
+            Err(mismatch(&expected, format!("{:?}", tensor.shape())))
+        })
+        .collect()
+}

@@ -1,0 +1,1 @@
+//! Against numbers made with PyTorch in float64.
