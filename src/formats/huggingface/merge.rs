@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Write;
 use std::path::Path;
 
 use rayon::prelude::*;
@@ -86,7 +87,11 @@ fn copy_present(from: &Path, to: &Path, names: &[&str]) -> Result<()> {
     for name in names {
         let source = from.join(name);
         if source.exists() {
-            fs::copy(&source, to.join(name)).map_err(|e| Error::io(&source, e))?;
+            let content = fs::read(&source).map_err(|e| Error::io(&source, e))?;
+            let target = to.join(name);
+            atomic::write(&target, |out| {
+                out.write_all(&content).map_err(|e| Error::io(&target, e))
+            })?;
         }
     }
     Ok(())
