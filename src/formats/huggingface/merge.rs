@@ -1,0 +1,253 @@
+//! Adapters merged into the weights they sit on: W + s B A.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+
+use rayon::prelude::*;
+use serde_json::json;
+
+use super::checkpoint::Checkpoint;
+use super::load::{EMBED_TOKENS, LM_HEAD, NORM, has_bias, load, module_tensor, norm_tensor};
+use crate::error::{Error, Result};
+use crate::formats::atomic;
+use crate::formats::safetensors::{self, Entry};
+use crate::model::{Lora, LoraPair, Module, Qwen2, Qwen2Config};
+use crate::tensor::Tensor;
+
+/// Largest file of a saved model, in bytes.
+const MAX_SHARD: usize = 5_000_000_000;
+
+/// The files a tokenizer can consist of.
+const TOKENIZER: [&str; 8] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+];
+
+/// Merges an adapter into a loaded model; the weights it sits on become f32 tensors in memory.
+///
+/// # Errors
+/// Where the adapter does not fit the model; the model is left as it was.
+pub fn merge_into(model: &mut Qwen2, lora: &Lora) -> Result<()> {
+    check_fit(&model.config, lora)?;
+    for (&(layer, module), pair) in &lora.pairs {
+        // The layer exists: check_fit has seen to that.
+        let linear = model.layers[layer].module_mut(module);
+        linear.weight = merged(&linear.weight, pair, lora.config.scale())?;
+    }
+    Ok(())
+}
+
+/// Writes the model in `model_dir` with an adapter merged into it to the new folder `out_dir`:
+/// weights in the dtype they are stored in (computed in f32, rounded once), in files of at most
+/// 5 GB, with `config.json` and the tokenizer's files. One tensor at a time is in memory.
+///
+/// # Errors
+/// Where the model cannot be loaded, the adapter does not fit it, `out_dir` holds files already,
+/// or a file cannot be written; `out_dir` is complete or not there.
+pub fn save_merged(model_dir: &Path, lora: &Lora, out_dir: &Path) -> Result<()> {
+    save_merged_in_shards(model_dir, lora, out_dir, MAX_SHARD)
+}
+
+fn save_merged_in_shards(
+    model_dir: &Path,
+    lora: &Lora,
+    out_dir: &Path,
+    max_shard: usize,
+) -> Result<()> {
+    // Loading checks every tensor; what is written comes from the files again, since loading
+    // widens norms and biases.
+    let config = load(model_dir)?.config;
+    let files = Checkpoint::open(model_dir)?;
+    check_fit(&config, lora)?;
+    atomic::create_dir(out_dir, |dir| {
+        copy_present(model_dir, dir, &["config.json", "generation_config.json"])?;
+        copy_tokenizer(model_dir, dir)?;
+        write_weights(&files, &config, lora, dir, max_shard)
+    })
+}
+
+/// Copies the files of the tokenizer in `from` to the existing folder `to`.
+///
+/// # Errors
+/// The operating system's.
+pub fn copy_tokenizer(from: &Path, to: &Path) -> Result<()> {
+    copy_present(from, to, &TOKENIZER)
+}
+
+/// Copies those of the named files that exist.
+fn copy_present(from: &Path, to: &Path, names: &[&str]) -> Result<()> {
+    for name in names {
+        let source = from.join(name);
+        if source.exists() {
+            let content = fs::read(&source).map_err(|e| Error::io(&source, e))?;
+            let target = to.join(name);
+            atomic::write(&target, |out| {
+                out.write_all(&content).map_err(|e| Error::io(&target, e))
+            })?;
+        }
+    }
+    Ok(())
+}
+
+/// A tensor of the model to be written, with its adapter if it has one.
+struct Part<'a> {
+    name: String,
+    stored: Tensor,
+    pair: Option<&'a LoraPair>,
+}
+
+impl Part<'_> {
+    fn bytes(&self) -> usize {
+        self.stored.len() * self.stored.dtype().size()
+    }
+}
+
+fn write_weights(
+    files: &Checkpoint,
+    config: &Qwen2Config,
+    lora: &Lora,
+    dir: &Path,
+    max_shard: usize,
+) -> Result<()> {
+    let mut shards: Vec<Vec<Part>> = vec![Vec::new()];
+    let mut filled = 0;
+    let mut total = 0;
+    for (name, place) in tensors(config) {
+        let part = Part {
+            stored: files.file(&name)?.tensor(&name)?,
+            pair: place.and_then(|place| lora.pairs.get(&place)),
+            name,
+        };
+        total += part.bytes();
+        filled += part.bytes();
+        if filled > max_shard && shards.last().is_some_and(|shard| !shard.is_empty()) {
+            shards.push(Vec::new());
+            filled = part.bytes();
+        }
+        if let Some(shard) = shards.last_mut() {
+            shard.push(part);
+        }
+    }
+    let count = shards.len();
+    let mut weight_map = BTreeMap::new();
+    for (i, shard) in shards.iter().enumerate() {
+        let name = match count {
+            1 => "model.safetensors".to_owned(),
+            _ => format!("model-{:05}-of-{count:05}.safetensors", i + 1),
+        };
+        write_shard(&dir.join(&name), shard, lora.config.scale())?;
+        weight_map.extend(shard.iter().map(|part| (part.name.clone(), name.clone())));
+    }
+    if count == 1 {
+        return Ok(());
+    }
+    let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
+    let path = dir.join("model.safetensors.index.json");
+    atomic::write(&path, |out| {
+        serde_json::to_writer_pretty(out, &index).map_err(|e| Error::io(&path, e.into()))
+    })
+}
+
+fn write_shard(path: &Path, parts: &[Part], scale: f32) -> Result<()> {
+    let entries = parts
+        .iter()
+        .map(|part| {
+            let stored = &part.stored;
+            Entry::computed(
+                &part.name,
+                stored.dtype(),
+                stored.shape(),
+                move || match part.pair {
+                    Some(pair) => merged(stored, pair, scale),
+                    None => Ok(stored.clone()),
+                },
+            )
+        })
+        .collect();
+    // transformers wants to know which framework's layout the matrices have.
+    let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+    safetensors::write(path, entries, &metadata)
+}
+
+/// The names of all tensors of a model, with layer and module where an adapter can sit.
+fn tensors(config: &Qwen2Config) -> Vec<(String, Option<(usize, Module)>)> {
+    let mut names = vec![(EMBED_TOKENS.to_owned(), None)];
+    for layer in 0..config.num_hidden_layers {
+        names.push((norm_tensor(layer, "input_layernorm"), None));
+        names.push((norm_tensor(layer, "post_attention_layernorm"), None));
+        for module in Module::ALL {
+            let weight = module_tensor(layer, module, "weight");
+            names.push((weight, Some((layer, module))));
+            if has_bias(config, module) {
+                names.push((module_tensor(layer, module, "bias"), None));
+            }
+        }
+    }
+    names.push((NORM.to_owned(), None));
+    if !config.tie_word_embeddings {
+        names.push((LM_HEAD.to_owned(), None));
+    }
+    names
+}
+
+/// An error unless every adapter has its layer in the model and the shapes of its module.
+fn check_fit(config: &Qwen2Config, lora: &Lora) -> Result<()> {
+    let r = lora.config.r;
+    if r == 0 {
+        return Err(Error::operand("merge", "a rank of at least 1", "0"));
+    }
+    for (&(layer, module), pair) in &lora.pairs {
+        let tensor = module_tensor(layer, module, "lora");
+        if layer >= config.num_hidden_layers {
+            let layers = config.num_hidden_layers;
+            let expected = format!("{tensor} to be of a model with {layers} layers");
+            return Err(Error::operand("merge", expected, format!("layer {layer}")));
+        }
+        let (rows, cols) = config.module_dims(module);
+        let factors = [("A", &pair.a, [r, cols]), ("B", &pair.b, [rows, r])];
+        for (factor, found, shape) in factors {
+            if found.shape() != shape {
+                return Err(Error::operand(
+                    "merge",
+                    format!("{tensor}_{factor} of shape {shape:?}"),
+                    format!("shape {:?}", found.shape()),
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// W + s B A in f32; `weight` \[out, in\], A \[r, in\], B \[out, r\], shapes checked before.
+fn merged(weight: &Tensor, pair: &LoraPair, scale: f32) -> Result<Tensor> {
+    let (a, b) = (pair.a.f32s()?, pair.b.f32s()?);
+    let (rows, cols) = weight.matrix_dims();
+    let r = pair.a.matrix_dims().0;
+    let mut sum = vec![0.0f32; rows * cols];
+    sum.par_chunks_mut(cols)
+        .zip(b.par_chunks(r))
+        .enumerate()
+        .try_for_each_init(Vec::new, |delta, (row, (out, b))| {
+            weight.read_f32(row * cols, out)?;
+            delta.clear();
+            delta.resize(cols, 0.0f32);
+            for (&b, a) in b.iter().zip(a.chunks(cols)) {
+                for (delta, &a) in delta.iter_mut().zip(a) {
+                    *delta += b * a;
+                }
+            }
+            for (out, &delta) in out.iter_mut().zip(delta.iter()) {
+                *out += scale * delta;
+            }
+            Ok(())
+        })?;
+    Tensor::from_vec(sum, weight.shape())
+}

@@ -1,0 +1,11 @@
+//! Language models as Hugging Face's transformers stores them: a folder with `config.json` and
+//! `model.safetensors`, or shards of it with `model.safetensors.index.json`.
+
+mod checkpoint;
+mod config;
+mod load;
+mod merge;
+
+pub use config::read_config;
+pub use load::load;
+pub use merge::{copy_tokenizer, merge_into, save_merged};
