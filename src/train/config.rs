@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::plan::available_memory;
 use super::settings::{
     self, DeviceSetting, DtypeSetting, Method, SaeGrad, SaeInit, SaeOptimizer, Stage,
 };
@@ -237,6 +238,15 @@ impl TrainConfig {
     /// Whether Stage II is part of the run.
     pub fn runs_sft(&self) -> bool {
         self.stage != Stage::Sae
+    }
+
+    /// Most memory of the activation cache in bytes.
+    pub fn cache_bytes(&self) -> u64 {
+        match self.cache_memory {
+            Some(gib) => (gib * f64::from(1u32 << 30)) as u64,
+            // Where the system does not say what it has, 1 GiB is what a laptop can spare.
+            None => available_memory().map_or(1 << 30, |bytes| bytes / 4),
+        }
     }
 
     /// The adapters' settings.
