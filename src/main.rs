@@ -1,1 +1,7 @@
-fn main() {}
+//! The command `resa-engine`.
+
+mod cli;
+
+fn main() -> std::process::ExitCode {
+    cli::main()
+}

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::plan::available_memory;
 use super::settings::{
     self, DeviceSetting, DtypeSetting, Method, SaeGrad, SaeInit, SaeOptimizer, Stage,
 };
@@ -181,13 +182,28 @@ const FREE_ON_RESUME: [&str; 6] = [
     "cache-memory",
 ];
 
+/// What TOML's reader says, without the list of all keys that follows an unknown one.
+fn reason(error: &toml::de::Error) -> &str {
+    let message = error.message();
+    match message.starts_with("unknown field") {
+        true => message.split(", expected").next().unwrap_or(message),
+        false => message,
+    }
+}
+
 impl TrainConfig {
     /// Reads settings from TOML text; keys that are absent keep their defaults.
     ///
     /// # Errors
     /// [`Error::File`] naming `path` for an unknown key, a wrong type or broken TOML.
     pub fn from_toml(text: &str, path: &Path) -> Result<Self> {
-        toml::from_str(text).map_err(|e| Error::file(path, e.to_string().trim_end()))
+        toml::from_str(text).map_err(|e| {
+            let line = e
+                .span()
+                .map(|span| text[..span.start].matches('\n').count() + 1);
+            let place = line.map_or(String::new(), |line| format!("line {line}: "));
+            Error::file(path, format!("{place}{}", reason(&e)))
+        })
     }
 
     /// Settings from a table of options as they are named on the command line.
@@ -196,7 +212,7 @@ impl TrainConfig {
     /// [`Error::File`] naming `path` for an unknown key or a wrong type.
     pub fn from_table(table: toml::Table, path: &Path) -> Result<Self> {
         let config = Self::deserialize(table);
-        config.map_err(|e| Error::file(path, e.to_string().trim_end()))
+        config.map_err(|e| Error::file(path, reason(&e)))
     }
 
     /// The settings as a table; those that are not set are absent.
@@ -222,6 +238,15 @@ impl TrainConfig {
     /// Whether Stage II is part of the run.
     pub fn runs_sft(&self) -> bool {
         self.stage != Stage::Sae
+    }
+
+    /// Most memory of the activation cache in bytes.
+    pub fn cache_bytes(&self) -> u64 {
+        match self.cache_memory {
+            Some(gib) => (gib * f64::from(1u32 << 30)) as u64,
+            // Where the system does not say what it has, 1 GiB is what a laptop can spare.
+            None => available_memory().map_or(1 << 30, |bytes| bytes / 4),
+        }
     }
 
     /// The adapters' settings.

@@ -4,6 +4,7 @@ pub mod checkpoint;
 pub mod config;
 pub mod metrics;
 pub mod observer;
+pub mod plan;
 pub mod run_dir;
 pub mod settings;
 mod validate;

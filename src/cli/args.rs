@@ -1,0 +1,373 @@
+//! What can be given on the command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use resa_engine::model::Module;
+use resa_engine::train::{DeviceSetting, TrainConfig, settings::parse_hookpoint};
+use serde::Serialize;
+
+/// Turns a language model into a reasoning model with SAE-Tuning.
+#[derive(Parser)]
+#[command(name = "resa-engine", version, propagate_version = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Train a sparse autoencoder and tune a model with it; with no option, the embedded example
+    Train(Box<TrainArgs>),
+    /// Measure a model: Pass@1 by greedy decoding, or the perplexity of a text
+    Eval(EvalArgs),
+    /// Merge an adapter into the weights of its base, or of any model of the same shape
+    Merge(MergeArgs),
+    /// Print a completion script for a shell
+    Completions(CompletionsArgs),
+}
+
+/// The command with the defaults of the settings in its help: they are stated once, in
+/// `TrainConfig::default`.
+pub fn command() -> clap::Command {
+    let defaults = TrainConfig::default().to_table().unwrap_or_default();
+    Cli::command().mut_subcommand("train", |train| {
+        train.mut_args(|arg| {
+            let value = arg.get_long().and_then(|long| defaults.get(long));
+            match (value, arg.get_help()) {
+                (Some(value), Some(help)) => {
+                    let help = format!("{help} [default: {}]", plain(value));
+                    arg.help(help)
+                }
+                _ => arg,
+            }
+        })
+    })
+}
+
+/// A value as it is written on the command line.
+fn plain(value: &toml::Value) -> String {
+    match value {
+        toml::Value::String(text) => text.clone(),
+        toml::Value::Array(items) if items.is_empty() => {
+            "layer 12 of 28, the same fraction of another depth".to_owned()
+        }
+        toml::Value::Array(items) => items.iter().map(plain).collect::<Vec<_>>().join(","),
+        other => other.to_string(),
+    }
+}
+
+#[derive(Args)]
+pub struct TrainArgs {
+    #[command(flatten)]
+    pub settings: TrainSettings,
+    /// TOML file of settings, keys named as these options; options win over it
+    #[arg(long, value_name = "FILE", help_heading = "Run")]
+    pub config: Option<PathBuf>,
+    /// Go on with the run in --out from its last checkpoint, with the settings it was started with
+    #[arg(long, help_heading = "Run")]
+    pub resume: bool,
+    /// Check settings and files, print steps, tokens, FLOP, memory and time to expect, and stop
+    #[arg(long, help_heading = "Run")]
+    pub dry_run: bool,
+    /// Print the result as JSON
+    #[arg(long, help_heading = "Run")]
+    pub json: bool,
+}
+
+/// The settings that a TOML file can also hold; those that are given overwrite its keys.
+#[derive(Args, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct TrainSettings {
+    /// Which stages to run
+    #[arg(long, value_parser = ["all", "sae", "sft"])]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stage: Option<String>,
+    /// SAE-Tuning, or LoRA with cross-entropy on the text as the baseline
+    #[arg(long, value_parser = ["sae-tuning", "sft"])]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    method: Option<String>,
+
+    /// Model whose activations the SAE learns: folder or hub id; the target where not given
+    #[arg(long, value_name = "MODEL", help_heading = "Models")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    source: Option<String>,
+    /// PEFT adapter that is merged into the source model
+    #[arg(long, value_name = "DIR", help_heading = "Models")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    source_adapter: Option<String>,
+    /// Model to tune: folder or hub id
+    #[arg(long, value_name = "MODEL", help_heading = "Models")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    target: Option<String>,
+
+    /// Trigger data for Stage I: JSON, JSON Lines or Parquet file, or hub id
+    #[arg(long, value_name = "FILE|ID", help_heading = "Data")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data: Option<String>,
+    /// Elicitation data for Stage II; the trigger data where not given
+    #[arg(long, value_name = "FILE|ID", help_heading = "Data")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    elicitation_data: Option<String>,
+    /// Jinja file that turns a record into text; built in where not given
+    #[arg(long, value_name = "FILE", help_heading = "Data")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    template: Option<PathBuf>,
+    /// Tokens in a sequence
+    #[arg(long, value_name = "N", help_heading = "Data")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    seq_len: Option<usize>,
+    /// Keep attention within a document
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true,
+          default_missing_value = "true", help_heading = "Data")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    document_mask: Option<bool>,
+    /// Shuffle sequences by --seed
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true,
+          default_missing_value = "true", help_heading = "Data")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    shuffle: Option<bool>,
+
+    /// Layer whose output the SAE learns, as model.layers.N (0-based); may be repeated in Stage I
+    #[arg(long, value_name = "NAME", value_parser = hookpoint, help_heading = "Sparse autoencoder (Stage I)")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    hookpoint: Option<Vec<String>>,
+    /// The same by its number; may be repeated
+    #[arg(long, value_name = "N", value_parser = hookpoint, conflicts_with = "hookpoint", help_heading = "Sparse autoencoder (Stage I)")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    layer: Option<Vec<String>>,
+    /// SAE to start from: a sparsify folder
+    #[arg(
+        long,
+        value_name = "DIR",
+        help_heading = "Sparse autoencoder (Stage I)"
+    )]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sae: Option<PathBuf>,
+    /// Start at random, train --sae further, or use it as it is
+    #[arg(long, value_parser = ["scratch", "finetune", "pretrained"], help_heading = "Sparse autoencoder (Stage I)")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sae_init: Option<String>,
+    /// Number of latents; --expansion times the hidden size where not given
+    #[arg(
+        long,
+        value_name = "N",
+        conflicts_with = "expansion",
+        help_heading = "Sparse autoencoder (Stage I)"
+    )]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    latents: Option<usize>,
+    /// Latents per hidden dimension
+    #[arg(long, value_name = "N", help_heading = "Sparse autoencoder (Stage I)")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    expansion: Option<usize>,
+    /// Active latents a token
+    #[arg(long, value_name = "N", help_heading = "Sparse autoencoder (Stage I)")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    k: Option<usize>,
+    /// Weight of the auxiliary loss on dead latents; 0 is off
+    #[arg(long, value_name = "X", help_heading = "Sparse autoencoder (Stage I)")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    auxk_alpha: Option<f64>,
+    /// Add the Multi-TopK loss (4k latents, weight 1/8)
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true,
+          default_missing_value = "true", help_heading = "Sparse autoencoder (Stage I)")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    multi_topk: Option<bool>,
+    /// Train without sink tokens (norm at least 10 times the batch's median)
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true,
+          default_missing_value = "true", help_heading = "Sparse autoencoder (Stage I)")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    exclude_sinks: Option<bool>,
+    /// Sequences in a step
+    #[arg(long, value_name = "N", help_heading = "Sparse autoencoder (Stage I)")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sae_batch: Option<usize>,
+    /// Passes over the data
+    #[arg(long, value_name = "N", help_heading = "Sparse autoencoder (Stage I)")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sae_epochs: Option<usize>,
+    /// Most steps; no limit where not given
+    #[arg(long, value_name = "N", help_heading = "Sparse autoencoder (Stage I)")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_sae_steps: Option<usize>,
+    /// Sign descent under schedule-free averaging, or Adam with warm-up and decay
+    #[arg(long, value_parser = ["signum", "adam"], help_heading = "Sparse autoencoder (Stage I)")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sae_optimizer: Option<String>,
+    /// Learning rate [default: 5e-3 (signum) or 2e-4 (adam) / sqrt(latents / 16384)]
+    #[arg(long, value_name = "X", help_heading = "Sparse autoencoder (Stage I)")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sae_lr: Option<f64>,
+
+    /// PEFT adapter whose weights to start from
+    #[arg(long, value_name = "DIR", help_heading = "Tuning (Stage II)")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    adapter: Option<PathBuf>,
+    /// Sequences in a forward pass
+    #[arg(long, value_name = "N", help_heading = "Tuning (Stage II)")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sft_batch: Option<usize>,
+    /// Forward passes whose gradients make one step
+    #[arg(long, value_name = "N", help_heading = "Tuning (Stage II)")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    grad_accum: Option<usize>,
+    /// Passes over the data
+    #[arg(long, value_name = "N", help_heading = "Tuning (Stage II)")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    epochs: Option<usize>,
+    /// Most steps; no limit where not given
+    #[arg(long, value_name = "N", help_heading = "Tuning (Stage II)")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_sft_steps: Option<usize>,
+    /// Learning rate (AdamW, constant)
+    #[arg(long, value_name = "X", help_heading = "Tuning (Stage II)")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lr: Option<f64>,
+    /// Decoupled weight decay
+    #[arg(long, value_name = "X", help_heading = "Tuning (Stage II)")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    weight_decay: Option<f64>,
+    /// Largest gradient norm
+    #[arg(long, value_name = "X", help_heading = "Tuning (Stage II)")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    clip: Option<f64>,
+    /// Rank of the adapters
+    #[arg(long, value_name = "N", help_heading = "Tuning (Stage II)")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lora_r: Option<usize>,
+    /// Numerator of the adapters' scale alpha / r
+    #[arg(long, value_name = "X", help_heading = "Tuning (Stage II)")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lora_alpha: Option<f64>,
+    /// Probability that an input of an adapter is dropped in training
+    #[arg(long, value_name = "P", help_heading = "Tuning (Stage II)")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lora_dropout: Option<f64>,
+    /// Linear modules with an adapter, separated by commas
+    #[arg(long, value_name = "MODULES", value_delimiter = ',', value_parser = module_names(), help_heading = "Tuning (Stage II)")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lora_targets: Option<Vec<String>>,
+    /// Stop the gradient at the SAE, or let it through and train all layers
+    #[arg(long, value_parser = ["stop", "through"], help_heading = "Tuning (Stage II)")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sae_grad: Option<String>,
+
+    /// Where to compute: auto, cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", value_parser = device, help_heading = "Run")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    device: Option<String>,
+    /// Floating-point type of frozen weights and activations
+    #[arg(long, value_parser = ["auto", "f32", "bf16"], help_heading = "Run")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dtype: Option<String>,
+    /// Worker threads; 0 is one for each core
+    #[arg(long, value_name = "N", help_heading = "Run")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    threads: Option<usize>,
+    /// Most memory of the activation cache in GiB; beyond it a file is used [default: a quarter of the available memory]
+    #[arg(long, value_name = "GIB", help_heading = "Run")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cache_memory: Option<f64>,
+    /// Run folder
+    #[arg(long, value_name = "DIR", help_heading = "Run")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) out: Option<PathBuf>,
+    /// Steps between checkpoints; 0 is only at the end of a stage
+    #[arg(long, value_name = "N", help_heading = "Run")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    checkpoint_every: Option<usize>,
+    /// Checkpoints to keep
+    #[arg(long, value_name = "N", help_heading = "Run")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    keep: Option<usize>,
+    /// Steps between lines of progress where there is no terminal for a bar
+    #[arg(long, value_name = "N", help_heading = "Run")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    log_every: Option<usize>,
+    /// Seed of everything random
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64), help_heading = "Run")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    seed: Option<u64>,
+}
+
+fn hookpoint(text: &str) -> Result<String, String> {
+    parse_hookpoint(text).map(|_| text.to_owned())
+}
+
+fn device(text: &str) -> Result<String, String> {
+    text.parse::<DeviceSetting>().map(|_| text.to_owned())
+}
+
+fn module_names() -> clap::builder::PossibleValuesParser {
+    Module::ALL.map(Module::name).into()
+}
+
+#[derive(Args)]
+pub struct EvalArgs {
+    /// Model to measure: folder or hub id
+    #[arg(long, value_name = "MODEL")]
+    pub model: String,
+    /// PEFT adapter on top of it
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+    /// SAE through which the output of --layer goes: a sparsify folder
+    #[arg(long, value_name = "DIR", requires = "layer")]
+    pub sae: Option<PathBuf>,
+    /// Layer (0-based) whose output --sae replaces: N or model.layers.N
+    #[arg(long, value_name = "N", value_parser = parse_hookpoint, requires = "sae")]
+    pub layer: Option<usize>,
+    /// Problems with answers: JSON, JSON Lines or Parquet file, or hub id
+    #[arg(long, value_name = "FILE|ID")]
+    pub data: String,
+    /// Jinja file that turns a record into text; built in where not given
+    #[arg(long, value_name = "FILE")]
+    pub template: Option<PathBuf>,
+    /// Tokens in a sequence, with --perplexity
+    #[arg(long, value_name = "N", default_value_t = 2048, value_parser = at_least::<2>)]
+    pub seq_len: usize,
+    /// Measure the loss a token on the data's text, packed as in training, instead of answers
+    #[arg(long)]
+    pub perplexity: bool,
+    /// Most tokens to write for a problem
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = at_least::<1>)]
+    pub max_new_tokens: usize,
+    /// Use the first N records (with --perplexity: sequences) alone
+    #[arg(long, value_name = "N", value_parser = at_least::<1>)]
+    pub limit: Option<usize>,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Worker threads; 0 is one for each core
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub threads: usize,
+    /// Floating-point type of weights and activations
+    #[arg(long, value_parser = ["auto", "f32", "bf16"], default_value = "auto")]
+    pub dtype: String,
+}
+
+fn at_least<const MIN: usize>(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(number) if number >= MIN => Ok(number),
+        _ => Err(format!("expected a whole number of at least {MIN}")),
+    }
+}
+
+#[derive(Args)]
+pub struct MergeArgs {
+    /// Model to merge into: folder or hub id
+    #[arg(long, value_name = "MODEL")]
+    pub model: String,
+    /// PEFT adapter to merge
+    #[arg(long, value_name = "DIR")]
+    pub adapter: PathBuf,
+    /// Folder for the merged model; must not exist or be empty
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+}
+
+#[derive(Args)]
+pub struct CompletionsArgs {
+    /// The shell that reads the script
+    pub shell: clap_complete::Shell,
+}

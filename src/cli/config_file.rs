@@ -1,0 +1,65 @@
+//! Where settings come from: options win over the file given by `--config`, the file over the
+//! run that is resumed, and that over the defaults.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use resa_engine::Error;
+use resa_engine::train::{RunDir, TrainConfig};
+use toml::Table;
+
+use super::Failure;
+use super::args::TrainArgs;
+
+/// Pairs of keys that say the same thing in two ways: giving one takes the other back.
+const ALTERNATIVES: [[&str; 2]; 2] = [["hookpoint", "layer"], ["latents", "expansion"]];
+
+/// The settings of a run, checked.
+pub fn resolve(args: &TrainArgs) -> Result<TrainConfig, Failure> {
+    let usage = |error: Error| Failure::Usage(error.into());
+    let mut given = match &args.config {
+        Some(path) => read(path).map_err(usage)?,
+        None => Table::new(),
+    };
+    let options = Table::try_from(&args.settings).map_err(|e| Failure::Usage(e.into()))?;
+    overlay(&mut given, options);
+
+    let out = match given.get("out").and_then(toml::Value::as_str) {
+        Some(out) => PathBuf::from(out),
+        None => TrainConfig::default().out,
+    };
+    let stored = match args.resume {
+        true => Some(RunDir::read_config(&out)?),
+        false => None,
+    };
+    let mut table = match &stored {
+        Some(stored) => stored.to_table()?,
+        None => Table::new(),
+    };
+    overlay(&mut table, given);
+    let mut config = TrainConfig::from_table(table, Path::new("settings")).map_err(usage)?;
+    config.out = out;
+    config.validate().map_err(usage)?;
+    if let Some(stored) = &stored {
+        config.check_resumes(stored).map_err(usage)?;
+    }
+    Ok(config)
+}
+
+/// Reads a file of settings; it is checked on its own, so that an error names its line.
+fn read(path: &Path) -> Result<Table, Error> {
+    let text = fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
+    TrainConfig::from_toml(&text, path)?;
+    text.parse()
+        .map_err(|e: toml::de::Error| Error::file(path, e.message()))
+}
+
+fn overlay(below: &mut Table, above: Table) {
+    for [one, other] in ALTERNATIVES {
+        if above.contains_key(one) || above.contains_key(other) {
+            below.remove(one);
+            below.remove(other);
+        }
+    }
+    below.extend(above);
+}

@@ -1,0 +1,437 @@
+//! What a run will cost, counted from the shapes: the plan that `--dry-run` prints.
+
+use std::fmt;
+
+use serde::Serialize;
+
+use super::config::TrainConfig;
+use super::settings::{Method, SaeGrad, SaeInit, SaeOptimizer};
+use crate::error::Result;
+use crate::model::{Module, Qwen2Config};
+
+/// What a plan is made from, beside the settings.
+#[derive(Clone, Debug)]
+pub struct PlanInput<'a> {
+    pub source: &'a Qwen2Config,
+    pub target: &'a Qwen2Config,
+    /// Sequences of the trigger data.
+    pub source_rows: u64,
+    /// Sequences of the elicitation data.
+    pub target_rows: u64,
+    /// Size of a frozen weight: 4 for f32, 2 for bf16 and f16.
+    pub weight_bytes: usize,
+    /// Rate of a matrix product on this machine, in FLOP a second, where it was measured.
+    pub flop_per_s: Option<f64>,
+}
+
+/// The cost of a run.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Plan {
+    pub stages: Vec<StagePlan>,
+    /// Time to expect in seconds, where a rate is known: matrix products at the measured rate,
+    /// so a lower bound.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seconds: Option<f64>,
+}
+
+/// The cost of a stage.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct StagePlan {
+    /// `sae` or `sft`.
+    pub stage: &'static str,
+    pub steps: u64,
+    pub tokens: u64,
+    /// FLOP a token in the first epoch.
+    pub flop_per_token: f64,
+    /// FLOP a token in later epochs, where what does not change comes from the cache.
+    pub flop_per_token_later: f64,
+    /// FLOP in all.
+    pub flop: f64,
+    /// Memory by what it is for, in bytes.
+    pub memory: Vec<MemoryPart>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seconds: Option<f64>,
+}
+
+/// Memory that one thing takes.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct MemoryPart {
+    pub what: &'static str,
+    pub bytes: u64,
+}
+
+impl StagePlan {
+    /// Memory in all, in bytes.
+    pub fn memory_bytes(&self) -> u64 {
+        let bytes = self.memory.iter().map(|part| part.bytes);
+        bytes.fold(0, u64::saturating_add)
+    }
+}
+
+/// Steps of a stage: each epoch takes `rows` sequences in steps of `batch`, the last of an epoch
+/// as short as it comes.
+pub fn steps(rows: u64, batch: usize, epochs: usize, limit: Option<usize>) -> u64 {
+    let all = rows.div_ceil(batch.max(1) as u64);
+    let all = all.saturating_mul(epochs as u64);
+    limit.map_or(all, |limit| all.min(limit as u64))
+}
+
+impl Plan {
+    /// The plan of a run.
+    ///
+    /// # Errors
+    /// What [`TrainConfig::hookpoints_for`] and [`TrainConfig::latents_for`] refuse.
+    pub fn new(config: &TrainConfig, input: &PlanInput) -> Result<Self> {
+        let mut stages = Vec::new();
+        if config.runs_sae() && config.sae_init != SaeInit::Pretrained {
+            stages.push(sae_stage(config, input)?);
+        }
+        if config.runs_sft() {
+            stages.push(sft_stage(config, input)?);
+        }
+        let seconds = stages.iter().map(|stage| stage.seconds).sum();
+        Ok(Self { stages, seconds })
+    }
+}
+
+/// FLOP a token of one model's parts, a multiply and an add counted as two.
+struct Cost {
+    layer: f64,
+    layer_backward: f64,
+    /// Forward and backward of one layer's adapters.
+    lora: f64,
+    head: f64,
+    sae_encode: f64,
+    /// Decoding and the gradients of the active latents.
+    sae_sparse: f64,
+}
+
+impl Cost {
+    fn new(config: &TrainConfig, model: &Qwen2Config, latents: usize) -> Self {
+        let hidden = model.hidden_size as f64;
+        let linear = 2.0 * layer_weights(model);
+        // Two products over the keys before a query, half of the sequence on average.
+        let heads = (model.num_attention_heads * model.head_dim) as f64;
+        let attention = 2.0 * config.seq_len as f64 * heads;
+        let ranks = config.lora_targets.iter().map(|&module| {
+            let (out, inner) = model.module_dims(module);
+            2.0 * config.lora_r as f64 * (out as f64 + inner as f64)
+        });
+        let k = config.k as f64;
+        let multi = if config.multi_topk { 4.0 * k } else { 0.0 };
+        let dead = if config.auxk_alpha > 0.0 {
+            hidden / 2.0
+        } else {
+            0.0
+        };
+        Self {
+            layer: linear + attention,
+            // Weights are frozen, so only activations have gradients; attention has four
+            // products there and computes its scores again.
+            layer_backward: linear + 2.5 * attention,
+            lora: 3.0 * ranks.sum::<f64>(),
+            head: 2.0 * hidden * model.vocab_size as f64,
+            sae_encode: 2.0 * hidden * latents as f64,
+            sae_sparse: 8.0 * hidden * (k + multi + dead),
+        }
+    }
+}
+
+fn sae_stage(config: &TrainConfig, input: &PlanInput) -> Result<StagePlan> {
+    let model = input.source;
+    let latents = config.latents_for(model.hidden_size)?;
+    let hookpoints = config.hookpoints_for(model.num_hidden_layers)?;
+    let layers = hookpoints.iter().max().map_or(0, |&last| last + 1);
+    let cost = Cost::new(config, model, latents);
+    let saes = hookpoints.len() as f64;
+    let each = layers as f64 * cost.layer + saes * (cost.sae_encode + cost.sae_sparse);
+
+    let steps = steps(
+        input.source_rows,
+        config.sae_batch,
+        config.sae_epochs,
+        config.max_sae_steps,
+    );
+    let tokens = tokens(
+        config,
+        input.source_rows,
+        steps,
+        config.sae_batch,
+        config.sae_epochs,
+    );
+    let batch_tokens = config.sae_batch as f64 * config.seq_len as f64;
+    // Weights and their gradients, and what the optimizer keeps of them.
+    let copies = match config.sae_optimizer {
+        SaeOptimizer::Signum => 3.0,
+        SaeOptimizer::Adam => 4.0,
+    };
+    let memory = vec![
+        part("model weights", weights(input, model, layers, false)),
+        part(
+            "SAE and optimizer",
+            4.0 * saes * copies * sae_weights(model, latents),
+        ),
+        part(
+            "activations",
+            4.0 * batch_tokens * (forward_width(model) + saes * model.hidden_size as f64),
+        ),
+    ];
+    Ok(stage(
+        "sae",
+        steps,
+        tokens,
+        [each, each],
+        0.0,
+        memory,
+        input,
+    ))
+}
+
+fn sft_stage(config: &TrainConfig, input: &PlanInput) -> Result<StagePlan> {
+    let model = input.target;
+    let all = model.num_hidden_layers;
+    let with_sae = config.method == Method::SaeTuning;
+    let latents = match with_sae {
+        true => config.latents_for(model.hidden_size)?,
+        false => 0,
+    };
+    let cost = Cost::new(config, model, latents);
+    let stops = with_sae && config.sae_grad == SaeGrad::Stop;
+    let prefix = match stops {
+        true => config.hookpoints_for(all)?[0] + 1,
+        false => 0,
+    };
+    let trained = (all - prefix) as f64;
+    let student = trained * (cost.layer + cost.layer_backward + cost.lora) + 2.0 * cost.head;
+    let own_prefix = if config.adapter.is_some() { 2.0 } else { 1.0 };
+    let costs = match (with_sae, stops) {
+        (false, _) => [student, student],
+        (true, true) => {
+            let shared = own_prefix * (prefix as f64 * cost.layer + cost.sae_encode);
+            let later = student + cost.head;
+            [shared + trained * cost.layer + later, later]
+        }
+        (true, false) => {
+            let later = student + cost.head + cost.sae_encode + cost.sae_sparse;
+            [all as f64 * cost.layer + cost.sae_encode + later, later]
+        }
+    };
+
+    let batch = config.sft_batch.saturating_mul(config.grad_accum);
+    let steps = steps(
+        input.target_rows,
+        batch,
+        config.epochs,
+        config.max_sft_steps,
+    );
+    let tokens = tokens(config, input.target_rows, steps, batch, config.epochs);
+    let epoch_tokens = input.target_rows as f64 * config.seq_len as f64;
+    let later_share = 1.0 - (epoch_tokens / (tokens as f64).max(1.0)).min(1.0);
+    let memory = sft_memory(
+        config,
+        input,
+        latents,
+        trained,
+        later_share > 0.0 && with_sae,
+    );
+    Ok(stage(
+        "sft",
+        steps,
+        tokens,
+        costs,
+        later_share,
+        memory,
+        input,
+    ))
+}
+
+fn sft_memory(
+    config: &TrainConfig,
+    input: &PlanInput,
+    latents: usize,
+    trained: f64,
+    cached: bool,
+) -> Vec<MemoryPart> {
+    let model = input.target;
+    let hidden = model.hidden_size as f64;
+    let batch_tokens = config.sft_batch as f64 * config.seq_len as f64;
+    let ranks = config.lora_targets.iter().map(|&module| {
+        let (out, inner) = model.module_dims(module);
+        config.lora_r as f64 * (out as f64 + inner as f64)
+    });
+    let lora = trained * ranks.sum::<f64>();
+    let mut memory = vec![
+        part(
+            "model weights",
+            weights(input, model, model.num_hidden_layers, true),
+        ),
+        // Weights, gradients and two moments.
+        part("adapters and optimizer", 4.0 * 4.0 * lora),
+        part(
+            "activations for backward",
+            4.0 * batch_tokens * trained * saved_width(config, model),
+        ),
+        // The final hidden states of both models and their gradient.
+        part("head", 4.0 * batch_tokens * 3.0 * hidden),
+    ];
+    if latents > 0 {
+        memory.push(part("SAE", 4.0 * sae_weights(model, latents)));
+    }
+    if cached {
+        let rows = input.target_rows as f64 * config.seq_len as f64;
+        let limit = config.cache_bytes() as f64;
+        memory.push(part(
+            "activation cache",
+            (4.0 * 2.0 * rows * hidden).min(limit),
+        ));
+    }
+    memory
+}
+
+fn stage(
+    stage: &'static str,
+    steps: u64,
+    tokens: u64,
+    [first, later]: [f64; 2],
+    later_share: f64,
+    memory: Vec<MemoryPart>,
+    input: &PlanInput,
+) -> StagePlan {
+    let flop = tokens as f64 * (first * (1.0 - later_share) + later * later_share);
+    StagePlan {
+        stage,
+        steps,
+        tokens,
+        flop_per_token: first,
+        flop_per_token_later: later,
+        flop,
+        memory,
+        seconds: input.flop_per_s.map(|rate| flop / rate),
+    }
+}
+
+fn tokens(config: &TrainConfig, rows: u64, steps: u64, batch: usize, epochs: usize) -> u64 {
+    let all = rows.saturating_mul(epochs as u64);
+    let rows = steps.saturating_mul(batch as u64).min(all);
+    rows.saturating_mul(config.seq_len as u64)
+}
+
+fn part(what: &'static str, bytes: f64) -> MemoryPart {
+    let bytes = bytes as u64;
+    MemoryPart { what, bytes }
+}
+
+/// Weights of the linear modules of a layer.
+fn layer_weights(model: &Qwen2Config) -> f64 {
+    let sizes = Module::ALL.map(|module| {
+        let (out, inner) = model.module_dims(module);
+        out as f64 * inner as f64
+    });
+    sizes.iter().sum()
+}
+
+fn weights(input: &PlanInput, model: &Qwen2Config, layers: usize, head: bool) -> f64 {
+    let embedding = model.vocab_size as f64 * model.hidden_size as f64;
+    let matrices = if head && !model.tie_word_embeddings {
+        2.0
+    } else {
+        1.0
+    };
+    input.weight_bytes as f64 * (matrices * embedding + layers as f64 * layer_weights(model))
+}
+
+fn sae_weights(model: &Qwen2Config, latents: usize) -> f64 {
+    let (hidden, latents) = (model.hidden_size as f64, latents as f64);
+    2.0 * hidden * latents + latents + hidden
+}
+
+/// Values a token that a layer's forward pass holds at once.
+fn forward_width(model: &Qwen2Config) -> f64 {
+    let (q, _) = model.module_dims(Module::Q);
+    let (kv, _) = model.module_dims(Module::K);
+    let attention = 2.0 * q as f64 + 2.0 * kv as f64;
+    let mlp = 3.0 * model.intermediate_size as f64;
+    2.0 * model.hidden_size as f64 + attention.max(mlp)
+}
+
+/// Values a token that a layer keeps for its backward pass: the inputs of both norms and of the
+/// linear modules, queries, keys and values, the attention's output, and the adapters' inner
+/// values.
+fn saved_width(config: &TrainConfig, model: &Qwen2Config) -> f64 {
+    let (q, _) = model.module_dims(Module::Q);
+    let (kv, _) = model.module_dims(Module::K);
+    let attention = 2.0 * q as f64 + 2.0 * kv as f64;
+    let mlp = 3.0 * model.intermediate_size as f64;
+    let lora = (config.lora_targets.len() * config.lora_r) as f64;
+    4.0 * model.hidden_size as f64 + attention + mlp + lora
+}
+
+/// Memory that programs can still get from the system, in bytes, where it says so.
+pub fn available_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
+    kib.checked_mul(1024)
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for stage in &self.stages {
+            writeln!(f, "{}", stage_title(stage.stage))?;
+            row(f, "steps", &stage.steps.to_string())?;
+            row(f, "tokens", &stage.tokens.to_string())?;
+            let [first, later] = [stage.flop_per_token, stage.flop_per_token_later];
+            row(f, "FLOP a token", &scaled(first, 1000.0, "FLOP"))?;
+            if later != first {
+                row(f, "  in later epochs", &scaled(later, 1000.0, "FLOP"))?;
+            }
+            row(f, "FLOP", &scaled(stage.flop, 1000.0, "FLOP"))?;
+            let bytes = |bytes: u64| scaled(bytes as f64, 1024.0, "iB");
+            row(f, "memory (estimate)", &bytes(stage.memory_bytes()))?;
+            for part in &stage.memory {
+                row(f, &format!("  {}", part.what), &bytes(part.bytes))?;
+            }
+            if let Some(seconds) = stage.seconds {
+                row(f, "time (at least)", &clock(seconds))?;
+            }
+        }
+        match self.seconds {
+            Some(seconds) if self.stages.len() > 1 => {
+                writeln!(f, "Both stages")?;
+                row(f, "time (at least)", &clock(seconds))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+fn stage_title(stage: &str) -> &'static str {
+    match stage {
+        "sae" => "Stage I: sparse autoencoder",
+        _ => "Stage II: tuning",
+    }
+}
+
+fn row(f: &mut fmt::Formatter<'_>, name: &str, value: &str) -> fmt::Result {
+    writeln!(f, "  {name:<26} {value:>14}")
+}
+
+/// A number with the prefix that leaves one to three digits before the point.
+fn scaled(value: f64, base: f64, unit: &str) -> String {
+    const PREFIXES: [&str; 8] = ["", "K", "M", "G", "T", "P", "E", "Z"];
+    let mut value = value;
+    let mut prefix = 0;
+    while value >= base && prefix + 1 < PREFIXES.len() {
+        value /= base;
+        prefix += 1;
+    }
+    format!("{value:.2} {}{unit}", PREFIXES[prefix])
+}
+
+fn clock(seconds: f64) -> String {
+    // Saturates for what no run will take.
+    let whole = seconds.round() as u64;
+    format!("{}:{:02}:{:02}", whole / 3600, whole / 60 % 60, whole % 60)
+}
