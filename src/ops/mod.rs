@@ -4,18 +4,17 @@
 
 pub mod cross_entropy;
 pub mod embedding;
+pub mod flash_attention;
+pub mod fvu;
 pub mod gemm;
 pub(crate) mod head;
 pub mod kl_div;
 pub mod lora;
 pub(crate) mod math;
-pub mod flash_attention;
-pub(crate) mod math;
 pub mod rmsnorm;
 pub mod rope;
-pub mod swiglu;
-pub mod fvu;
 pub mod sparse_decode;
+pub mod swiglu;
 pub mod topk;
 
 use crate::device::Device;

@@ -2,16 +2,25 @@
 
 pub mod checkpoint;
 pub mod config;
+pub mod example;
+pub mod inputs;
 pub mod metrics;
 pub mod observer;
 pub mod plan;
+pub mod row_cache;
+mod run;
 pub mod run_dir;
+pub mod sae_trainer;
+mod session;
 pub mod settings;
+pub mod sft_trainer;
+mod stage_one;
+mod stage_two;
 mod validate;
 
 pub use config::TrainConfig;
 pub use metrics::{MetricsLog, StepMetrics, StepStage};
 pub use observer::{CancelFlag, Event, Observer, RunOptions};
+pub use run::{Summary, run};
 pub use run_dir::RunDir;
 pub use settings::{DeviceSetting, DtypeSetting, Method, SaeGrad, SaeInit, SaeOptimizer, Stage};
-pub mod sae_trainer;
