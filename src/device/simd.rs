@@ -66,3 +66,34 @@ macro_rules! vectorized {
     };
 }
 pub(crate) use vectorized;
+
+#[cfg(test)]
+mod tests {
+    #[inline(always)]
+    fn scaled_sum(values: &mut [f32], scale: f32) -> f32 {
+        let mut sum = 0.0;
+        for v in values {
+            *v = *v * scale + 1.0 / *v;
+            sum += *v;
+        }
+        sum
+    }
+
+    vectorized! {
+        fn wide_scaled_sum(values: &mut [f32], scale: f32) -> f32 {
+            scaled_sum(values, scale)
+        }
+    }
+
+    #[test]
+    fn the_widest_level_gives_the_bits_of_the_baseline() {
+        let mut narrow: Vec<f32> = (1..1000).map(|i| 0.37 * i as f32).collect();
+        let mut wide = narrow.clone();
+        let sums = [
+            scaled_sum(&mut narrow, 0.1),
+            wide_scaled_sum(&mut wide, 0.1),
+        ];
+        assert_eq!(sums[0].to_bits(), sums[1].to_bits());
+        assert_eq!(narrow, wide);
+    }
+}
