@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use super::plan::available_memory;
 use super::{TrainConfig, example};
 use crate::data::records::{self, Record};
 use crate::data::{Packed, Template, Tokenizer, pack};
@@ -104,19 +105,10 @@ pub fn widen(
                 .sum();
             let head = if head { config.vocab_size * config.hidden_size } else { 0 };
             let bytes = 4 * (layers.len() * layer + head) as u64;
-            bytes <= available_memory() / 3
+            bytes <= available_memory().unwrap_or(4 << 30) / 3
         }
     };
     if wide { model.widen(layers, head) } else { Ok(()) }
-}
-
-/// Bytes of memory that processes may still take; a careful guess where the system does not say.
-pub fn available_memory() -> u64 {
-    const GUESS: u64 = 4 << 30;
-    let Ok(text) = std::fs::read_to_string("/proc/meminfo") else { return GUESS };
-    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"));
-    let kib = line.and_then(|l| l.trim().strip_suffix(" kB")).and_then(|n| n.trim().parse::<u64>().ok());
-    kib.map_or(GUESS, |kib| kib.saturating_mul(1024))
 }
 
 /// The device of a setting.

@@ -1,13 +1,17 @@
 //! What a run will cost, counted from the shapes: the plan that `--dry-run` prints.
 
 use std::fmt;
+use std::time::Instant;
 
 use serde::Serialize;
 
 use super::config::TrainConfig;
 use super::settings::{Method, SaeGrad, SaeInit, SaeOptimizer};
+use crate::device::Device;
 use crate::error::Result;
 use crate::model::{Module, Qwen2Config};
+use crate::ops::{Operator, gemm::Linear};
+use crate::tensor::Tensor;
 
 /// What a plan is made from, beside the settings.
 #[derive(Clone, Debug)]
@@ -364,6 +368,21 @@ fn saved_width(config: &TrainConfig, model: &Qwen2Config) -> f64 {
     let mlp = 3.0 * model.intermediate_size as f64;
     let lora = (config.lora_targets.len() * config.lora_r) as f64;
     4.0 * model.hidden_size as f64 + attention + mlp + lora
+}
+
+/// The rate of a matrix product of this device in FLOP a second: the best of a few, at a shape
+/// that a model of about 100M parameters has.
+pub fn measured_rate(device: &Device) -> Result<f64> {
+    let (rows, inner, out) = (512, 576, 1536);
+    let ones = |rows: usize, cols: usize| Tensor::from_vec(vec![1.0; rows * cols], [rows, cols]);
+    let (x, linear) = (ones(rows, inner)?, Linear { weight: ones(out, inner)?, bias: None });
+    let mut best = f64::INFINITY;
+    for _ in 0..5 {
+        let began = Instant::now();
+        device.run(|| linear.forward(device, &[&x], &[false]))?;
+        best = best.min(began.elapsed().as_secs_f64());
+    }
+    Ok(2.0 * (rows * inner * out) as f64 / best)
 }
 
 /// Memory that programs can still get from the system, in bytes, where it says so.

@@ -98,17 +98,19 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    /// To be called after each step: writes a checkpoint where one is due or the caller wants
-    /// to stop, and returns [`Error::Cancelled`] in the latter case.
+    /// To be called after each step: writes a checkpoint where one is due, the stage ends or
+    /// the caller wants to stop, and returns [`Error::Cancelled`] in the last case.
     pub fn step_done(
         &mut self,
         stage: StepStage,
         step: u64,
+        is_last: bool,
         state: impl FnOnce() -> Result<(Vec<(String, Tensor)>, Value)>,
     ) -> Result<()> {
         self.total_steps += 1;
         let cancelled = self.cancel.is_cancelled();
-        if cancelled || self.total_steps.is_multiple_of(self.config.checkpoint_every as u64) {
+        let due = self.total_steps.is_multiple_of(self.config.checkpoint_every as u64);
+        if cancelled || due || is_last {
             let (tensors, stage_state) = state()?;
             self.checkpoint(stage, step, tensors, stage_state)?;
         }
@@ -116,7 +118,7 @@ impl<'a> Session<'a> {
     }
 
     /// Writes a checkpoint and removes the oldest that are too many.
-    pub fn checkpoint(
+    fn checkpoint(
         &mut self,
         stage: StepStage,
         step: u64,

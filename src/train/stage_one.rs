@@ -137,7 +137,8 @@ impl StageOne<'_> {
             if done.is_multiple_of(config.checkpoint_every as u64) || done == self.schedule.steps {
                 save_best(session, &mut hooks)?;
             }
-            session.step_done(StepStage::Sae, done, || state(&hooks))?;
+            let is_last = done == self.schedule.steps;
+            session.step_done(StepStage::Sae, done, is_last, || state(&hooks))?;
         }
         let saes = self.save(session, &hooks)?;
         Ok(Trained { saes, fvu })

@@ -104,7 +104,7 @@ impl StageTwo<'_> {
             let metrics = self.metrics(config, step, &rows, measured, seconds, teacher.as_ref());
             losses.extend(metrics.kl_per_token.or(metrics.loss));
             session.record(metrics)?;
-            session.step_done(StepStage::Sft, step + 1, || {
+            session.step_done(StepStage::Sft, step + 1, step + 1 == steps, || {
                 Ok((trainer.tensors(), serde_json::Value::Null))
             })?;
             if step + 1 == self.schedule.steps_per_epoch {
@@ -267,9 +267,11 @@ impl Teacher<'_> {
 
 fn record_mse(mse_of: &mut [f64], rows: &[usize], x: &Tensor, x_hat: &Tensor) -> Result<()> {
     let per_row = x.len() / rows.len().max(1);
+    let row_of = |tensor: &Tensor, i: usize| {
+        Tensor::from_vec(tensor.f32s()?[i * per_row..][..per_row].to_vec(), [1, per_row])
+    };
     for (i, &row) in rows.iter().enumerate() {
-        let range = i * per_row..(i + 1) * per_row;
-        mse_of[row] = mse(&x.f32s()?[range.clone()], &x_hat.f32s()?[range]);
+        mse_of[row] = mse(&row_of(x, i)?, &row_of(x_hat, i)?)?.unwrap_or(f64::NAN);
     }
     Ok(())
 }

@@ -1,0 +1,324 @@
+//! A whole run: from settings to a trained SAE and a tuned adapter in a run folder.
+
+use serde::Serialize;
+
+use super::inputs::{self, Sources};
+use super::metrics::StepStage;
+use super::plan::{self, Plan, PlanInput};
+use super::row_cache::{CacheSpace, RowCache};
+use super::session::Session;
+use super::stage_one::{Schedule, StageOne, load_sae, start_sae};
+use super::stage_two::StageTwo;
+use super::{
+    CancelFlag, DtypeSetting, Event, Method, Observer, RunDir, RunOptions, SaeGrad, SaeInit,
+    TrainConfig, example,
+};
+use crate::data::records::Record;
+use crate::data::{Packed, Template, Tokenizer, order};
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::eval::{Inference, pass};
+use crate::formats::{huggingface, peft};
+use crate::model::{Lora, Qwen2, Sae};
+
+/// What a run measured.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Summary {
+    /// The run folder.
+    pub out: std::path::PathBuf,
+    /// FVU of each hookpoint at the first and at the last step of Stage I.
+    pub fvu: Vec<(usize, f64, f64)>,
+    /// KL divergence a token (SAE-Tuning) or cross-entropy (the baseline) at the start and at
+    /// the end of Stage II: means over up to ten steps.
+    pub loss: Option<(f64, f64)>,
+    /// Pass@1 on problems held out, for the embedded example.
+    pub pass_at_1: Option<PassAt1>,
+}
+
+/// Share of problems answered right, greedily.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct PassAt1 {
+    pub problems: usize,
+    pub target: f64,
+    pub target_with_sae: f64,
+    /// The target with its adapter, without the SAE.
+    pub tuned: f64,
+    /// The source model, as a mark to compare with.
+    pub source: f64,
+}
+
+/// Trains as `config` says, in its run folder. `observer` hears of every step; `cancel` stops
+/// the run after the step at hand, with a checkpoint written.
+///
+/// # Errors
+/// What is wrong with settings, files or numbers; [`Error::Cancelled`] when stopped.
+pub fn run(
+    config: &TrainConfig,
+    options: RunOptions,
+    observer: &mut dyn Observer,
+    cancel: &CancelFlag,
+) -> Result<Summary> {
+    config.validate()?;
+    let device = inputs::device(config.device, config.threads)?;
+    let run = if options.resume {
+        let (run, stored) = RunDir::resume(&config.out)?;
+        config.check_resumes(&stored)?;
+        run
+    } else {
+        RunDir::create(&config.out, config)?
+    };
+    let sources = Sources::resolve(config, run.path())?;
+    let mut session = Session::open(config, run, options.resume, observer, cancel)?;
+    let run = Run::read(config, &device, sources, &mut session)?;
+    run.train(&mut session)
+}
+
+/// What `config` will cost, without training; reads and packs the texts.
+pub fn plan(config: &TrainConfig) -> Result<Plan> {
+    config.validate()?;
+    let scratch = tempfile::tempdir().map_err(|e| Error::io(std::env::temp_dir(), e))?;
+    let sources = Sources::resolve(config, scratch.path())?;
+    let device = inputs::device(config.device, config.threads)?;
+    let target = huggingface::read_config(&sources.target)?;
+    let source = match &sources.source {
+        Some(dir) => huggingface::read_config(dir)?,
+        None => target.clone(),
+    };
+    let texts = Texts::read(config, &sources)?;
+    Plan::new(
+        config,
+        &PlanInput {
+            source: &source,
+            target: &target,
+            source_rows: texts.trigger.rows() as u64,
+            target_rows: texts.elicitation().rows() as u64,
+            weight_bytes: if config.dtype == DtypeSetting::Bf16 { 2 } else { 4 },
+            flop_per_s: Some(plan::measured_rate(&device)?),
+        },
+    )
+}
+
+/// The texts of both stages.
+struct Texts {
+    tokenizer: Tokenizer,
+    template: Template,
+    trigger: Packed,
+    /// Where it is another text than the trigger data.
+    elicitation: Option<Packed>,
+}
+
+impl Texts {
+    fn read(config: &TrainConfig, sources: &Sources) -> Result<Self> {
+        let tokenizer = Tokenizer::from_dir(&sources.target)?;
+        let template = sources.template()?;
+        let read = |path: &std::path::Path| -> Result<(Vec<Record>, Packed)> {
+            inputs::read_texts(path, &template, &tokenizer, config.seq_len, config.document_mask)
+        };
+        let (_, trigger) = read(&sources.data)?;
+        let elicitation = match &sources.elicitation_data {
+            Some(path) if config.runs_sft() => Some(read(path)?.1),
+            _ => None,
+        };
+        Ok(Self { tokenizer, template, trigger, elicitation })
+    }
+
+    fn elicitation(&self) -> &Packed {
+        self.elicitation.as_ref().unwrap_or(&self.trigger)
+    }
+}
+
+/// A run whose files have been read.
+struct Run<'a> {
+    config: &'a TrainConfig,
+    device: &'a Device,
+    sources: Sources,
+    texts: Texts,
+    /// None where Stage I alone runs, on another model.
+    target: Option<Qwen2>,
+    hookpoints: Vec<usize>,
+}
+
+impl<'a> Run<'a> {
+    fn read(
+        config: &'a TrainConfig,
+        device: &'a Device,
+        sources: Sources,
+        session: &mut Session,
+    ) -> Result<Self> {
+        session.tell(Event::Note("reading and packing the texts".to_owned()));
+        let shape = huggingface::read_config(&sources.target)?;
+        let hookpoints = config.hookpoints_for(shape.num_hidden_layers)?;
+        let texts = device.run(|| Texts::read(config, &sources))?;
+        let note = format!(
+            "{} sequences of {} tokens",
+            texts.trigger.rows(),
+            texts.trigger.seq_len
+        );
+        session.tell(Event::Note(note));
+        let needs_target = config.runs_sft() || sources.source_is_target();
+        let target = match needs_target {
+            true => Some(device.run(|| sources.load_target(config.dtype))?),
+            false => None,
+        };
+        if let Some(target) = &target {
+            inputs::check_vocabulary(target, &texts.trigger, &sources.target)?;
+            inputs::check_vocabulary(target, texts.elicitation(), &sources.target)?;
+        }
+        Ok(Self { config, device, sources, texts, target, hookpoints })
+    }
+
+    fn train(&self, session: &mut Session) -> Result<Summary> {
+        let config = self.config;
+        let mut summary = Summary { out: session.run.path().to_owned(), ..Summary::default() };
+        let mut sae = None;
+        let mut activations = None;
+        if config.runs_sae() {
+            let (trained, fvu, cache) = self.stage_one(session)?;
+            (summary.fvu, activations) = (fvu, cache);
+            sae = trained;
+        }
+        self.device.release_memory();
+        if config.runs_sft() {
+            if config.method == Method::SaeTuning && sae.is_none() {
+                let layer = self.hookpoints[0];
+                let d = self.target()?.config.hidden_size;
+                let root = config.sae.as_ref().ok_or_else(|| {
+                    Error::setting("--sae", "Stage II alone needs the folder of a trained SAE")
+                })?;
+                sae = Some((load_sae(root, layer, d)?, layer));
+            }
+            let sae = sae.as_ref().map(|(sae, layer)| (sae, *layer));
+            let tuned = self.stage_two(session, sae, activations)?;
+            summary.loss = tuned.loss;
+            if config.is_example()
+                && let Some(sae) = sae
+            {
+                summary.pass_at_1 = Some(self.pass_at_1(session, sae, &tuned.lora)?);
+            }
+        }
+        Ok(summary)
+    }
+
+    fn target(&self) -> Result<&Qwen2> {
+        self.target.as_ref().ok_or_else(|| Error::setting("--target", "the model was not read"))
+    }
+
+    /// The SAE of the first hookpoint, FVU at both ends, and layer outputs that Stage II can use.
+    #[allow(clippy::type_complexity, reason = "three results of one caller")]
+    fn stage_one(
+        &self,
+        session: &mut Session,
+    ) -> Result<(Option<(Sae, usize)>, Vec<(usize, f64, f64)>, Option<RowCache>)> {
+        let config = self.config;
+        let first = self.hookpoints[0];
+        let last = *self.hookpoints.iter().max().unwrap_or(&first);
+        if config.sae_init == SaeInit::Pretrained || session.is_past(StepStage::Sae) {
+            let d = self.target()?.config.hidden_size;
+            let sae = match config.sae_init {
+                SaeInit::Pretrained => start_sae(self.device, config, &self.target()?.config, first)?,
+                _ => load_sae(&session.run.sae_dir(first), first, d)?,
+            };
+            return Ok((Some((sae, first)), Vec::new(), None));
+        }
+        let own_source = match self.sources.source_is_target() {
+            true => None,
+            false => {
+                let source = self.device.run(|| self.sources.load_source(config.dtype, last))?;
+                inputs::check_vocabulary(&source, &self.texts.trigger, &self.sources.target)?;
+                Some(source)
+            }
+        };
+        let model = match &own_source {
+            Some(source) => source,
+            None => self.target()?,
+        };
+        let packed = &self.texts.trigger;
+        let mut sorted = self.hookpoints.clone();
+        sorted.sort_unstable();
+        let schedule =
+            Schedule::new(packed.rows(), config.sae_batch, config.sae_epochs, config.max_sae_steps);
+        let serves_stage_two = config.runs_sft()
+            && config.method == Method::SaeTuning
+            && own_source.is_none()
+            && self.texts.elicitation.is_none()
+            && sorted.len() == 1;
+        let space = CacheSpace { memory: config.cache_bytes(), dir: session.run.path() };
+        let shape = [sorted.len(), packed.seq_len, model.config.hidden_size];
+        let mut activations = RowCache::new(
+            &order(packed.rows(), config.shuffle.then_some(config.seed), 0),
+            config.sae_batch,
+            shape,
+            (schedule.repeats() || serves_stage_two).then_some(space),
+        )?;
+        let stage = StageOne { device: self.device, model, packed, hookpoints: &sorted, schedule };
+        let trained = stage.run(session, &mut activations)?;
+        let sae = trained.saes.into_iter().find(|(layer, _)| *layer == first);
+        let sae = sae.map(|(layer, sae)| (sae, layer));
+        Ok((sae, trained.fvu, serves_stage_two.then_some(activations)))
+    }
+
+    fn stage_two(
+        &self,
+        session: &mut Session,
+        sae: Option<(&Sae, usize)>,
+        activations: Option<RowCache>,
+    ) -> Result<super::stage_two::Tuned> {
+        let config = self.config;
+        let model = self.target()?;
+        if config.sae_grad == SaeGrad::Through && sae.is_some() {
+            session.tell(Event::Note(
+                "gradients pass the SAE: all layers are trained, and the student shares no layer \
+                 with the teacher"
+                    .to_owned(),
+            ));
+        }
+        let adapter = match &config.adapter {
+            Some(dir) => Some(peft::load(dir, &model.config)?),
+            None => None,
+        };
+        let packed = self.texts.elicitation();
+        let per_step = config.sft_batch * config.grad_accum;
+        let schedule =
+            Schedule::new(packed.rows(), per_step, config.epochs, config.max_sft_steps);
+        let stage = StageTwo { device: self.device, model, packed, sae, schedule, adapter };
+        let tuned = stage.run(session, activations)?;
+        huggingface::copy_tokenizer(&self.sources.target, &session.run.adapter_dir())?;
+        Ok(tuned)
+    }
+
+    fn pass_at_1(
+        &self,
+        session: &mut Session,
+        sae: (&Sae, usize),
+        lora: &Lora,
+    ) -> Result<PassAt1> {
+        let records = example::held_out(&session.run)?;
+        let name = "Evaluation: greedy answers to held-out problems".to_owned();
+        session.tell(Event::Phase { name, steps: 4, done: 0 });
+        let model = self.target()?;
+        let source = self.sources.source.as_ref().map(|dir| huggingface::load(dir)).transpose()?;
+        let target = Inference::new(model);
+        let subjects = [
+            target,
+            Inference { sae: Some(sae), ..target },
+            Inference { adapters: Some(lora), ..target },
+            Inference::new(source.as_ref().unwrap_or(model)),
+        ];
+        let mut shares = [0.0; 4];
+        for (i, subject) in subjects.iter().enumerate() {
+            session.check_cancelled()?;
+            let graded = pass::greedy_answers(
+                self.device,
+                subject,
+                &self.texts.tokenizer,
+                &self.texts.template,
+                &records,
+                example::MAX_NEW_TOKENS,
+            )?;
+            shares[i] = pass::pass_at_1(&graded);
+            session.tell(Event::Progress { done: i as u64 + 1 });
+        }
+        let [target, target_with_sae, tuned, source] = shares;
+        Ok(PassAt1 { problems: records.len(), target, target_with_sae, tuned, source })
+    }
+}
