@@ -2,7 +2,8 @@
 # Brings what the Python tests and benches/vs_pytorch need, once; a second call finds it and does nothing:
 #   ${RESA_VENV:-target/venv}      a virtual environment with pinned packages (about 6 GB, 2.5 GB of downloads;
 #                                  the wheels of torch on PyPI load the CUDA libraries even on a CPU)
-#   ${RESA_ASSETS:-target/assets}  smollm2/ (SmolLM2-135M-Instruct as a Hugging Face folder, bf16) and problems.jsonl
+#   ${RESA_ASSETS:-target/assets}  smollm2/ (SmolLM2-135M-Instruct as a Hugging Face folder, bf16), problems.jsonl,
+#                                  and packing_smollm2.json, token rows to compare with
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repo=$(dirname "$here")
@@ -38,4 +39,11 @@ if [[ ! -f $assets/problems.jsonl ]]; then
     echo "creating $assets/problems.jsonl" >&2
     "$venv/bin/python" "$here/python/make_data.py" --out "$assets/problems.jsonl.part" --items 4000 --seed 42 >&2
     mv "$assets/problems.jsonl.part" "$assets/problems.jsonl"
+fi
+
+if [[ ! -f $assets/packing_smollm2.json ]]; then
+    "$venv/bin/python" "$here/python/make_packing.py" --tokenizer "$assets/smollm2" --data "$assets/problems.jsonl" \
+        --template "$repo/benches/vs_pytorch/template.jinja" --limit 200 --seq-len 128 \
+        --out "$assets/packing_smollm2.json.part" >&2
+    mv "$assets/packing_smollm2.json.part" "$assets/packing_smollm2.json"
 fi
