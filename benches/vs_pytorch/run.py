@@ -1,0 +1,204 @@
+#!/usr/bin/env python3
+"""Time the engine and PyTorch on both stages of SAE-Tuning, in turns, and print a Markdown table.
+
+Model SmolLM2-135M-Instruct, hookpoint model.layers.12, SAE of 8192 latents with
+k = 32, float32, the same data and template.  PyTorch is baseline.py with
+glibc's allocator as it is and with settings that keep freed memory ("kept"),
+which is its best.  Every program is a process of its own; the programs take
+turns within each repetition, so that a slow minute of the machine hits all of
+them.  Tokens/s are those of single steps, the first (warm-up) step of each run
+left out; peak memory is the process's, as the kernel counted it.
+
+    python run.py --repeat 3              # or run.sh, which builds first
+
+Nothing else heavy may run meanwhile.
+"""
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+REPO = HERE.parents[1]
+LAYER, LATENTS, K = 12, 8192, 32
+KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30), "MALLOC_TOP_PAD_": str(256 << 20)}
+CASES = {  # name: (stage, rows a step, tokens a row)
+    "sae-4x512": ("sae", 4, 512),
+    "sft-1x512": ("sft", 1, 512),
+    "sft-1x2048": ("sft", 1, 2048),
+}
+
+
+class Bench:
+    def __init__(self, a, work):
+        self.a, self.work = a, Path(work)
+        self.model, problems = a.assets / "smollm2", a.assets / "problems.jsonl"
+        self.lines = problems.read_text().splitlines(keepends=True)
+        self.template = HERE / "template.jinja"
+        self.n = 0
+
+    def data(self, rows, seq_len):
+        """A file with just enough problems for `rows` rows, so that an epoch has that many."""
+        out = self.work / f"{rows}x{seq_len}.jsonl"
+        if not out.exists():
+            sys.path.insert(0, str(HERE))
+            import baseline
+            from transformers import PreTrainedTokenizerFast
+
+            tok = PreTrainedTokenizerFast.from_pretrained(self.model)
+            all_lines = self.work / "all.jsonl"
+            all_lines.write_text("".join(self.lines))
+            texts = baseline.load_texts(all_lines, self.template)[:2048]
+            n, found = 1, 0
+            while found < rows:  # a row of length exactly seq_len each, the last short one dropped
+                n += 1
+                found = (len(tok(tok.eos_token.join(["", *texts[:n]]))["input_ids"]) - 1) // seq_len
+            out.write_text("".join(self.lines[:n]))
+        return out
+
+    def measured(self, call, env=()):
+        """Run to the end; peak resident memory of the process in MiB."""
+        self.n += 1
+        log = self.work / f"{self.n}.log"
+        with log.open("w") as f:
+            p = subprocess.Popen([str(c) for c in call], stdout=f, stderr=subprocess.STDOUT,
+                                 env={**os.environ, "HF_HUB_OFFLINE": "1", **dict(env)})
+            _, status, usage = os.wait4(p.pid, 0)
+        if status != 0:
+            raise SystemExit(f"{' '.join(map(str, call))}\nfailed with status {status}:\n{log.read_text()[-3000:]}")
+        return usage.ru_maxrss / 1024
+
+    def engine(self, case, steps, epochs=1, sae=None):
+        stage, rows, seq_len = case
+        out = self.work / f"run{self.n}"
+        per = ["--sae-batch", rows, "--sae-epochs", epochs] if stage == "sae" else ["--sft-batch", rows, "--epochs", epochs]
+        rss = self.measured([
+            self.a.bin, "train", "--stage", stage, "--source", self.model, "--target", self.model,
+            "--data", self.data(rows * steps, seq_len), "--template", self.template, "--layer", LAYER,
+            *(["--latents", LATENTS, "--k", K] if sae is None else ["--sae", sae]),
+            "--seq-len", seq_len, *per, "--lora-dropout", 0, "--lr", "1e-6", "--dtype", "f32", "--device", "cpu",
+            "--threads", self.a.threads, "--out", out,
+        ])
+        steps_ = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        return [(m["epoch"], m["tokens_per_s"]) for m in steps_ if m["stage"] == stage], rss
+
+    def torch(self, case, steps, kept, truncated=False, sae=None, save=None):
+        stage, rows, seq_len = case
+        out = self.work / f"torch{self.n}.json"
+        if stage == "sae":
+            more = ["--steps1", steps, "--steps2", 0, "--seq-len", seq_len, "--batch", rows]
+        else:
+            more = ["--steps1", 0, "--steps2", steps, "--seq-len2", seq_len, "--batch2", rows, "--sae", sae]
+        rss = self.measured([
+            sys.executable, HERE / "baseline.py", "--model", self.model, "--data", self.data(rows * steps, seq_len),
+            "--layer", LAYER, "--num-latents", LATENTS, "--k", K, "--dtype", "float32", "--threads", self.a.threads,
+            "--stage1-forward", "truncated" if truncated else "full", "--out", out, *more,
+            *(["--save-sae", save] if save else []),
+        ], KEPT if kept else {})
+        r = json.loads(out.read_text())["stage1" if stage == "sae" else "stage2"]
+        return [(0, r["tokens_per_step"] / s) for s in r["seconds_per_step"]], rss
+
+
+def opponents(stage):
+    whole = "PyTorch, whole LM" if stage == "sae" else "PyTorch"
+    yield whole + ", default malloc", dict(kept=False)
+    yield whole + ", kept malloc", dict(kept=True)
+    if stage == "sae":
+        yield "PyTorch, LM cut after the layer, kept malloc", dict(kept=True, truncated=True)
+
+
+def compare(bench, name, sae):
+    """{program: ([tokens/s of each step], [peak MiB of each run])} over all repetitions."""
+    case, a = CASES[name], bench.a
+    found = {}
+
+    def add(program, speeds, rss):
+        s, m = found.setdefault(program, ([], []))
+        s += speeds
+        m.append(rss)
+
+    for _ in range(a.repeat):
+        if case[0] == "sae":
+            steps, rss = bench.engine(case, a.steps)
+            add("engine", [v for _, v in steps[1:]], rss)
+        else:
+            steps, rss = bench.engine(case, a.steps, epochs=2, sae=sae)
+            first = min(e for e, _ in steps)
+            add("engine, first epoch", [v for e, v in steps if e == first][1:], rss)
+            add("engine, from cache", [v for e, v in steps if e != first], rss)
+        for program, how in opponents(case[0]):
+            steps, rss = bench.torch(case, a.steps, sae=sae, **how)
+            add(program, [v for _, v in steps[1:]], rss)
+        print(f"{name}: {found}", file=sys.stderr, flush=True)
+    return found
+
+
+def table(results):
+    print("| case | program | tokens/s, median (min–max) | engine's tokens/s ÷ this | peak memory, MiB | this ÷ engine's |")
+    print("|---|---|---|---|---|---|")
+    for name, found in results.items():
+        ours = {p: statistics.median(s) for p, (s, _) in found.items() if p.startswith("engine")}
+        memory = max(max(m) for p, (_, m) in found.items() if p.startswith("engine"))
+        for program, (s, m) in found.items():
+            mid = statistics.median(s)
+            other = not program.startswith("engine")
+            ratio = " / ".join(f"{v / mid:.2f}" for v in ours.values()) if other else ""
+            more = f"{max(m) / memory:.2f}" if other else ""
+            print(f"| {name} | {program} | {mid:.0f} ({min(s):.0f}–{max(s):.0f}) | {ratio} | {max(m):.0f} | {more} |")
+
+
+def scaling(bench, sae):
+    print("\n| tokens a step | Stage I, ms a token | Stage II first epoch, ms a token | Stage II from cache, ms a token |")
+    print("|---|---|---|---|")
+    for seq_len in (256, 512, 1024, 2048):
+        one, _ = bench.engine(("sae", 1, seq_len), bench.a.steps)
+        two, _ = bench.engine(("sft", 1, seq_len), bench.a.steps, epochs=2, sae=sae)
+        first = min(e for e, _ in two)
+        parts = [[v for _, v in one[1:]], [v for e, v in two if e == first][1:], [v for e, v in two if e != first]]
+        print(f"| {seq_len} | " + " | ".join(f"{1e3 / statistics.median(p):.2f}" for p in parts) + " |", flush=True)
+
+
+def machine():
+    name = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                 if line.startswith("model name")), platform.machine())
+    import torch
+    import transformers
+
+    return (f"{name}, {len(os.sched_getaffinity(0))} cores; torch {torch.__version__}, transformers "
+            f"{transformers.__version__}; {time.strftime('%Y-%m-%d')}; load before {os.getloadavg()[0]:.2f}")
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    env = os.environ.get
+    ap.add_argument("--repeat", type=int, default=3)
+    ap.add_argument("--steps", type=int, default=6, help="steps of a run, the first of them warm-up")
+    ap.add_argument("--cases", default=",".join(CASES), help=f"default: {','.join(CASES)}")
+    ap.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    ap.add_argument("--scaling", action="store_true", help="also time the engine for 256 to 2048 tokens a step")
+    ap.add_argument("--bin", type=Path, default=Path(env("RESA_BIN", REPO / "target/release/resa-engine")))
+    ap.add_argument("--assets", type=Path, default=Path(env("RESA_ASSETS", REPO / "target/assets")))
+    a = ap.parse_args()
+    unknown = set(a.cases.split(",")) - set(CASES)
+    if unknown:
+        ap.error(f"unknown case {', '.join(sorted(unknown))}; known: {', '.join(CASES)}")
+    if a.steps < 2 or a.repeat < 1:
+        ap.error("--steps must be at least 2 and --repeat at least 1")
+    print(f"{machine()}; {a.threads} threads; {a.repeat} x {a.steps - 1} timed steps\n", flush=True)
+    with tempfile.TemporaryDirectory() as work:
+        bench = Bench(a, work)
+        sae = Path(work) / "sae"
+        bench.torch(CASES["sae-4x512"], 2, kept=True, truncated=True, save=sae)
+        table({name: compare(bench, name, sae) for name in a.cases.split(",")})
+        if a.scaling:
+            scaling(bench, sae)
+
+
+if __name__ == "__main__":
+    main()
