@@ -402,12 +402,11 @@ impl fmt::Display for Plan {
             row(f, "steps", &stage.steps.to_string())?;
             row(f, "tokens", &stage.tokens.to_string())?;
             let [first, later] = [stage.flop_per_token, stage.flop_per_token_later];
-            row(f, "FLOP a token", &scaled(first, 1000.0, "FLOP"))?;
+            row(f, "FLOP a token", &flop(first))?;
             if later != first {
-                row(f, "  in later epochs", &scaled(later, 1000.0, "FLOP"))?;
+                row(f, "  in later epochs", &flop(later))?;
             }
-            row(f, "FLOP", &scaled(stage.flop, 1000.0, "FLOP"))?;
-            let bytes = |bytes: u64| scaled(bytes as f64, 1024.0, "iB");
+            row(f, "FLOP", &flop(stage.flop))?;
             row(f, "memory (estimate)", &bytes(stage.memory_bytes()))?;
             for part in &stage.memory {
                 row(f, &format!("  {}", part.what), &bytes(part.bytes))?;
@@ -437,16 +436,26 @@ fn row(f: &mut fmt::Formatter<'_>, name: &str, value: &str) -> fmt::Result {
     writeln!(f, "  {name:<26} {value:>14}")
 }
 
-/// A number with the prefix that leaves one to three digits before the point.
-fn scaled(value: f64, base: f64, unit: &str) -> String {
-    const PREFIXES: [&str; 8] = ["", "K", "M", "G", "T", "P", "E", "Z"];
-    let mut value = value;
-    let mut prefix = 0;
-    while value >= base && prefix + 1 < PREFIXES.len() {
+/// FLOP with one to three digits before the point.
+fn flop(value: f64) -> String {
+    const UNITS: [&str; 8] = [
+        "FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP", "ZFLOP",
+    ];
+    scaled(value, 1000.0, &UNITS)
+}
+
+fn bytes(value: u64) -> String {
+    const UNITS: [&str; 6] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
+    scaled(value as f64, 1024.0, &UNITS)
+}
+
+fn scaled(mut value: f64, base: f64, units: &[&str]) -> String {
+    let mut unit = 0;
+    while value >= base && unit + 1 < units.len() {
         value /= base;
-        prefix += 1;
+        unit += 1;
     }
-    format!("{value:.2} {}{unit}", PREFIXES[prefix])
+    format!("{value:.2} {}", units[unit])
 }
 
 fn clock(seconds: f64) -> String {

@@ -1,0 +1,179 @@
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+fn resa(dir: &Path, args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_resa-engine"))
+        .args(args)
+        .current_dir(dir)
+        .output()
+        .unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+#[test]
+fn usage_errors_exit_with_2_and_name_the_option() {
+    let temp = tempfile::tempdir().unwrap();
+    for (args, named) in [
+        (&["train", "--bogus"][..], "--bogus"),
+        (&["train", "--k", "many"], "--k"),
+        (&["train", "--k", "0"], "--k"),
+        (&["train", "--k", "9", "--latents", "8"], "--k"),
+        (&["train", "--lora-dropout", "1.5"], "--lora-dropout"),
+        (&["train", "--lr", "nan"], "--lr"),
+        (&["train", "--stage", "both"], "--stage"),
+        (
+            &["train", "--layer", "3", "--hookpoint", "layers.3"],
+            "--layer",
+        ),
+        (&["train", "--hookpoint", "transformer.h.3"], "--hookpoint"),
+        (
+            &["train", "--lora-targets", "q_proj,x_proj"],
+            "--lora-targets",
+        ),
+        (&["train", "--device", "tpu"], "--device"),
+        (&["train", "--seed", "9223372036854775808"], "--seed"),
+        (&["train", "--target", "model"], "--data"),
+        (&["train", "--config", "absent.toml"], "absent.toml"),
+        (&["eval", "--data", "x"], "--model"),
+        (
+            &["eval", "--model", "m", "--data", "x", "--sae", "s"],
+            "--layer",
+        ),
+        (
+            &["eval", "--model", "m", "--data", "x", "--seq-len", "1"],
+            "--seq-len",
+        ),
+        (&["merge", "--model", "m"], "--adapter"),
+        (&["completions", "tcsh"], "tcsh"),
+        (&["dance"], "dance"),
+    ] {
+        let output = resa(temp.path(), args);
+        let text = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{args:?}: {text}");
+        assert!(
+            text.starts_with("error: ") && text.contains(named),
+            "{args:?}: {text}"
+        );
+        assert!(output.stdout.is_empty());
+    }
+    assert_eq!(
+        fs::read_dir(temp.path()).unwrap().count(),
+        0,
+        "nothing was written"
+    );
+}
+
+#[test]
+fn an_unknown_key_of_a_config_file_is_named_with_the_file() {
+    let temp = tempfile::tempdir().unwrap();
+    fs::write(temp.path().join("run.toml"), "k = 4\nresume = true\n").unwrap();
+    let output = resa(temp.path(), &["train", "--config", "run.toml"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert_eq!(
+        stderr(&output),
+        "error: run.toml: line 2: unknown field `resume`\n"
+    );
+}
+
+#[test]
+fn options_win_over_the_file_and_the_file_over_the_defaults() {
+    let temp = tempfile::tempdir().unwrap();
+    let file = "k = 40\nlatents = 32\nexclude-sinks = true\n";
+    fs::write(temp.path().join("run.toml"), file).unwrap();
+    let error = |args: &[&str]| {
+        let args = [&["train", "--config", "run.toml"], args].concat();
+        let output = resa(temp.path(), &args);
+        assert_eq!(output.status.code(), Some(2));
+        stderr(&output)
+    };
+    // The file's 40 is over the file's 32, though the default of 32 would not be.
+    assert!(error(&[]).contains("--k: expected at most the 32 latents, found 40"));
+    assert!(error(&["--k", "50"]).contains("found 50"));
+    // --expansion takes the file's latents back, so that the next setting is what is refused.
+    assert!(error(&["--expansion", "8", "--clip", "0"]).contains("--clip"));
+}
+
+#[test]
+fn resuming_where_there_is_no_run_is_an_error() {
+    let temp = tempfile::tempdir().unwrap();
+    let output = resa(temp.path(), &["train", "--resume", "--out", "here"]);
+    assert_eq!(output.status.code(), Some(1));
+    let text = stderr(&output);
+    assert!(text.contains("--resume") && text.contains("here"), "{text}");
+    assert_eq!(text.lines().count(), 1, "{text}");
+}
+
+#[test]
+fn a_resumed_run_refuses_other_settings_by_their_option() {
+    let temp = tempfile::tempdir().unwrap();
+    drop(super::new_run(temp.path(), "resa-run"));
+    let output = resa(temp.path(), &["train", "--resume", "--lora-r", "4"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(
+        stderr(&output).starts_with("error: --lora-r: "),
+        "{}",
+        stderr(&output)
+    );
+}
+
+#[test]
+fn help_explains_every_option_with_its_default() {
+    let temp = tempfile::tempdir().unwrap();
+    let output = resa(temp.path(), &["train", "--help"]);
+    assert!(output.status.success());
+    let text = String::from_utf8(output.stdout).unwrap();
+    let words = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    for expected in [
+        "[default: resa-run]",
+        "Tokens in a sequence [default: 2048]",
+        "[default: q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]",
+        "[default: 5e-3 (signum) or 2e-4 (adam) / sqrt(latents / 16384)]",
+    ] {
+        assert!(words.contains(expected), "{expected}");
+    }
+}
+
+#[test]
+fn every_setting_has_an_option_of_its_name() {
+    let temp = tempfile::tempdir().unwrap();
+    let output = resa(temp.path(), &["train", "--help"]);
+    let help = String::from_utf8(output.stdout).unwrap();
+    let full = resa_engine::train::TrainConfig {
+        source: Some(String::new()),
+        source_adapter: Some(String::new()),
+        target: Some(String::new()),
+        data: Some(String::new()),
+        elicitation_data: Some(String::new()),
+        template: Some(Default::default()),
+        sae: Some(Default::default()),
+        latents: Some(1),
+        max_sae_steps: Some(1),
+        max_sft_steps: Some(1),
+        sae_lr: Some(1.0),
+        adapter: Some(Default::default()),
+        cache_memory: Some(1.0),
+        ..Default::default()
+    };
+    let table = full.to_table().unwrap();
+    assert_eq!(table.len(), 47);
+    for key in table.keys() {
+        let option = format!("--{key}");
+        let named = help
+            .split_whitespace()
+            .any(|word| word.split(['[', '=']).next() == Some(&option));
+        assert!(named, "{option}");
+    }
+}
+
+#[test]
+fn completions_are_written_for_a_shell() {
+    let temp = tempfile::tempdir().unwrap();
+    let output = resa(temp.path(), &["completions", "bash"]);
+    assert!(output.status.success());
+    let script = String::from_utf8(output.stdout).unwrap();
+    assert!(script.contains("--sae-optimizer") && script.contains("signum"));
+}
