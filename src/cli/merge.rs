@@ -1,8 +1,16 @@
 //! `merge`: an adapter becomes part of a model's weights.
 
+use std::path::Path;
+
+use resa_engine::formats::{huggingface, peft};
+
 use super::Failure;
 use super::args::MergeArgs;
 
 pub fn run(args: &MergeArgs) -> Result<(), Failure> {
-    Err(super::not_built(&format!("merge into {}", args.model)))
+    let model = Path::new(&args.model);
+    let lora = peft::load(&args.adapter, &huggingface::read_config(model)?)?;
+    huggingface::save_merged(model, &lora, &args.out)?;
+    println!("{}", args.out.display());
+    Ok(())
 }

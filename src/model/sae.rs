@@ -2,6 +2,7 @@
 
 use rayon::prelude::*;
 
+use crate::tape::{Tape, Var};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::ops::Operator;
@@ -139,6 +140,21 @@ impl Sae {
             .try_into()
             .map_err(|_| Error::operand(TopK::NAME, "two outputs", "another number"))?;
         Ok((acts, indices))
+    }
+
+    /// X̂ \[T, d\] of `x` \[T, d\] on a tape: the gradient flows to `x` through the active
+    /// latents; the SAE itself stays as it is.
+    pub fn pass_through(&self, tape: &mut Tape, x: &Var) -> Result<Var> {
+        let [w_enc, b_enc, w_dec, b_dec] = self.tensors().map(|t| Var::constant(t.clone()));
+        let groups = SharedGroups::default();
+        let encoder = TopK::new(self.config.k, groups.clone());
+        let mut outputs = tape.apply_all(encoder, &[x, &w_enc, &b_enc, &b_dec])?;
+        let (Some(indices), Some(acts), None) = (outputs.pop(), outputs.pop(), outputs.pop())
+        else {
+            return Err(Error::operand(TopK::NAME, "two outputs", "another number"));
+        };
+        let decoder = SparseDecode { indices: indices.into_value(), groups };
+        tape.apply(decoder, &[&acts, &w_dec, &b_dec])
     }
 
     /// X̂ \[T, d\] of `x` \[T, d\], without gradient.

@@ -7,7 +7,7 @@ use super::metrics::StepStage;
 use super::plan::{self, Plan, PlanInput};
 use super::row_cache::{CacheSpace, RowCache};
 use super::session::Session;
-use super::stage_one::{Schedule, StageOne, load_sae, start_sae};
+use super::stage_one::{Schedule, StageOne, start_sae};
 use super::stage_two::StageTwo;
 use super::{
     CancelFlag, DtypeSetting, Event, Method, Observer, RunDir, RunOptions, SaeGrad, SaeInit,
@@ -18,7 +18,7 @@ use crate::data::{Packed, Template, Tokenizer, order};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::eval::{Inference, pass};
-use crate::formats::{huggingface, peft};
+use crate::formats::{huggingface, peft, sparsify};
 use crate::model::{Lora, Qwen2, Sae};
 
 /// What a run measured.
@@ -181,11 +181,10 @@ impl<'a> Run<'a> {
         if config.runs_sft() {
             if config.method == Method::SaeTuning && sae.is_none() {
                 let layer = self.hookpoints[0];
-                let d = self.target()?.config.hidden_size;
                 let root = config.sae.as_ref().ok_or_else(|| {
                     Error::setting("--sae", "Stage II alone needs the folder of a trained SAE")
                 })?;
-                sae = Some((load_sae(root, layer, d)?, layer));
+                sae = Some((sparsify::load_at(root, layer, &self.target()?.config)?, layer));
             }
             let sae = sae.as_ref().map(|(sae, layer)| (sae, *layer));
             let tuned = self.stage_two(session, sae, activations)?;
@@ -213,10 +212,10 @@ impl<'a> Run<'a> {
         let first = self.hookpoints[0];
         let last = *self.hookpoints.iter().max().unwrap_or(&first);
         if config.sae_init == SaeInit::Pretrained || session.is_past(StepStage::Sae) {
-            let d = self.target()?.config.hidden_size;
+            let shape = &self.target()?.config;
             let sae = match config.sae_init {
-                SaeInit::Pretrained => start_sae(self.device, config, &self.target()?.config, first)?,
-                _ => load_sae(&session.run.sae_dir(first), first, d)?,
+                SaeInit::Pretrained => start_sae(self.device, config, shape, first)?,
+                _ => sparsify::load_at(&session.run.sae_dir(first), first, shape)?,
             };
             return Ok((Some((sae, first)), Vec::new(), None));
         }

@@ -1,7 +1,6 @@
 //! Stage I: SAEs learn the activations of the source model, at one or several hookpoints in one
 //! pass over the data.
 
-use std::path::PathBuf;
 use std::time::Instant;
 
 use serde_json::{Value, json};
@@ -236,20 +235,7 @@ pub(super) fn start_sae(
     let root = config.sae.as_ref().ok_or_else(|| {
         Error::setting("--sae", "expected the folder of an SAE to start from, found none")
     })?;
-    load_sae(root, layer, d)
-}
-
-/// The SAE of a layer below a folder, for activations of size `d`.
-pub(super) fn load_sae(root: &std::path::Path, layer: usize, d: usize) -> Result<Sae> {
-    let dir: PathBuf = sparsify::hookpoint_dir(root, layer)?;
-    let sae = sparsify::load(&dir)?;
-    if sae.config.d_in != d {
-        return Err(Error::file(
-            dir.join("cfg.json"),
-            format!("expected d_in {d}, the model's hidden size, found {}", sae.config.d_in),
-        ));
-    }
-    Ok(sae)
+    sparsify::load_at(root, layer, model)
 }
 
 /// Saves each SAE whose mean FVU since the last look is the lowest so far.

@@ -217,12 +217,12 @@ impl StageTwo<'_> {
     }
 }
 
-impl Teacher<'_> {
+impl<'a> Teacher<'a> {
     fn micro_batch(
         &mut self,
         rows: &[usize],
         activations: Option<&mut RowCache>,
-    ) -> Result<MicroBatch<'_>> {
+    ) -> Result<MicroBatch<'a>> {
         let Self { stage, sae, layer, prefix, through, layout, cache, mse } = self;
         let (sae, layer, through) = (*sae, *layer, *through);
         let mut activations = activations;
