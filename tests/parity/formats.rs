@@ -186,7 +186,8 @@ fn half_precision_matrices_stay_as_stored_and_vectors_are_widened() {
     let widened_bf16 = |v: f32| bf16::from_f32(v).to_f32();
     let widened_f16 = |v: f32| f16::from_f32(v).to_f32();
     let to_f16 = |t: &mut Tensors| narrowed(t, Dtype::F16, |v| f16::from_f32(v).to_le_bytes());
-    let cases: [(_, _, fn(f32) -> f32); 2] = [
+    type Widened = fn(f32) -> f32;
+    let cases: [(TempDir, DType, Widened); 2] = [
         (altered_model(to_bf16, &[]), DType::Bf16, widened_bf16),
         (altered_model(to_f16, &[]), DType::F16, widened_f16),
     ];
@@ -255,6 +256,7 @@ fn an_adapter_of_some_layers_lists_them_and_comes_back() {
     lora.config.targets = vec![Module::Q, Module::Down];
     lora.config.use_rslora = true;
     lora.config.alpha = 2.5;
+    lora.config.dropout = 0.1;
     let kept = lora.config.targets.clone();
     lora.pairs
         .retain(|(layer, module), _| *layer >= 2 && kept.contains(module));
@@ -263,6 +265,7 @@ fn an_adapter_of_some_layers_lists_them_and_comes_back() {
     let config = json_of(&dir.path().join("adapter_config.json"));
     assert_eq!(config["layers_to_transform"], json!([2, 3]));
     assert_eq!(config["layers_pattern"], json!("layers"));
+    assert_eq!(config["lora_dropout"], json!(0.1));
     let back = peft::load(dir.path(), &golden_model().config).unwrap();
     assert_eq!(back.config, lora.config);
     assert!(back.pairs.keys().eq(lora.pairs.keys()));
