@@ -116,7 +116,7 @@ fn config_json(lora: &Lora, layers: &BTreeSet<usize>, targets: &BTreeSet<Module>
         "layers_pattern": "layers",
         "layers_to_transform": layers,
         "lora_alpha": whole_if_possible(lora.config.alpha),
-        "lora_dropout": lora.config.dropout,
+        "lora_dropout": shortest(lora.config.dropout),
         "modules_to_save": null,
         "peft_type": "LORA",
         "r": lora.config.r,
@@ -134,6 +134,14 @@ fn whole_if_possible(number: f64) -> Value {
     } else {
         json!(number)
     }
+}
+
+/// The shortest decimal that reads back as the same f32: 0.1, not 0.10000000149011612.
+fn shortest(number: f32) -> Value {
+    number
+        .to_string()
+        .parse::<f64>()
+        .map_or(Value::Null, |n| json!(n))
 }
 
 fn read_config(json: &JsonObject) -> Result<LoraConfig> {

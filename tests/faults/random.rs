@@ -32,7 +32,7 @@ const FILES: [&str; 7] = [
 ];
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 512, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
 
     #[test]
     fn changed_bytes_in_any_file_give_a_result(file in 0..FILES.len(), damage in damage()) {

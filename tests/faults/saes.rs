@@ -38,7 +38,7 @@ fn unsupported_autoencoders_are_errors_that_name_the_key() {
         ("num_latents", "-1", "-1"),
         ("num_latents", r#""24""#, r#""24""#),
         ("expansion_factor", "1.5", "1.5"),
-        ("normalize_decoder", r#""no""#, "no"),
+        ("normalize_decoder", r#""no""#, r#""no""#),
     ];
     for (key, value, shown) in KEYS {
         let fixture = Fixture::new();

@@ -251,3 +251,34 @@ fn merged(weight: &Tensor, pair: &LoraPair, scale: f32) -> Result<Tensor> {
         })?;
     Tensor::from_vec(sum, weight.shape())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::formats::peft;
+
+    #[test]
+    fn a_model_larger_than_a_shard_is_written_in_several_with_an_index() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden");
+        let mut model = load(&golden.join("model")).unwrap();
+        let lora = peft::load(&golden.join("lora"), &model.config).unwrap();
+        let parent = tempfile::tempdir().unwrap();
+        let out = parent.path().join("merged");
+        save_merged_in_shards(&golden.join("model"), &lora, &out, 300_000).unwrap();
+        let index = fs::read(out.join("model.safetensors.index.json")).unwrap();
+        let index: serde_json::Value = serde_json::from_slice(&index).unwrap();
+        // 959 816 bytes in one file, less its header of 5 192 bytes.
+        assert_eq!(index["metadata"]["total_size"], 954_624);
+        for part in 1..=4 {
+            let name = format!("model-{part:05}-of-00004.safetensors");
+            assert!(fs::metadata(out.join(name)).unwrap().len() <= 300_000 + 5_192);
+        }
+        merge_into(&mut model, &lora).unwrap();
+        let back = load(&out).unwrap();
+        let weights = |model: &Qwen2| model.layers[3].down.weight.to_f32().unwrap();
+        assert_eq!(
+            weights(&back).f32s().unwrap(),
+            weights(&model).f32s().unwrap()
+        );
+    }
+}

@@ -77,7 +77,7 @@ pub fn write(path: &Path, entries: Vec<Entry>, metadata: &BTreeMap<String, Strin
 /// Writes the content of a safetensors file to `out`; `path` is for messages.
 ///
 /// # Errors
-/// As [`write`].
+/// As [`write`](fn@write).
 pub fn write_to(
     out: &mut impl Write,
     path: &Path,
