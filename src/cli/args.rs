@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use resa_engine::model::Module;
-use resa_engine::train::{DeviceSetting, TrainConfig, settings::parse_hookpoint};
+use resa_engine::train::{DeviceSetting, DtypeSetting, TrainConfig, settings::parse_hookpoint};
 use serde::Serialize;
 
 /// Turns a language model into a reasoning model with SAE-Tuning.
@@ -342,8 +342,17 @@ pub struct EvalArgs {
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub threads: usize,
     /// Floating-point type of weights and activations
-    #[arg(long, value_parser = ["auto", "f32", "bf16"], default_value = "auto")]
-    pub dtype: String,
+    #[arg(long, value_parser = dtype, default_value = "auto")]
+    pub dtype: DtypeSetting,
+}
+
+fn dtype(text: &str) -> Result<DtypeSetting, String> {
+    match text {
+        "auto" => Ok(DtypeSetting::Auto),
+        "f32" => Ok(DtypeSetting::F32),
+        "bf16" => Ok(DtypeSetting::Bf16),
+        _ => Err("expected auto, f32 or bf16".to_owned()),
+    }
 }
 
 fn at_least<const MIN: usize>(text: &str) -> Result<usize, String> {

@@ -16,7 +16,7 @@ use super::args::EvalArgs;
 pub fn run(args: &EvalArgs) -> Result<(), Failure> {
     let device = Device::cpu(args.threads)?;
     let dir = Path::new(&args.model);
-    let dtype: DtypeSetting = args.dtype.parse()?;
+    let dtype = args.dtype;
     let mut model = huggingface::load(dir)?;
     let layers = 0..model.layers.len();
     device.run(|| widen(&mut model, dtype, layers, true))?;

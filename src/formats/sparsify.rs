@@ -11,7 +11,7 @@ use super::json::JsonObject;
 use super::safetensors::{self, Entry, SafeTensors};
 use super::{check_finite, check_shape};
 use crate::error::{Error, Result};
-use crate::model::{Sae, SaeConfig};
+use crate::model::{Qwen2Config, Sae, SaeConfig};
 use crate::tensor::DType;
 
 const CONFIG: &str = "cfg.json";
@@ -33,6 +33,21 @@ pub fn hookpoint_dir(root: &Path, layer: usize) -> Result<PathBuf> {
             let what = format!("expected {CONFIG}, {long}/{CONFIG} or {short}/{CONFIG}");
             Error::file(root, format!("{what}, found none of them"))
         })
+}
+
+/// Loads the SAE of a layer from below `root` (see [`hookpoint_dir`]).
+///
+/// # Errors
+/// As [`load`], and where the SAE is made for activations of another size than the model's.
+pub fn load_at(root: &Path, layer: usize, model: &Qwen2Config) -> Result<Sae> {
+    let dir = hookpoint_dir(root, layer)?;
+    let sae = load(&dir)?;
+    if sae.config.d_in == model.hidden_size {
+        return Ok(sae);
+    }
+    let (expected, found) = (model.hidden_size, sae.config.d_in);
+    let what = format!("expected d_in {expected}, the model's hidden size, found {found}");
+    Err(Error::file(dir.join(CONFIG), what))
 }
 
 /// Loads the SAE of one hookpoint; weights become f32.
