@@ -4,4 +4,4 @@ pub mod adam;
 pub mod signum;
 mod update;
 
-pub use update::Update;
+pub use update::{Update, remove_parallel};

@@ -1,1 +1,3 @@
 //! Against numbers made with PyTorch in float64.
+
+mod sae;
