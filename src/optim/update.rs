@@ -22,9 +22,9 @@ impl Update<'_> {
     }
 }
 
-/// For each row g of `grad` and w of `value`: g −= ⟨g, w⟩ w.
+/// For each row g of `grad` and w of `value` (rows of `row` values): g −= ⟨g, w⟩ w.
 #[inline(always)]
-pub(super) fn remove_parallel(grad: &mut [f32], value: &[f32], row: usize) {
+pub fn remove_parallel(grad: &mut [f32], value: &[f32], row: usize) {
     for (g, w) in grad.chunks_exact_mut(row).zip(value.chunks_exact(row)) {
         let parallel = dot(g, w);
         add_scaled(g, -parallel, w);

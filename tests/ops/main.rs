@@ -11,3 +11,8 @@ mod flash_attention;
 mod rmsnorm;
 mod rope;
 mod swiglu;
+mod fvu;
+mod harness;
+mod signum;
+mod sparse_decode;
+mod topk;

@@ -359,3 +359,6 @@ fn like(tensors: &mut BTreeMap<String, Tensor>, prefix: &str, sae: &Sae) -> Resu
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests;

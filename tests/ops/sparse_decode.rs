@@ -1,0 +1,127 @@
+use proptest::prelude::*;
+use resa_engine::device::Device;
+use resa_engine::ops::Operator;
+use resa_engine::ops::sparse_decode::{LatentGroups, SharedGroups, SparseDecode};
+use resa_engine::rng::{Purpose, Stream};
+use resa_engine::tape::{Tape, Var};
+use resa_engine::tensor::Tensor;
+
+use crate::harness::{check, devices, random, relative_error, to_f64};
+
+/// k different latents for each token, in no order.
+fn random_indices(seed: u64, t: usize, m: usize, k: usize) -> Tensor {
+    let of_token = |token| {
+        let order = Stream::new(seed, Purpose::Shuffle, token, 0).permutation(m);
+        order.into_iter().take(k).map(|i| i as u32)
+    };
+    let indices = (0..t as u64).flat_map(of_token).collect();
+    Tensor::from_u32(indices, [t, k]).unwrap()
+}
+
+fn reference(indices: &Tensor, d: usize, inputs: &[Vec<f64>]) -> Vec<f64> {
+    let (_, k) = indices.matrix_dims();
+    let [acts, w, b] = inputs else {
+        panic!("three inputs")
+    };
+    let tokens = acts.chunks(k).zip(indices.u32s().unwrap().chunks(k));
+    let mut out = Vec::new();
+    for (acts, indices) in tokens {
+        for c in 0..d {
+            let pairs = acts.iter().zip(indices);
+            let sum: f64 = pairs.map(|(a, &i)| a * w[i as usize * d + c]).sum();
+            out.push(sum + b[c]);
+        }
+    }
+    out
+}
+
+fn inputs(t: usize, d: usize, m: usize, k: usize) -> Vec<Tensor> {
+    vec![
+        random(1, &[t, k], 1.0),
+        random(2, &[m, d], 1.0),
+        random(3, &[d], 1.0),
+    ]
+}
+
+#[test]
+fn outputs_and_gradients_agree_with_float64() {
+    for (t, d, m, k) in [
+        (1, 1, 1, 1),
+        (5, 7, 11, 3),
+        (37, 65, 131, 6),
+        (129, 32, 64, 5),
+    ] {
+        let indices = random_indices(9, t, m, k);
+        let make = || SparseDecode {
+            indices: indices.clone(),
+            groups: SharedGroups::default(),
+        };
+        let reference = |inputs: &[Vec<f64>]| vec![reference(&indices, d, inputs)];
+        check(make, &inputs(t, d, m, k), reference, 1e-5);
+    }
+}
+
+#[test]
+fn a_frozen_decoder_passes_the_same_gradient_to_the_activations() {
+    let (t, d, m, k) = (19, 33, 70, 4);
+    let inputs = inputs(t, d, m, k);
+    let indices = random_indices(9, t, m, k);
+    let gradient = |device: &Device, frozen: bool| {
+        let mut tape = Tape::new(device);
+        let acts = tape.parameter(inputs[0].clone());
+        let mut weight = |i: usize| match frozen {
+            true => Var::constant(inputs[i].clone()),
+            false => tape.parameter(inputs[i].clone()),
+        };
+        let (w, b) = (weight(1), weight(2));
+        let op = SparseDecode {
+            indices: indices.clone(),
+            groups: SharedGroups::default(),
+        };
+        let out = tape.apply(op, &[&acts, &w, &b]).unwrap();
+        let target = random(5, &[t, d], 1.0);
+        let fvu = resa_engine::ops::fvu::Fvu::new(device, &target).unwrap();
+        let loss = tape.apply(fvu, &[&out]).unwrap();
+        to_f64(&tape.backward(&loss, 1.0).unwrap().take(&acts).unwrap())
+    };
+    for device in devices() {
+        let (frozen, trained) = (gradient(&device, true), gradient(&device, false));
+        assert!(relative_error(&frozen, &trained) < 1e-6);
+    }
+}
+
+#[test]
+fn an_index_out_of_range_is_an_error() {
+    let device = Device::cpu(1).unwrap();
+    let op = SparseDecode {
+        indices: Tensor::from_u32(vec![0, 4], [1, 2]).unwrap(),
+        groups: SharedGroups::default(),
+    };
+    let inputs = inputs(1, 3, 4, 2);
+    let inputs: Vec<&Tensor> = inputs.iter().collect();
+    let error = op.forward(&device, &inputs, &[false; 3]).err().unwrap();
+    assert!(error.to_string().contains("below 4"), "{error}");
+}
+
+#[test]
+fn groups_are_not_taken_for_a_selection_of_another_size() {
+    let groups = SharedGroups::default();
+    assert_eq!(groups.get(&[1, 0, 1], 2).unwrap().pairs_of(1), [0, 2]);
+    assert!(groups.get(&[1, 0], 2).is_err());
+    assert!(groups.get(&[1, 0, 1], 3).is_err());
+}
+
+proptest! {
+    #[test]
+    fn groups_hold_every_pair_once_by_latent_and_ascending(
+        indices in prop::collection::vec(0u32..50, 0..400),
+    ) {
+        let groups = LatentGroups::new(&indices, 50).unwrap();
+        prop_assert_eq!(groups.pairs().len(), indices.len());
+        for latent in 0..50 {
+            let positions = (0u32..).zip(&indices).filter(|&(_, &i)| i == latent);
+            let want: Vec<u32> = positions.map(|(p, _)| p).collect();
+            prop_assert_eq!(groups.pairs_of(latent as usize), &want);
+        }
+    }
+}
