@@ -1,11 +1,12 @@
 //! Where settings come from: options win over the file given by `--config`, the file over the
-//! run that is resumed, and that over the defaults.
+//! run that is resumed, and that over the defaults, which are the embedded example's where no
+//! target is named.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use resa_engine::Error;
-use resa_engine::train::{RunDir, TrainConfig};
+use resa_engine::train::{self, RunDir, TrainConfig};
 use toml::Table;
 
 use super::Failure;
@@ -34,6 +35,7 @@ pub fn resolve(args: &TrainArgs) -> Result<TrainConfig, Failure> {
     };
     let mut table = match &stored {
         Some(stored) => stored.to_table()?,
+        None if !given.contains_key("target") => train::example::config().to_table()?,
         None => Table::new(),
     };
     overlay(&mut table, given);

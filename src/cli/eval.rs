@@ -20,7 +20,11 @@ pub fn run(args: &EvalArgs) -> Result<(), Failure> {
     let mut model = huggingface::load(dir)?;
     let layers = 0..model.layers.len();
     device.run(|| widen(&mut model, dtype, layers, true))?;
-    let lora = args.adapter.as_ref().map(|dir| peft::load(dir, &model.config)).transpose()?;
+    let lora = args
+        .adapter
+        .as_ref()
+        .map(|dir| peft::load(dir, &model.config))
+        .transpose()?;
     let sae = match (&args.sae, args.layer) {
         (Some(root), Some(layer)) => Some((sparsify::load_at(root, layer, &model.config)?, layer)),
         _ => None,
@@ -57,7 +61,11 @@ fn measure_perplexity(
     }
     let mut progress = Progress::stderr(10);
     let steps = packed.rows() as u64;
-    progress.on_event(&Event::Phase { name: "Perplexity".to_owned(), steps, done: 0 });
+    progress.on_event(&Event::Phase {
+        name: "Perplexity".to_owned(),
+        steps,
+        done: 0,
+    });
     let result = perplexity(device, inference, &packed, |done| {
         progress.on_event(&Event::Progress { done: done as u64 });
     })?;
@@ -91,8 +99,15 @@ fn measure_answers(
     let share = pass::pass_at_1(&graded);
     let correct = graded.iter().filter(|g| g.correct).count();
     match args.json {
-        true => println!("{}", json!({ "pass_at_1": share, "correct": correct, "problems": graded.len() })),
-        false => println!("Pass@1 {:.1} % ({correct} of {})", 100.0 * share, graded.len()),
+        true => println!(
+            "{}",
+            json!({ "pass_at_1": share, "correct": correct, "problems": graded.len() })
+        ),
+        false => println!(
+            "Pass@1 {:.1} % ({correct} of {})",
+            100.0 * share,
+            graded.len()
+        ),
     }
     Ok(())
 }

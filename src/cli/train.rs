@@ -11,7 +11,7 @@ use super::{Failure, config_file, interrupt};
 pub fn run(args: &TrainArgs) -> Result<(), Failure> {
     let config = config_file::resolve(args)?;
     if args.dry_run {
-        let plan = train::plan(&config)?;
+        let plan = train::dry_run(&config)?;
         match args.json {
             true => println!("{}", serde_json::to_string_pretty(&plan)?),
             false => print!("{plan}"),
@@ -20,7 +20,9 @@ pub fn run(args: &TrainArgs) -> Result<(), Failure> {
     }
     let cancel = interrupt::cancel_flag()?;
     let mut show = Show::new(&config);
-    let options = RunOptions { resume: args.resume };
+    let options = RunOptions {
+        resume: args.resume,
+    };
     let summary = train::run(&config, options, &mut show, &cancel)?;
     match args.json {
         true => println!("{}", serde_json::to_string_pretty(&summary)?),
@@ -37,7 +39,10 @@ fn table(config: &TrainConfig, summary: &Summary) -> String {
         let _ = writeln!(text, "{name:<44} {value}");
     };
     for (layer, start, end) in &summary.fvu {
-        line(&format!("FVU at layer {layer}, first and last step"), format!("{start:.4} -> {end:.4}"));
+        line(
+            &format!("FVU at layer {layer}, first and last step"),
+            format!("{start:.4} -> {end:.4}"),
+        );
     }
     if let Some((start, end)) = summary.loss {
         let name = match config.method {
@@ -46,10 +51,20 @@ fn table(config: &TrainConfig, summary: &Summary) -> String {
         };
         line(name, format!("{start:.4} -> {end:.4}"));
     }
-    if let Some(PassAt1 { problems, target, target_with_sae, tuned, source }) = summary.pass_at_1 {
+    if let Some(PassAt1 {
+        problems,
+        target,
+        target_with_sae,
+        tuned,
+        source,
+    }) = summary.pass_at_1
+    {
         let share = |value: f64| format!("{:5.1} %", 100.0 * value);
         line("", String::new());
-        line(&format!("Pass@1 on {problems} held-out problems"), String::new());
+        line(
+            &format!("Pass@1 on {problems} held-out problems"),
+            String::new(),
+        );
         line("  target", share(target));
         line("  target with the SAE inserted", share(target_with_sae));
         line("  tuned target, without the SAE", share(tuned));

@@ -2,7 +2,6 @@
 
 use rayon::prelude::*;
 
-use crate::tape::{Tape, Var};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::ops::Operator;
@@ -10,6 +9,7 @@ use crate::ops::sparse_decode::rows::{dot, vectorized};
 use crate::ops::sparse_decode::{SharedGroups, SparseDecode};
 use crate::ops::topk::TopK;
 use crate::rng::{Purpose, Stream};
+use crate::tape::{Tape, Var};
 use crate::tensor::{DType, Tensor};
 
 /// The shape of a sparse autoencoder; the keys of sparsify's `cfg.json`.
@@ -153,7 +153,10 @@ impl Sae {
         else {
             return Err(Error::operand(TopK::NAME, "two outputs", "another number"));
         };
-        let decoder = SparseDecode { indices: indices.into_value(), groups };
+        let decoder = SparseDecode {
+            indices: indices.into_value(),
+            groups,
+        };
         tape.apply(decoder, &[&acts, &w_dec, &b_dec])
     }
 

@@ -8,5 +8,4 @@ mod update;
 
 pub use adamw::{AdamW, AdamWConfig};
 pub use clip::clip_grad_norm;
-pub use update::Update;
 pub use update::{Update, remove_parallel};

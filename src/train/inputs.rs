@@ -34,11 +34,18 @@ impl Sources {
             return example::unpack(&run.join("example"));
         };
         let data = config.data.as_ref().ok_or_else(|| {
-            Error::setting("--data", "expected a file of problems and answers, found none")
+            Error::setting(
+                "--data",
+                "expected a file of problems and answers, found none",
+            )
         })?;
         Ok(Self {
             target: target.into(),
-            source: config.source.as_ref().filter(|s| *s != target).map(PathBuf::from),
+            source: config
+                .source
+                .as_ref()
+                .filter(|s| *s != target)
+                .map(PathBuf::from),
             source_adapter: config.source_adapter.as_ref().map(PathBuf::from),
             data: data.into(),
             elicitation_data: config
@@ -103,12 +110,20 @@ pub fn widen(
                 .map(|&m| config.module_dims(m))
                 .map(|(out, cols)| out * cols)
                 .sum();
-            let head = if head { config.vocab_size * config.hidden_size } else { 0 };
+            let head = if head {
+                config.vocab_size * config.hidden_size
+            } else {
+                0
+            };
             let bytes = 4 * (layers.len() * layer + head) as u64;
             bytes <= available_memory().unwrap_or(4 << 30) / 3
         }
     };
-    if wide { model.widen(layers, head) } else { Ok(()) }
+    if wide {
+        model.widen(layers, head)
+    } else {
+        Ok(())
+    }
 }
 
 /// The device of a setting.
@@ -132,7 +147,10 @@ pub fn read_texts(
 ) -> Result<(Vec<Record>, Packed)> {
     use rayon::prelude::*;
     let records = records::read(data)?;
-    let texts = records.par_iter().map(|r| template.render_text(r)).collect::<Result<Vec<_>>>()?;
+    let texts = records
+        .par_iter()
+        .map(|r| template.render_text(r))
+        .collect::<Result<Vec<_>>>()?;
     let packed = pack(&texts, tokenizer, seq_len, document_mask)?;
     Ok((records, packed))
 }
@@ -155,10 +173,16 @@ pub fn batch(packed: &Packed, rows: &[usize], layout: &Layout) -> Result<(Tensor
     let ids = rows.iter().flat_map(|&r| packed.row(r)).copied().collect();
     let doc_starts = match packed.doc_starts {
         Some(_) => {
-            let starts = rows.iter().filter_map(|&r| packed.row_doc_starts(r)).flatten();
+            let starts = rows
+                .iter()
+                .filter_map(|&r| packed.row_doc_starts(r))
+                .flatten();
             Some(Tensor::from_u32(starts.copied().collect(), shape)?)
         }
         None => None,
     };
-    Ok((Tensor::from_u32(ids, shape)?, layout.with_batch(rows.len(), doc_starts)))
+    Ok((
+        Tensor::from_u32(ids, shape)?,
+        layout.with_batch(rows.len(), doc_starts),
+    ))
 }

@@ -375,7 +375,13 @@ fn saved_width(config: &TrainConfig, model: &Qwen2Config) -> f64 {
 pub fn measured_rate(device: &Device) -> Result<f64> {
     let (rows, inner, out) = (512, 576, 1536);
     let ones = |rows: usize, cols: usize| Tensor::from_vec(vec![1.0; rows * cols], [rows, cols]);
-    let (x, linear) = (ones(rows, inner)?, Linear { weight: ones(out, inner)?, bias: None });
+    let (x, linear) = (
+        ones(rows, inner)?,
+        Linear {
+            weight: ones(out, inner)?,
+            bias: None,
+        },
+    );
     let mut best = f64::INFINITY;
     for _ in 0..5 {
         let began = Instant::now();

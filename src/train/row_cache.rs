@@ -49,7 +49,15 @@ impl RowCache {
         let row_len = parts * seq_len * width;
         let store = space.map(|s| ActivationCache::new(order.len(), row_len, s.memory, s.dir));
         let store = store.transpose()?;
-        Ok(Self { groups, group_of, seq_len, width, parts, store, last: None })
+        Ok(Self {
+            groups,
+            group_of,
+            seq_len,
+            width,
+            parts,
+            store,
+            last: None,
+        })
     }
 
     /// The results of `rows`, one tensor \[rows x seq_len, width\] a part, from the store or by
@@ -70,7 +78,11 @@ impl RowCache {
         let mut scratch = vec![0.0; self.parts * block];
         let mut out = vec![Vec::with_capacity(rows.len() * block); self.parts];
         for &row in rows {
-            if !self.store.as_ref().is_some_and(|s| s.get(row, &mut scratch)) {
+            if !self
+                .store
+                .as_ref()
+                .is_some_and(|s| s.get(row, &mut scratch))
+            {
                 self.recompute(row, &mut scratch, &mut compute)?;
             }
             for (out, part) in out.iter_mut().zip(scratch.chunks_exact(block)) {
@@ -78,7 +90,9 @@ impl RowCache {
             }
         }
         let shape = [rows.len() * self.seq_len, self.width];
-        out.into_iter().map(|part| Tensor::from_vec(part, shape)).collect()
+        out.into_iter()
+            .map(|part| Tensor::from_vec(part, shape))
+            .collect()
     }
 
     fn recompute(
@@ -96,7 +110,10 @@ impl RowCache {
                 parts
             }
         };
-        let position = self.groups[group].iter().position(|&r| r == row).unwrap_or(0);
+        let position = self.groups[group]
+            .iter()
+            .position(|&r| r == row)
+            .unwrap_or(0);
         self.copy_row(&parts, position, scratch)?;
         self.last = Some((group, parts));
         Ok(())

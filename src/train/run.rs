@@ -74,7 +74,7 @@ pub fn run(
 }
 
 /// What `config` will cost, without training; reads and packs the texts.
-pub fn plan(config: &TrainConfig) -> Result<Plan> {
+pub fn dry_run(config: &TrainConfig) -> Result<Plan> {
     config.validate()?;
     let scratch = tempfile::tempdir().map_err(|e| Error::io(std::env::temp_dir(), e))?;
     let sources = Sources::resolve(config, scratch.path())?;
@@ -92,7 +92,11 @@ pub fn plan(config: &TrainConfig) -> Result<Plan> {
             target: &target,
             source_rows: texts.trigger.rows() as u64,
             target_rows: texts.elicitation().rows() as u64,
-            weight_bytes: if config.dtype == DtypeSetting::Bf16 { 2 } else { 4 },
+            weight_bytes: if config.dtype == DtypeSetting::Bf16 {
+                2
+            } else {
+                4
+            },
             flop_per_s: Some(plan::measured_rate(&device)?),
         },
     )
@@ -112,14 +116,25 @@ impl Texts {
         let tokenizer = Tokenizer::from_dir(&sources.target)?;
         let template = sources.template()?;
         let read = |path: &std::path::Path| -> Result<(Vec<Record>, Packed)> {
-            inputs::read_texts(path, &template, &tokenizer, config.seq_len, config.document_mask)
+            inputs::read_texts(
+                path,
+                &template,
+                &tokenizer,
+                config.seq_len,
+                config.document_mask,
+            )
         };
         let (_, trigger) = read(&sources.data)?;
         let elicitation = match &sources.elicitation_data {
             Some(path) if config.runs_sft() => Some(read(path)?.1),
             _ => None,
         };
-        Ok(Self { tokenizer, template, trigger, elicitation })
+        Ok(Self {
+            tokenizer,
+            template,
+            trigger,
+            elicitation,
+        })
     }
 
     fn elicitation(&self) -> &Packed {
@@ -164,12 +179,22 @@ impl<'a> Run<'a> {
             inputs::check_vocabulary(target, &texts.trigger, &sources.target)?;
             inputs::check_vocabulary(target, texts.elicitation(), &sources.target)?;
         }
-        Ok(Self { config, device, sources, texts, target, hookpoints })
+        Ok(Self {
+            config,
+            device,
+            sources,
+            texts,
+            target,
+            hookpoints,
+        })
     }
 
     fn train(&self, session: &mut Session) -> Result<Summary> {
         let config = self.config;
-        let mut summary = Summary { out: session.run.path().to_owned(), ..Summary::default() };
+        let mut summary = Summary {
+            out: session.run.path().to_owned(),
+            ..Summary::default()
+        };
         let mut sae = None;
         let mut activations = None;
         if config.runs_sae() {
@@ -184,7 +209,10 @@ impl<'a> Run<'a> {
                 let root = config.sae.as_ref().ok_or_else(|| {
                     Error::setting("--sae", "Stage II alone needs the folder of a trained SAE")
                 })?;
-                sae = Some((sparsify::load_at(root, layer, &self.target()?.config)?, layer));
+                sae = Some((
+                    sparsify::load_at(root, layer, &self.target()?.config)?,
+                    layer,
+                ));
             }
             let sae = sae.as_ref().map(|(sae, layer)| (sae, *layer));
             let tuned = self.stage_two(session, sae, activations)?;
@@ -199,7 +227,9 @@ impl<'a> Run<'a> {
     }
 
     fn target(&self) -> Result<&Qwen2> {
-        self.target.as_ref().ok_or_else(|| Error::setting("--target", "the model was not read"))
+        self.target
+            .as_ref()
+            .ok_or_else(|| Error::setting("--target", "the model was not read"))
     }
 
     /// The SAE of the first hookpoint, FVU at both ends, and layer outputs that Stage II can use.
@@ -207,7 +237,11 @@ impl<'a> Run<'a> {
     fn stage_one(
         &self,
         session: &mut Session,
-    ) -> Result<(Option<(Sae, usize)>, Vec<(usize, f64, f64)>, Option<RowCache>)> {
+    ) -> Result<(
+        Option<(Sae, usize)>,
+        Vec<(usize, f64, f64)>,
+        Option<RowCache>,
+    )> {
         let config = self.config;
         let first = self.hookpoints[0];
         let last = *self.hookpoints.iter().max().unwrap_or(&first);
@@ -222,7 +256,9 @@ impl<'a> Run<'a> {
         let own_source = match self.sources.source_is_target() {
             true => None,
             false => {
-                let source = self.device.run(|| self.sources.load_source(config.dtype, last))?;
+                let source = self
+                    .device
+                    .run(|| self.sources.load_source(config.dtype, last))?;
                 inputs::check_vocabulary(&source, &self.texts.trigger, &self.sources.target)?;
                 Some(source)
             }
@@ -234,14 +270,21 @@ impl<'a> Run<'a> {
         let packed = &self.texts.trigger;
         let mut sorted = self.hookpoints.clone();
         sorted.sort_unstable();
-        let schedule =
-            Schedule::new(packed.rows(), config.sae_batch, config.sae_epochs, config.max_sae_steps);
+        let schedule = Schedule::new(
+            packed.rows(),
+            config.sae_batch,
+            config.sae_epochs,
+            config.max_sae_steps,
+        );
         let serves_stage_two = config.runs_sft()
             && config.method == Method::SaeTuning
             && own_source.is_none()
             && self.texts.elicitation.is_none()
             && sorted.len() == 1;
-        let space = CacheSpace { memory: config.cache_bytes(), dir: session.run.path() };
+        let space = CacheSpace {
+            memory: config.cache_bytes(),
+            dir: session.run.path(),
+        };
         let shape = [sorted.len(), packed.seq_len, model.config.hidden_size];
         let mut activations = RowCache::new(
             &order(packed.rows(), config.shuffle.then_some(config.seed), 0),
@@ -249,7 +292,13 @@ impl<'a> Run<'a> {
             shape,
             (schedule.repeats() || serves_stage_two).then_some(space),
         )?;
-        let stage = StageOne { device: self.device, model, packed, hookpoints: &sorted, schedule };
+        let stage = StageOne {
+            device: self.device,
+            model,
+            packed,
+            hookpoints: &sorted,
+            schedule,
+        };
         let trained = stage.run(session, &mut activations)?;
         let sae = trained.saes.into_iter().find(|(layer, _)| *layer == first);
         let sae = sae.map(|(layer, sae)| (sae, layer));
@@ -277,30 +326,46 @@ impl<'a> Run<'a> {
         };
         let packed = self.texts.elicitation();
         let per_step = config.sft_batch * config.grad_accum;
-        let schedule =
-            Schedule::new(packed.rows(), per_step, config.epochs, config.max_sft_steps);
-        let stage = StageTwo { device: self.device, model, packed, sae, schedule, adapter };
+        let schedule = Schedule::new(packed.rows(), per_step, config.epochs, config.max_sft_steps);
+        let stage = StageTwo {
+            device: self.device,
+            model,
+            packed,
+            sae,
+            schedule,
+            adapter,
+        };
         let tuned = stage.run(session, activations)?;
         huggingface::copy_tokenizer(&self.sources.target, &session.run.adapter_dir())?;
         Ok(tuned)
     }
 
-    fn pass_at_1(
-        &self,
-        session: &mut Session,
-        sae: (&Sae, usize),
-        lora: &Lora,
-    ) -> Result<PassAt1> {
+    fn pass_at_1(&self, session: &mut Session, sae: (&Sae, usize), lora: &Lora) -> Result<PassAt1> {
         let records = example::held_out(&session.run)?;
         let name = "Evaluation: greedy answers to held-out problems".to_owned();
-        session.tell(Event::Phase { name, steps: 4, done: 0 });
+        session.tell(Event::Phase {
+            name,
+            steps: 4,
+            done: 0,
+        });
         let model = self.target()?;
-        let source = self.sources.source.as_ref().map(|dir| huggingface::load(dir)).transpose()?;
+        let source = self
+            .sources
+            .source
+            .as_ref()
+            .map(|dir| huggingface::load(dir))
+            .transpose()?;
         let target = Inference::new(model);
         let subjects = [
             target,
-            Inference { sae: Some(sae), ..target },
-            Inference { adapters: Some(lora), ..target },
+            Inference {
+                sae: Some(sae),
+                ..target
+            },
+            Inference {
+                adapters: Some(lora),
+                ..target
+            },
             Inference::new(source.as_ref().unwrap_or(model)),
         ];
         let mut shares = [0.0; 4];
@@ -318,6 +383,12 @@ impl<'a> Run<'a> {
             session.tell(Event::Progress { done: i as u64 + 1 });
         }
         let [target, target_with_sae, tuned, source] = shares;
-        Ok(PassAt1 { problems: records.len(), target, target_with_sae, tuned, source })
+        Ok(PassAt1 {
+            problems: records.len(),
+            target,
+            target_with_sae,
+            tuned,
+            source,
+        })
     }
 }

@@ -50,7 +50,11 @@ impl<'a> Session<'a> {
         observer: &'a mut dyn Observer,
         cancel: &'a CancelFlag,
     ) -> Result<Self> {
-        let latest = if resume { checkpoint::latest(&run)? } else { None };
+        let latest = if resume {
+            checkpoint::latest(&run)?
+        } else {
+            None
+        };
         let (mut offset, mut total_steps, mut resumed) = (0, 0, None);
         if let Some(latest) = latest {
             for warning in latest.warnings {
@@ -62,17 +66,32 @@ impl<'a> Session<'a> {
                 })?;
             (offset, total_steps) = (position.metrics_offset, position.total_steps);
             let tensors = latest.snapshot.tensors.into_iter().collect();
-            let state = StageState { step: position.step, tensors, state: position.stage_state };
+            let state = StageState {
+                step: position.step,
+                tensors,
+                state: position.stage_state,
+            };
             resumed = Some((position.stage, state));
         }
         let metrics = run.metrics(offset)?;
-        Ok(Self { config, run, metrics, observer, cancel, total_steps, resumed })
+        Ok(Self {
+            config,
+            run,
+            metrics,
+            observer,
+            cancel,
+            total_steps,
+            resumed,
+        })
     }
 
     /// Whether the checkpoint that the run goes on from was made in a later stage than `stage`.
     pub fn is_past(&self, stage: StepStage) -> bool {
         stage == StepStage::Sae
-            && self.resumed.as_ref().is_some_and(|(reached, _)| *reached == StepStage::Sft)
+            && self
+                .resumed
+                .as_ref()
+                .is_some_and(|(reached, _)| *reached == StepStage::Sft)
     }
 
     /// What the checkpoint holds for `stage`, where it was made in it.
@@ -109,12 +128,18 @@ impl<'a> Session<'a> {
     ) -> Result<()> {
         self.total_steps += 1;
         let cancelled = self.cancel.is_cancelled();
-        let due = self.total_steps.is_multiple_of(self.config.checkpoint_every as u64);
+        let due = self
+            .total_steps
+            .is_multiple_of(self.config.checkpoint_every as u64);
         if cancelled || due || is_last {
             let (tensors, stage_state) = state()?;
             self.checkpoint(stage, step, tensors, stage_state)?;
         }
-        if cancelled { Err(Error::Cancelled) } else { Ok(()) }
+        if cancelled {
+            Err(Error::Cancelled)
+        } else {
+            Ok(())
+        }
     }
 
     /// Writes a checkpoint and removes the oldest that are too many.

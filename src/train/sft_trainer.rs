@@ -18,7 +18,11 @@ pub enum Student<'a> {
     /// At the SAE's reconstruction \[T, d\] of layer `layer`'s output: no gradient passes the SAE.
     Reconstruction { x: Tensor, layer: usize },
     /// At the token ids, through an SAE that gradients pass.
-    ThroughSae { ids: Tensor, sae: &'a Sae, layer: usize },
+    ThroughSae {
+        ids: Tensor,
+        sae: &'a Sae,
+        layer: usize,
+    },
     /// At the token ids, without an SAE.
     Plain { ids: Tensor },
 }
@@ -73,21 +77,33 @@ impl SftTrainer {
     /// Trains those of `lora`'s adapters that sit on `layers`; the others act unchanged where
     /// the student's forward pass goes through them.
     pub fn new(lora: Lora, layers: Range<usize>, options: SftOptions) -> Result<Self> {
-        let trained: Vec<_> =
-            lora.pairs.keys().copied().filter(|(layer, _)| layers.contains(layer)).collect();
+        let trained: Vec<_> = lora
+            .pairs
+            .keys()
+            .copied()
+            .filter(|(layer, _)| layers.contains(layer))
+            .collect();
         if trained.is_empty() {
             return Err(Error::setting(
                 "--lora-targets",
                 format!("no adapter sits on a layer that is trained ({layers:?})"),
             ));
         }
-        let config = AdamWConfig { weight_decay: options.weight_decay, ..AdamWConfig::default() };
+        let config = AdamWConfig {
+            weight_decay: options.weight_decay,
+            ..AdamWConfig::default()
+        };
         let factors = trained.iter().flat_map(|key| {
             let pair = &lora.pairs[key];
             [&pair.a, &pair.b]
         });
         let optimizer = AdamW::new(config, factors)?;
-        Ok(Self { lora, trained, optimizer, options })
+        Ok(Self {
+            lora,
+            trained,
+            optimizer,
+            options,
+        })
     }
 
     /// The adapters as they are now.
@@ -127,9 +143,12 @@ impl SftTrainer {
                 }
             }
         }
-        let grad_norm = clip_grad_norm(&mut sums.iter_mut().collect::<Vec<_>>(), self.options.clip)?;
+        let grad_norm =
+            clip_grad_norm(&mut sums.iter_mut().collect::<Vec<_>>(), self.options.clip)?;
         if !grad_norm.is_finite() {
-            return Err(Error::NotFinite { what: format!("the gradient norm is {grad_norm}") });
+            return Err(Error::NotFinite {
+                what: format!("the gradient norm is {grad_norm}"),
+            });
         }
         self.update(&sums)?;
         Ok(SftStep { loss, grad_norm })
@@ -154,12 +173,20 @@ impl SftTrainer {
         let hidden = model.final_norm(&mut tape, &hidden)?;
         let head = model.lm_head.clone();
         let loss = match micro.target {
-            Target::Teacher { hidden: teacher, batch } => {
-                tape.apply(KlDiv { teacher, head, batch }, &[&hidden])?
-            }
-            Target::Tokens(targets) => {
-                tape.apply_all(CrossEntropy { targets, head }, &[&hidden])?.swap_remove(0)
-            }
+            Target::Teacher {
+                hidden: teacher,
+                batch,
+            } => tape.apply(
+                KlDiv {
+                    teacher,
+                    head,
+                    batch,
+                },
+                &[&hidden],
+            )?,
+            Target::Tokens(targets) => tape
+                .apply_all(CrossEntropy { targets, head }, &[&hidden])?
+                .swap_remove(0),
         };
         drop(hidden);
         let value = loss.value().f32s()?[0].into();
@@ -218,7 +245,12 @@ impl SftTrainer {
             }
         }
         let moments = (0..2 * self.trained.len())
-            .map(|i| Ok((take(&format!("adamw.{i}.first"))?, take(&format!("adamw.{i}.second"))?)))
+            .map(|i| {
+                Ok((
+                    take(&format!("adamw.{i}.first"))?,
+                    take(&format!("adamw.{i}.second"))?,
+                ))
+            })
             .collect::<Result<_>>()?;
         self.optimizer.restore(steps, moments)
     }
@@ -234,9 +266,13 @@ fn forward(
 ) -> Result<Var> {
     let layers = model.layers.len();
     match student {
-        Student::Reconstruction { x, layer } => {
-            model.decode(tape, Var::constant(x), layer + 1..layers, layout, Some(adapters))
-        }
+        Student::Reconstruction { x, layer } => model.decode(
+            tape,
+            Var::constant(x),
+            layer + 1..layers,
+            layout,
+            Some(adapters),
+        ),
         Student::ThroughSae { ids, sae, layer } => {
             let x = model.embed(tape, ids)?;
             let x = model.decode(tape, x, 0..layer + 1, layout, Some(adapters))?;

@@ -32,7 +32,10 @@ impl Schedule {
     pub fn new(rows: usize, per_step: usize, epochs: usize, max_steps: Option<usize>) -> Self {
         let steps_per_epoch = rows.div_ceil(per_step) as u64;
         let all = steps_per_epoch * epochs as u64;
-        Self { steps_per_epoch, steps: max_steps.map_or(all, |max| all.min(max as u64)) }
+        Self {
+            steps_per_epoch,
+            steps: max_steps.map_or(all, |max| all.min(max as u64)),
+        }
     }
 
     /// Whether any row is used twice.
@@ -89,7 +92,11 @@ impl StageOne<'_> {
             None => 0,
         };
         let name = "Stage I: sparse autoencoder".to_owned();
-        session.tell(Event::Phase { name, steps: self.schedule.steps, done: start });
+        session.tell(Event::Phase {
+            name,
+            steps: self.schedule.steps,
+            done: start,
+        });
         let layout = Layout::new(&self.model.config, config.sae_batch, self.packed.seq_len)?;
         let seed = config.shuffle.then_some(config.seed);
         let (mut epoch, mut rows) = (u64::MAX, Vec::new());
@@ -102,9 +109,9 @@ impl StageOne<'_> {
                 rows = order(self.packed.rows(), seed, epoch);
             }
             let rows = rows_of_step(&rows, step, self.schedule, config.sae_batch);
-            let outputs = self.device.run(|| {
-                activations.get(rows, |rows| self.layer_outputs(rows, &layout))
-            })?;
+            let outputs = self
+                .device
+                .run(|| activations.get(rows, |rows| self.layer_outputs(rows, &layout)))?;
             let mut measured = Vec::new();
             for (hook, x) in hooks.iter_mut().zip(&outputs) {
                 let metrics = hook.trainer.step(self.device, x)?;
@@ -145,7 +152,14 @@ impl StageOne<'_> {
 
     /// The outputs of the hookpoints' layers for rows of tokens, \[rows x seq_len, d\] each.
     pub fn layer_outputs(&self, rows: &[usize], layout: &Layout) -> Result<Vec<Tensor>> {
-        layer_outputs(self.device, self.model, self.packed, self.hookpoints, rows, layout)
+        layer_outputs(
+            self.device,
+            self.model,
+            self.packed,
+            self.hookpoints,
+            rows,
+            layout,
+        )
     }
 
     fn hooks(&self, config: &TrainConfig) -> Result<Vec<Hook>> {
@@ -154,7 +168,10 @@ impl StageOne<'_> {
             let total = self.schedule.steps;
             let optimizer = match config.sae_optimizer {
                 super::SaeOptimizer::Signum => SaeOptimizer::Signum,
-                super::SaeOptimizer::Adam => SaeOptimizer::Adam { warmup: 1000.min(total / 5), total },
+                super::SaeOptimizer::Adam => SaeOptimizer::Adam {
+                    warmup: 1000.min(total / 5),
+                    total,
+                },
             };
             let options = SaeTrainOptions {
                 optimizer,
@@ -164,7 +181,12 @@ impl StageOne<'_> {
                 ..SaeTrainOptions::default()
             };
             let trainer = SaeTrainer::new(sae, options)?;
-            Ok(Hook { layer, trainer, best: f64::INFINITY, interval: (0.0, 0) })
+            Ok(Hook {
+                layer,
+                trainer,
+                best: f64::INFINITY,
+                interval: (0.0, 0),
+            })
         });
         hooks.collect()
     }
@@ -188,7 +210,10 @@ impl StageOne<'_> {
 
 /// Tokens of the first `steps` steps.
 pub(super) fn tokens_until(steps: u64, schedule: Schedule, batch: usize, packed: &Packed) -> u64 {
-    let (epochs, rest) = (steps / schedule.steps_per_epoch, steps % schedule.steps_per_epoch);
+    let (epochs, rest) = (
+        steps / schedule.steps_per_epoch,
+        steps % schedule.steps_per_epoch,
+    );
     (epochs * packed.rows() as u64 + rest * batch as u64) * packed.seq_len as u64
 }
 
@@ -233,7 +258,10 @@ pub(super) fn start_sae(
         return Sae::scratch(device, sae, config.seed, layer as u32);
     }
     let root = config.sae.as_ref().ok_or_else(|| {
-        Error::setting("--sae", "expected the folder of an SAE to start from, found none")
+        Error::setting(
+            "--sae",
+            "expected the folder of an SAE to start from, found none",
+        )
     })?;
     sparsify::load_at(root, layer, model)
 }
@@ -245,7 +273,12 @@ fn save_best(session: &mut Session, hooks: &mut [Hook]) -> Result<()> {
         let mean = sum / steps.max(1) as f64;
         if mean < hook.best {
             hook.best = mean;
-            let dir = session.run.path().join("sae").join("best").join(hookpoint_name(hook.layer));
+            let dir = session
+                .run
+                .path()
+                .join("sae")
+                .join("best")
+                .join(hookpoint_name(hook.layer));
             sparsify::save(&dir, &hook.trainer.averaged()?)?;
         }
     }
@@ -256,7 +289,10 @@ fn state(hooks: &[Hook]) -> Result<(Vec<(String, Tensor)>, Value)> {
     let (mut tensors, mut states) = (Vec::new(), Vec::new());
     for hook in hooks {
         let (own, state) = hook.trainer.state()?;
-        tensors.extend(own.into_iter().map(|(name, t)| (format!("{}.{name}", hook.layer), t)));
+        tensors.extend(
+            own.into_iter()
+                .map(|(name, t)| (format!("{}.{name}", hook.layer), t)),
+        );
         // JSON has no infinity; `best` is one before the first interval.
         let best = hook.best.is_finite().then_some(hook.best.to_bits());
         states.push(json!({
@@ -269,18 +305,30 @@ fn state(hooks: &[Hook]) -> Result<(Vec<(String, Tensor)>, Value)> {
 
 /// Puts the SAEs where a checkpoint left them; the step to go on with.
 fn restore(hooks: &mut [Hook], saved: StageState) -> Result<u64> {
-    let StageState { step, mut tensors, state } = saved;
+    let StageState {
+        step,
+        mut tensors,
+        state,
+    } = saved;
     for (i, hook) in hooks.iter_mut().enumerate() {
         let prefix = format!("{}.", hook.layer);
-        let names: Vec<_> = tensors.keys().filter(|n| n.starts_with(&prefix)).cloned().collect();
+        let names: Vec<_> = tensors
+            .keys()
+            .filter(|n| n.starts_with(&prefix))
+            .cloned()
+            .collect();
         let own = names
             .into_iter()
             .filter_map(|n| Some((n[prefix.len()..].to_owned(), tensors.remove(&n)?)))
             .collect();
         let state = &state[i];
         hook.trainer.restore(own, &state["trainer"])?;
-        hook.best = state["best_bits"].as_u64().map_or(f64::INFINITY, f64::from_bits);
-        let sum = state["interval_sum_bits"].as_u64().map_or(0.0, f64::from_bits);
+        hook.best = state["best_bits"]
+            .as_u64()
+            .map_or(f64::INFINITY, f64::from_bits);
+        let sum = state["interval_sum_bits"]
+            .as_u64()
+            .map_or(0.0, f64::from_bits);
         hook.interval = (sum, state["interval_steps"].as_u64().unwrap_or(0));
     }
     Ok(step)

@@ -71,7 +71,9 @@ impl StageTwo<'_> {
         let mut trainer = SftTrainer::new(lora, first..self.model.layers.len(), options)?;
         let mut activations = activations;
         let start = match session.take_state(StepStage::Sft) {
-            Some(StageState { step, mut tensors, .. }) => {
+            Some(StageState {
+                step, mut tensors, ..
+            }) => {
                 trainer.restore(step, |name| {
                     tensors.remove(name).ok_or_else(|| {
                         Error::operand("checkpoint", format!("tensor {name}"), "none")
@@ -86,7 +88,11 @@ impl StageTwo<'_> {
             Method::Sft => "Supervised baseline: adapters on answers",
         };
         let steps = self.schedule.steps;
-        session.tell(Event::Phase { name: name.to_owned(), steps, done: start });
+        session.tell(Event::Phase {
+            name: name.to_owned(),
+            steps,
+            done: start,
+        });
         let layout = Layout::new(&self.model.config, config.sft_batch, self.packed.seq_len)?;
         let mut losses = Vec::new();
         for step in start..steps {
@@ -95,10 +101,15 @@ impl StageTwo<'_> {
             let rows = self.rows(config, step);
             let micro: Vec<&[usize]> = rows.chunks(config.sft_batch).collect();
             let measured = self.device.run(|| {
-                trainer.step(self.device, self.model, micro.len(), |i| match &mut teacher {
-                    Some(teacher) => teacher.micro_batch(micro[i], activations.as_mut()),
-                    None => self.supervised(micro[i], &layout),
-                })
+                trainer.step(
+                    self.device,
+                    self.model,
+                    micro.len(),
+                    |i| match &mut teacher {
+                        Some(teacher) => teacher.micro_batch(micro[i], activations.as_mut()),
+                        None => self.supervised(micro[i], &layout),
+                    },
+                )
             })?;
             let seconds = began.elapsed().as_secs_f64();
             let metrics = self.metrics(config, step, &rows, measured, seconds, teacher.as_ref());
@@ -115,7 +126,10 @@ impl StageTwo<'_> {
         let dir = session.run.adapter_dir();
         peft::save(&dir, trainer.lora())?;
         session.tell(Event::Saved(dir));
-        Ok(Tuned { lora: trainer.lora().clone(), loss: ends(&losses) })
+        Ok(Tuned {
+            lora: trainer.lora().clone(),
+            loss: ends(&losses),
+        })
     }
 
     /// The adapter to start from and the first layer that is trained.
@@ -133,7 +147,10 @@ impl StageTwo<'_> {
             }
             None => Lora::new(config.lora(), &self.model.config, layers, config.seed)?,
         };
-        let base_model = config.target.clone().unwrap_or_else(|| lora.base_model.clone());
+        let base_model = config
+            .target
+            .clone()
+            .unwrap_or_else(|| lora.base_model.clone());
         Ok((Lora { base_model, ..lora }, first))
     }
 
@@ -144,12 +161,17 @@ impl StageTwo<'_> {
         first: usize,
         config: &TrainConfig,
     ) -> Result<Option<Teacher<'_>>> {
-        let Some((sae, layer)) = self.sae else { return Ok(None) };
+        let Some((sae, layer)) = self.sae else {
+            return Ok(None);
+        };
         let acts = |(&(l, _), pair): (&(usize, _), &crate::model::LoraPair)| {
             l < first && pair.b.f32s().is_ok_and(|b| b.iter().any(|&v| v != 0.0))
         };
         let prefix = lora.pairs.iter().any(acts).then(|| Adapters::frozen(lora));
-        let space = CacheSpace { memory: config.cache_bytes(), dir: session.run.path() };
+        let space = CacheSpace {
+            memory: config.cache_bytes(),
+            dir: session.run.path(),
+        };
         let seed = config.shuffle.then_some(config.seed);
         let width = self.model.config.hidden_size;
         let through = config.sae_grad == SaeGrad::Through;
@@ -162,12 +184,25 @@ impl StageTwo<'_> {
         )?;
         let layout = Layout::new(&self.model.config, config.sft_batch, self.packed.seq_len)?;
         let mse = vec![f64::NAN; self.packed.rows()];
-        Ok(Some(Teacher { stage: self, sae, layer, prefix, through, layout, cache, mse }))
+        Ok(Some(Teacher {
+            stage: self,
+            sae,
+            layer,
+            prefix,
+            through,
+            layout,
+            cache,
+            mse,
+        }))
     }
 
     fn rows(&self, config: &TrainConfig, step: u64) -> Vec<usize> {
         let epoch = step / self.schedule.steps_per_epoch;
-        let order = order(self.packed.rows(), config.shuffle.then_some(config.seed), epoch);
+        let order = order(
+            self.packed.rows(),
+            config.shuffle.then_some(config.seed),
+            epoch,
+        );
         let per_step = config.sft_batch * config.grad_accum;
         rows_of_step(&order, step, self.schedule, per_step).to_vec()
     }
@@ -182,7 +217,11 @@ impl StageTwo<'_> {
             targets.push(None);
         }
         let target = Target::Tokens(targets);
-        Ok(MicroBatch { layout, student: Student::Plain { ids }, target })
+        Ok(MicroBatch {
+            layout,
+            student: Student::Plain { ids },
+            target,
+        })
     }
 
     fn metrics(
@@ -209,10 +248,15 @@ impl StageTwo<'_> {
             Some(teacher) => StepMetrics {
                 kl: Some(measured.loss),
                 kl_per_token: Some(measured.loss / self.packed.seq_len as f64),
-                sae_mse: Some(rows.iter().map(|&r| teacher.mse[r]).sum::<f64>() / rows.len() as f64),
+                sae_mse: Some(
+                    rows.iter().map(|&r| teacher.mse[r]).sum::<f64>() / rows.len() as f64,
+                ),
                 ..common
             },
-            None => StepMetrics { loss: Some(measured.loss), ..common },
+            None => StepMetrics {
+                loss: Some(measured.loss),
+                ..common
+            },
         }
     }
 }
@@ -223,13 +267,29 @@ impl<'a> Teacher<'a> {
         rows: &[usize],
         activations: Option<&mut RowCache>,
     ) -> Result<MicroBatch<'a>> {
-        let Self { stage, sae, layer, prefix, through, layout, cache, mse } = self;
+        let Self {
+            stage,
+            sae,
+            layer,
+            prefix,
+            through,
+            layout,
+            cache,
+            mse,
+        } = self;
         let (sae, layer, through) = (*sae, *layer, *through);
         let mut activations = activations;
         let mut parts = cache.get(rows, |rows| {
             let hooks = [layer];
             let outputs = |rows: &[usize], layout: &Layout| {
-                layer_outputs(stage.device, stage.model, stage.packed, &hooks, rows, layout)
+                layer_outputs(
+                    stage.device,
+                    stage.model,
+                    stage.packed,
+                    &hooks,
+                    rows,
+                    layout,
+                )
             };
             let x = match activations.as_deref_mut() {
                 Some(stage_one) => stage_one.get(rows, |rows| outputs(rows, layout))?,
@@ -244,31 +304,52 @@ impl<'a> Teacher<'a> {
                     let mut tape = Tape::new(stage.device);
                     let x = stage.model.embed(&mut tape, ids)?;
                     let x =
-                        stage.model.decode(&mut tape, x, 0..layer + 1, &layout, Some(adapters))?;
+                        stage
+                            .model
+                            .decode(&mut tape, x, 0..layer + 1, &layout, Some(adapters))?;
                     sae.reconstruct(stage.device, x.value())?
                 }
                 _ => reconstruction,
             };
             let mut tape = Tape::new(stage.device);
             let layers = layer + 1..stage.model.layers.len();
-            let hidden = stage.model.decode(&mut tape, Var::constant(x), layers, &layout, None)?;
+            let hidden = stage
+                .model
+                .decode(&mut tape, Var::constant(x), layers, &layout, None)?;
             let hidden = stage.model.final_norm(&mut tape, &hidden)?.into_value();
-            Ok(if through { vec![hidden] } else { vec![hidden, student] })
+            Ok(if through {
+                vec![hidden]
+            } else {
+                vec![hidden, student]
+            })
         })?;
         let (ids, layout) = batch(stage.packed, rows, layout)?;
         let student = match through {
             true => Student::ThroughSae { ids, sae, layer },
-            false => Student::Reconstruction { x: parts.swap_remove(1), layer },
+            false => Student::Reconstruction {
+                x: parts.swap_remove(1),
+                layer,
+            },
         };
-        let target = Target::Teacher { hidden: parts.swap_remove(0), batch: rows.len() as f32 };
-        Ok(MicroBatch { layout, student, target })
+        let target = Target::Teacher {
+            hidden: parts.swap_remove(0),
+            batch: rows.len() as f32,
+        };
+        Ok(MicroBatch {
+            layout,
+            student,
+            target,
+        })
     }
 }
 
 fn record_mse(mse_of: &mut [f64], rows: &[usize], x: &Tensor, x_hat: &Tensor) -> Result<()> {
     let per_row = x.len() / rows.len().max(1);
     let row_of = |tensor: &Tensor, i: usize| {
-        Tensor::from_vec(tensor.f32s()?[i * per_row..][..per_row].to_vec(), [1, per_row])
+        Tensor::from_vec(
+            tensor.f32s()?[i * per_row..][..per_row].to_vec(),
+            [1, per_row],
+        )
     };
     for (i, &row) in rows.iter().enumerate() {
         mse_of[row] = mse(&row_of(x, i)?, &row_of(x_hat, i)?)?.unwrap_or(f64::NAN);

@@ -8,11 +8,11 @@ mod lora;
 
 mod embedding;
 mod flash_attention;
-mod rmsnorm;
-mod rope;
-mod swiglu;
 mod fvu;
 mod harness;
+mod rmsnorm;
+mod rope;
 mod signum;
 mod sparse_decode;
+mod swiglu;
 mod topk;
