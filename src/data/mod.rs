@@ -1,6 +1,7 @@
 //! Data: records, the template that makes texts of them, tokenising and packing, the activation cache.
 
 pub mod cache;
+mod guard;
 pub mod pack;
 mod parquet;
 pub mod records;

@@ -1,15 +1,14 @@
 //! Records out of Parquet, the format Hugging Face data sets come in.
 
-use std::cell::Cell as Flag;
 use std::fs::File;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::{Arc, Once};
+use std::sync::Arc;
 
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::{Field, Row};
 use parquet::schema::types::{Type, TypePtr};
 
+use super::guard::guarded;
 use super::records::{ANSWER_KEY, Cell, PROBLEM_KEYS, Record, assemble, float_cell, quoted};
 use crate::{Error, Result};
 
@@ -98,26 +97,4 @@ fn cell(row: &Row, key: &str) -> Cell {
         Field::Bool(_) => Cell::Other("a boolean"),
         _ => Cell::Other("a value of another type"),
     }
-}
-
-thread_local! {
-    static QUIET: Flag<bool> = const { Flag::new(false) };
-}
-
-/// Runs `work` and turns a panic into `None`, without the message a panic prints: the caller
-/// reports the error.
-fn guarded<T>(work: impl FnOnce() -> T) -> Option<T> {
-    static HOOK: Once = Once::new();
-    HOOK.call_once(|| {
-        let previous = std::panic::take_hook();
-        std::panic::set_hook(Box::new(move |info| {
-            if !QUIET.get() {
-                previous(info);
-            }
-        }));
-    });
-    QUIET.set(true);
-    let outcome = catch_unwind(AssertUnwindSafe(work));
-    QUIET.set(false);
-    outcome.ok()
 }

@@ -82,7 +82,6 @@ fn last_number(text: &str) -> Option<&str> {
 /// Where the number that starts at `start` ends: sign, digits with thousands separators, decimal
 /// places, a denominator, a percent sign.
 fn number_at(bytes: &[u8], start: usize) -> Option<usize> {
-    let digit = |i: usize| bytes.get(i).is_some_and(u8::is_ascii_digit);
     let mut at = start;
     if bytes[at] == b'-' {
         // After a digit, letter or bracket it is a minus or a hyphen, not a sign.
@@ -99,7 +98,6 @@ fn number_at(bytes: &[u8], start: usize) -> Option<usize> {
     if bytes.get(at) == Some(&b'%') {
         at += 1;
     }
-    debug_assert!(digit(at - 1) || bytes[at - 1] == b'%');
     Some(at)
 }
 
@@ -122,10 +120,7 @@ fn digits_at(bytes: &[u8], start: usize) -> Option<usize> {
 /// A comma between digits with exactly three of them behind it.
 fn is_separator(bytes: &[u8], start: usize, at: usize) -> bool {
     let digit = |i: usize| bytes.get(i).is_some_and(u8::is_ascii_digit);
-    at > start
-        && bytes.get(at) == Some(&b',')
-        && (1..=3).all(|i| digit(at + i))
-        && !digit(at + 4)
+    at > start && bytes.get(at) == Some(&b',') && (1..=3).all(|i| digit(at + i)) && !digit(at + 4)
 }
 
 /// Marks that change how an answer looks and not what it says.
@@ -212,7 +207,11 @@ impl Rational {
         } else {
             Self::decimal(text)?
         };
-        let numerator = if negative { -value.numerator } else { value.numerator };
+        let numerator = if negative {
+            -value.numerator
+        } else {
+            value.numerator
+        };
         Some(Self { numerator, ..value })
     }
 
@@ -236,7 +235,10 @@ impl Rational {
         let grouped = groups[0].len() <= 3 && groups[1..].iter().all(|g| g.len() == 3);
         let digits = groups.concat() + places;
         let all_digits = digits.bytes().all(|b| b.is_ascii_digit());
-        if digits.is_empty() || !all_digits || groups.len() > 1 && (groups[0].is_empty() || !grouped) {
+        if digits.is_empty()
+            || !all_digits
+            || groups.len() > 1 && (groups[0].is_empty() || !grouped)
+        {
             return None;
         }
         let places = u32::try_from(places.len()).ok()?;
@@ -257,12 +259,9 @@ impl Rational {
             (a, b) = (b, a % b);
         }
         let divisor = i128::try_from(a).ok()?.checked_mul(denominator.signum())?;
-        if divisor == 0 {
-            return None;
-        }
         Some(Self {
-            numerator: numerator / divisor,
-            denominator: denominator / divisor,
+            numerator: numerator.checked_div(divisor)?,
+            denominator: denominator.checked_div(divisor)?,
         })
     }
 }
