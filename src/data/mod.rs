@@ -4,6 +4,7 @@ pub mod cache;
 mod guard;
 pub mod pack;
 mod parquet;
+mod parquet_depth;
 pub mod records;
 pub mod template;
 pub mod tokenizer;

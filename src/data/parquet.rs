@@ -9,12 +9,29 @@ use parquet::record::{Field, Row};
 use parquet::schema::types::{Type, TypePtr};
 
 use super::guard::guarded;
+use super::parquet_depth::schema_depth;
 use super::records::{ANSWER_KEY, Cell, PROBLEM_KEYS, Record, assemble, float_cell, quoted};
 use crate::{Error, Result};
 
+/// Groups within groups that a schema may have; data sets have a handful.
+const MAX_DEPTH: usize = 100;
+
 /// Reads all records of a Parquet file; only the columns of the known keys are decoded.
 pub(super) fn read(path: &Path) -> Result<Vec<Record>> {
-    let file = File::open(path).map_err(|e| Error::io(path, e))?;
+    let mut file = File::open(path).map_err(|e| Error::io(path, e))?;
+    match schema_depth(&mut file).map_err(|e| Error::io(path, e))? {
+        Some(depth) if depth <= MAX_DEPTH => {}
+        Some(depth) => {
+            let what = format!("its schema is nested {depth} deep, more than {MAX_DEPTH}");
+            return Err(Error::file(path, what));
+        }
+        None => {
+            return Err(Error::file(
+                path,
+                "not a readable Parquet file: damaged footer",
+            ));
+        }
+    }
     // The parquet crate has assertions and unchecked indexing behind its metadata, so a damaged
     // file can make it panic. Nothing it worked on is used afterwards.
     guarded(|| read_file(path, file))

@@ -68,6 +68,37 @@ fn a_parquet_file_with_changed_bytes_never_panics() {
 }
 
 #[test]
+fn a_parquet_schema_nested_without_end_is_refused() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("deep.parquet");
+    // Compact Thrift: version 1, then the schema: groups named "g" with one child each.
+    for depth in [60, 1 << 20] {
+        let group = [0x35, 0, 0x18, 1, b'g', 0x15, 2, 0];
+        let root = [0x48, 1, b'r', 0x15, 2, 0];
+        let leaf = [0x15, 12, 0x25, 0, 0x18, 1, b'l', 0];
+        let mut footer = vec![0x15, 2, 0x19, 0xfc];
+        let mut count = depth + 2;
+        while count >= 128 {
+            footer.push(count as u8 | 128);
+            count >>= 7;
+        }
+        footer.push(count as u8);
+        footer.extend(root);
+        footer.extend(group.repeat(depth));
+        footer.extend(leaf);
+        footer.extend([0x16, 0, 0x19, 0x0c, 0]);
+        let length = (footer.len() as u32).to_le_bytes();
+        let bytes = [b"PAR1", footer.as_slice(), &length, b"PAR1"].concat();
+        let error = read_bytes(&path, &bytes).unwrap_err();
+        let word = if depth == 60 { "no column" } else { "nested" };
+        assert!(
+            error.contains("deep.parquet") && error.contains(word),
+            "{depth}: {error}"
+        );
+    }
+}
+
+#[test]
 fn json_with_changed_bytes_never_panics() {
     let dir = TempDir::new().unwrap();
     let path = dir.path().join("flip.jsonl");

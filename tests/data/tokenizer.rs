@@ -7,8 +7,11 @@ use tempfile::TempDir;
 
 use crate::{TOKENIZERS, fixture, json, strings};
 
+/// Names and contents of JSON files.
+type Files<'a> = &'a [(&'a str, Value)];
+
 /// A model folder with the byte-level tokenizer and the given other files.
-fn folder(files: &[(&str, Value)]) -> TempDir {
+fn folder(files: Files) -> TempDir {
     let dir = TempDir::new().unwrap();
     let source = fixture("byte_level").join("tokenizer.json");
     std::fs::copy(source, dir.path().join("tokenizer.json")).unwrap();
@@ -51,7 +54,7 @@ fn ids_and_decoded_texts_equal_transformers() {
 fn the_eos_token_comes_from_the_tokenizer_config_else_from_the_model_config() {
     let pad = json!({"eos_token": "<pad>"});
     let by_id = json!({"eos_token_id": [1, 0]});
-    let table: [(&[(&str, Value)], &str); 5] = [
+    let table: [(Files, &str); 5] = [
         (
             &[
                 ("tokenizer_config.json", json!({"eos_token": "<eos>"})),
@@ -144,7 +147,7 @@ fn special_tokens_that_only_the_config_knows_are_added() {
 
 #[test]
 fn a_bad_folder_is_refused_with_file_and_key() {
-    let table: [(&[(&str, Value)], &[&str]); 10] = [
+    let table: [(Files, &[&str]); 10] = [
         (&[], &["eos_token", "eos_token_id", "config.json"]),
         (
             &[("tokenizer_config.json", json!([]))],
