@@ -188,8 +188,8 @@ pub fn copy_files(from: impl AsRef<Path>, to: impl AsRef<Path>) -> Result<()> {
 }
 
 /// Whether `eos` cuts a text into parts that do not influence each other: it is found before
-/// anything is normalised, takes no white space from what precedes it, counts inside words, and
-/// no other added token can overlap it.
+/// anything is normalised, takes no white space from what precedes it, and no added token
+/// overlaps it or looks at what stands beside it.
 fn separates(tokenizer: &tokenizers::Tokenizer, eos: &str) -> bool {
     let added = tokenizer.get_added_tokens_decoder();
     let overlaps = |other: &str| {
@@ -198,9 +198,11 @@ fn separates(tokenizer: &tokenizers::Tokenizer, eos: &str) -> bool {
             eos.starts_with(tail) || tail.starts_with(eos)
         })
     };
-    let plain = |t: &AddedToken| !t.normalized && !t.lstrip && !t.single_word;
-    added.values().any(|t| t.content == eos && plain(t))
-        && !added.values().any(|t| overlaps(&t.content))
+    let found = |t: &AddedToken| t.content == eos && !t.normalized && !t.lstrip;
+    added.values().any(found)
+        && added
+            .values()
+            .all(|t| !t.single_word && !overlaps(&t.content))
 }
 
 /// The EOS token by the id that the model's own configuration gives.
@@ -285,7 +287,7 @@ impl Config {
         }
         let mut named = Vec::new();
         for key in NAMED_TOKENS {
-            named.extend(self.named_token(key)?);
+            named.extend(self.named_token(key)?.map(|token| token.special(true)));
         }
         for key in ["additional_special_tokens", "extra_special_tokens"] {
             if let Value::Array(more) = &self.values[key] {
@@ -297,9 +299,9 @@ impl Config {
         known.extend(tokens.iter().map(|token| token.content.as_str()));
         named.retain(|token| !known.contains(token.content.as_str()));
         tokens.extend(named);
-        tokenizer
-            .add_tokens(tokens)
-            .map_err(|e| Error::file(&self.path, e.to_string()))?;
+        attempt(&self.path, "cannot add its special tokens", || {
+            tokenizer.add_tokens(tokens)
+        })?;
         Ok(())
     }
 
