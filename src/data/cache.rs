@@ -76,7 +76,7 @@ impl ActivationCache {
         matches!(self.store, Store::Disk(_))
     }
 
-    /// Copies row `i` to `out` [row_len]; false, and `out` untouched, if it is not stored or
+    /// Copies row `i` to `out` `[row_len]`; false, and `out` untouched, if it is not stored or
     /// `out` has another length.
     pub fn get(&self, i: usize, out: &mut [f32]) -> bool {
         if !self.contains(i) || out.len() != self.row_len {
@@ -98,7 +98,7 @@ impl ActivationCache {
         true
     }
 
-    /// Stores row `i` [row_len], or replaces it. Does nothing where the disk has no room for it.
+    /// Stores row `i` `[row_len]`, or replaces it. Does nothing where the disk has no room for it.
     ///
     /// # Errors
     /// When the row has a wrong index or length, or writing fails for another reason than space.
