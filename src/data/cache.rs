@@ -76,7 +76,7 @@ impl ActivationCache {
         matches!(self.store, Store::Disk(_))
     }
 
-    /// Copies row `i` to `out` [row_len]; false, and `out` untouched, if it is not stored or
+    /// Copies row `i` to `out` `[row_len]`; false, and `out` untouched, if it is not stored or
     /// `out` has another length.
     pub fn get(&self, i: usize, out: &mut [f32]) -> bool {
         if !self.contains(i) || out.len() != self.row_len {
@@ -98,7 +98,7 @@ impl ActivationCache {
         true
     }
 
-    /// Stores row `i` [row_len], or replaces it. Does nothing where the disk has no room for it.
+    /// Stores row `i` `[row_len]`, or replaces it. Does nothing where the disk has no room for it.
     ///
     /// # Errors
     /// When the row has a wrong index or length, or writing fails for another reason than space.
@@ -180,4 +180,26 @@ fn free_space(dir: &Path) -> Result<u64> {
 #[cfg(not(unix))]
 fn free_space(_dir: &Path) -> Result<u64> {
     Ok(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_beyond_the_capacity_are_missed_and_stored_ones_can_still_be_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut cache = ActivationCache::new(3, 2, 0, dir.path()).unwrap();
+        let Store::Disk(disk) = &mut cache.store else {
+            panic!("above the memory limit");
+        };
+        disk.capacity = 1;
+        cache.put(2, &[1.0, 2.0]).unwrap();
+        cache.put(0, &[3.0, 4.0]).unwrap();
+        cache.put(2, &[5.0, 6.0]).unwrap();
+        let mut out = [0.0; 2];
+        assert!(!cache.contains(0) && !cache.get(0, &mut out));
+        assert!(cache.get(2, &mut out));
+        assert_eq!(out, [5.0, 6.0]);
+    }
 }

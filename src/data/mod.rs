@@ -1,8 +1,10 @@
 //! Data: records, the template that makes texts of them, tokenising and packing, the activation cache.
 
 pub mod cache;
+mod guard;
 pub mod pack;
 mod parquet;
+mod parquet_depth;
 pub mod records;
 pub mod template;
 pub mod tokenizer;

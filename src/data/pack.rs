@@ -15,12 +15,12 @@ const BLOCK: usize = 2048;
 pub struct Packed {
     /// Tokens in a row.
     pub seq_len: usize,
-    /// Token ids, row after row: [rows, seq_len].
+    /// Token ids, row after row: `[rows, seq_len]`.
     pub tokens: Vec<u32>,
-    /// Of every token [rows, seq_len], whether it belongs to an answer part. The EOS that ends an
+    /// Of every token `[rows, seq_len]`, whether it belongs to an answer part. The EOS that ends an
     /// answer does.
     pub answer_mask: Vec<bool>,
-    /// Of every token [rows, seq_len], where in its row its document begins, if attention is to
+    /// Of every token `[rows, seq_len]`, where in its row its document begins, if attention is to
     /// stay within documents. A document starts at the EOS before its text.
     pub doc_starts: Option<Vec<u32>>,
 }
@@ -31,7 +31,7 @@ impl Packed {
         self.tokens.len() / self.seq_len
     }
 
-    /// Token ids of row `i` [seq_len].
+    /// Token ids of row `i` `[seq_len]`.
     ///
     /// # Panics
     /// When `i` is not below [`Packed::rows`]; so do the other accessors of a row.
@@ -39,12 +39,12 @@ impl Packed {
         &self.tokens[i * self.seq_len..][..self.seq_len]
     }
 
-    /// The answer mask of row `i` [seq_len].
+    /// The answer mask of row `i` `[seq_len]`.
     pub fn row_answer_mask(&self, i: usize) -> &[bool] {
         &self.answer_mask[i * self.seq_len..][..self.seq_len]
     }
 
-    /// Document starts of row `i` [seq_len], with a document mask.
+    /// Document starts of row `i` `[seq_len]`, with a document mask.
     pub fn row_doc_starts(&self, i: usize) -> Option<&[u32]> {
         let starts = self.doc_starts.as_ref()?;
         Some(&starts[i * self.seq_len..][..self.seq_len])

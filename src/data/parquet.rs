@@ -1,21 +1,37 @@
 //! Records out of Parquet, the format Hugging Face data sets come in.
 
-use std::cell::Cell as Flag;
 use std::fs::File;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::{Arc, Once};
+use std::sync::Arc;
 
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::{Field, Row};
 use parquet::schema::types::{Type, TypePtr};
 
+use super::guard::guarded;
+use super::parquet_depth::schema_depth;
 use super::records::{ANSWER_KEY, Cell, PROBLEM_KEYS, Record, assemble, float_cell, quoted};
 use crate::{Error, Result};
 
+/// Groups within groups that a schema may have; data sets have a handful.
+const MAX_DEPTH: usize = 100;
+
 /// Reads all records of a Parquet file; only the columns of the known keys are decoded.
 pub(super) fn read(path: &Path) -> Result<Vec<Record>> {
-    let file = File::open(path).map_err(|e| Error::io(path, e))?;
+    let mut file = File::open(path).map_err(|e| Error::io(path, e))?;
+    match schema_depth(&mut file).map_err(|e| Error::io(path, e))? {
+        Some(depth) if depth <= MAX_DEPTH => {}
+        Some(depth) => {
+            let what = format!("its schema is nested {depth} deep, more than {MAX_DEPTH}");
+            return Err(Error::file(path, what));
+        }
+        None => {
+            return Err(Error::file(
+                path,
+                "not a readable Parquet file: damaged footer",
+            ));
+        }
+    }
     // The parquet crate has assertions and unchecked indexing behind its metadata, so a damaged
     // file can make it panic. Nothing it worked on is used afterwards.
     guarded(|| read_file(path, file))
@@ -98,26 +114,4 @@ fn cell(row: &Row, key: &str) -> Cell {
         Field::Bool(_) => Cell::Other("a boolean"),
         _ => Cell::Other("a value of another type"),
     }
-}
-
-thread_local! {
-    static QUIET: Flag<bool> = const { Flag::new(false) };
-}
-
-/// Runs `work` and turns a panic into `None`, without the message a panic prints: the caller
-/// reports the error.
-fn guarded<T>(work: impl FnOnce() -> T) -> Option<T> {
-    static HOOK: Once = Once::new();
-    HOOK.call_once(|| {
-        let previous = std::panic::take_hook();
-        std::panic::set_hook(Box::new(move |info| {
-            if !QUIET.get() {
-                previous(info);
-            }
-        }));
-    });
-    QUIET.set(true);
-    let outcome = catch_unwind(AssertUnwindSafe(work));
-    QUIET.set(false);
-    outcome.ok()
 }

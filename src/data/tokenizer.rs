@@ -1,11 +1,13 @@
 //! The tokenizer of a Hugging Face model folder.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{AddedToken, PostProcessorWrapper};
 
+use super::guard::guarded;
 use crate::{Error, Result};
 
 const TOKENIZER: &str = "tokenizer.json";
@@ -64,17 +66,16 @@ impl Tokenizer {
         let dir = dir.as_ref();
         let path = dir.join(TOKENIZER);
         let bytes = std::fs::read(&path).map_err(|e| Error::io(&path, e))?;
-        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes)
-            .map_err(|e| Error::file(&path, format!("not a valid tokenizer: {e}")))?;
+        let mut inner = attempt(&path, "not a valid tokenizer", || {
+            tokenizers::Tokenizer::from_bytes(&bytes)
+        })?;
         inner
             .with_truncation(None)
             .map_err(|e| Error::file(&path, e.to_string()))?
             .with_padding(None);
 
         let config = Config::read(&dir.join(CONFIG))?;
-        inner
-            .add_tokens(config.special_tokens()?)
-            .map_err(|e| Error::file(&config.path, e.to_string()))?;
+        config.add_special_tokens(&mut inner)?;
         let eos_token = match config.named_token("eos_token")? {
             Some(token) => token.content,
             None => eos_from_model(dir, &inner)?,
@@ -83,7 +84,7 @@ impl Tokenizer {
             let what = format!("eos_token {eos_token:?} is not in the vocabulary of {TOKENIZER}");
             Error::file(&config.path, what)
         })?;
-        config.replace_post_processor(&mut inner, &eos_token, eos_id)?;
+        config.apply_add_bos(&mut inner)?;
         let vocabulary = inner.get_vocab(true);
         let mut tokenizer = Self {
             eos_separates: separates(&inner, &eos_token),
@@ -103,18 +104,15 @@ impl Tokenizer {
     /// # Errors
     /// When the tokenizer cannot represent the text.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
-        self.inner
-            .encode_fast(text, add_special)
-            .map(|encoding| encoding.get_ids().to_vec())
-            .map_err(|e| Error::file(&self.path, format!("cannot encode a text: {e}")))
+        let encode = || self.inner.encode_fast(text, add_special);
+        let encoding = attempt(&self.path, "cannot encode a text", encode)?;
+        Ok(encoding.get_ids().to_vec())
     }
 
     /// Token ids, each with the byte range of `text` it stands for; nothing is put around.
     pub(super) fn encode_located(&self, text: &str) -> Result<Vec<Located>> {
-        let encoding = self
-            .inner
-            .encode(text, false)
-            .map_err(|e| Error::file(&self.path, format!("cannot encode a text: {e}")))?;
+        let encode = || self.inner.encode(text, false);
+        let encoding = attempt(&self.path, "cannot encode a text", encode)?;
         let offsets = encoding.get_offsets().iter().copied();
         Ok(encoding.get_ids().iter().copied().zip(offsets).collect())
     }
@@ -124,9 +122,9 @@ impl Tokenizer {
     /// # Errors
     /// When the tokenizer's decoder fails.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
-        self.inner
-            .decode(ids, skip_special)
-            .map_err(|e| Error::file(&self.path, format!("cannot decode: {e}")))
+        attempt(&self.path, "cannot decode tokens", || {
+            self.inner.decode(ids, skip_special)
+        })
     }
 
     /// The id of the token that ends a text.
@@ -139,8 +137,8 @@ impl Tokenizer {
         &self.eos_token
     }
 
-    /// The token every sequence starts with, where the tokenizer has one: `add_bos_token` of
-    /// `tokenizer_config.json`, else what `tokenizer.json` itself puts first.
+    /// The token every sequence starts with, where the tokenizer has one: by the post-processor
+    /// of `tokenizer.json`, else by `add_bos_token` of `tokenizer_config.json`.
     pub fn bos(&self) -> Option<u32> {
         self.bos
     }
@@ -166,6 +164,13 @@ impl Tokenizer {
     }
 }
 
+/// Runs a step of the tokenizers crate, which has assertions that a damaged file can break.
+fn attempt<T>(path: &Path, what: &str, work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
+    guarded(work)
+        .unwrap_or_else(|| Err("damaged tokenizer".into()))
+        .map_err(|e| Error::file(path, format!("{what}: {e}")))
+}
+
 /// Copies the files a tokenizer consists of, those that are there, into another folder.
 ///
 /// # Errors
@@ -183,8 +188,8 @@ pub fn copy_files(from: impl AsRef<Path>, to: impl AsRef<Path>) -> Result<()> {
 }
 
 /// Whether `eos` cuts a text into parts that do not influence each other: it is found before
-/// anything is normalised, takes no white space from what precedes it, counts inside words, and
-/// no other added token can overlap it.
+/// anything is normalised, takes no white space from what precedes it, and no added token
+/// overlaps it or looks at what stands beside it.
 fn separates(tokenizer: &tokenizers::Tokenizer, eos: &str) -> bool {
     let added = tokenizer.get_added_tokens_decoder();
     let overlaps = |other: &str| {
@@ -193,9 +198,11 @@ fn separates(tokenizer: &tokenizers::Tokenizer, eos: &str) -> bool {
             eos.starts_with(tail) || tail.starts_with(eos)
         })
     };
-    let plain = |t: &AddedToken| !t.normalized && !t.lstrip && !t.single_word;
-    added.values().any(|t| t.content == eos && plain(t))
-        && !added.values().any(|t| overlaps(&t.content))
+    let found = |t: &AddedToken| t.content == eos && !t.normalized && !t.lstrip;
+    added.values().any(found)
+        && added
+            .values()
+            .all(|t| !t.single_word && !overlaps(&t.content))
 }
 
 /// The EOS token by the id that the model's own configuration gives.
@@ -265,54 +272,56 @@ impl Config {
         }
     }
 
-    /// The special tokens named here; transformers adds those that `tokenizer.json` lacks.
-    fn special_tokens(&self) -> Result<Vec<AddedToken>> {
+    /// Adds the special tokens that `tokenizer.json` lacks, and takes over how the entries of
+    /// `added_tokens_decoder` treat white space, as transformers does.
+    fn add_special_tokens(&self, tokenizer: &mut tokenizers::Tokenizer) -> Result<()> {
         let mut tokens = Vec::new();
         if let Value::Object(added) = &self.values["added_tokens_decoder"] {
             let mut added: Vec<_> = added.iter().collect();
             added.sort_by_key(|(id, _)| id.parse::<u64>().unwrap_or(u64::MAX));
-            tokens.extend(added.into_iter().filter_map(|(_, t)| added_token(t)));
+            tokens.extend(
+                added
+                    .into_iter()
+                    .filter_map(|(_, token)| added_token(token)),
+            );
         }
+        let mut named = Vec::new();
         for key in NAMED_TOKENS {
-            tokens.extend(self.named_token(key)?);
+            named.extend(self.named_token(key)?.map(|token| token.special(true)));
         }
         for key in ["additional_special_tokens", "extra_special_tokens"] {
             if let Value::Array(more) = &self.values[key] {
-                tokens.extend(more.iter().filter_map(added_token));
+                named.extend(more.iter().filter_map(added_token));
             }
         }
-        Ok(tokens)
+        let added = tokenizer.get_added_tokens_decoder();
+        let mut known: HashSet<&str> = added.values().map(|token| token.content.as_str()).collect();
+        known.extend(tokens.iter().map(|token| token.content.as_str()));
+        named.retain(|token| !known.contains(token.content.as_str()));
+        tokens.extend(named);
+        attempt(&self.path, "cannot add its special tokens", || {
+            tokenizer.add_tokens(tokens)
+        })?;
+        Ok(())
     }
 
-    /// Where `add_bos_token` or `add_eos_token` is given it decides, instead of the file's own
-    /// post-processor, what is put around a text.
-    fn replace_post_processor(
-        &self,
-        tokenizer: &mut tokenizers::Tokenizer,
-        eos: &str,
-        eos_id: u32,
-    ) -> Result<()> {
-        let (add_bos, add_eos) = (self.flag("add_bos_token")?, self.flag("add_eos_token")?);
-        if add_bos.is_none() && add_eos.is_none() {
+    /// Lets every text start with BOS where `add_bos_token` asks for it and `tokenizer.json` does
+    /// not say what to put around a text. Where it does, it decides, as in transformers.
+    fn apply_add_bos(&self, tokenizer: &mut tokenizers::Tokenizer) -> Result<()> {
+        let wanted = self.flag("add_bos_token")? == Some(true);
+        if !wanted || tokenizer.get_post_processor().is_some() {
             return Ok(());
         }
-        let mut pieces = vec!["$A".to_owned()];
-        let mut tokens = Vec::new();
+        let known = |token: &AddedToken| tokenizer.token_to_id(&token.content);
         let bos = self.named_token("bos_token")?;
-        if let Some(bos) = bos.filter(|_| add_bos == Some(true)) {
-            // Cannot fail: the token was added with the other special ones.
-            let id = tokenizer.token_to_id(&bos.content).unwrap_or(eos_id);
-            pieces.insert(0, bos.content.clone());
-            tokens.push((bos.content, id));
-        }
-        if add_eos == Some(true) {
-            pieces.push(eos.to_owned());
-            tokens.push((eos.to_owned(), eos_id));
-        }
+        let Some((bos, id)) = bos.and_then(|bos| known(&bos).map(|id| (bos.content, id))) else {
+            let what = "add_bos_token is true, but bos_token names no token of the vocabulary";
+            return Err(Error::file(&self.path, what));
+        };
         let processor = TemplateProcessing::builder()
-            .try_single(pieces)
+            .try_single(vec![bos.as_str(), "$A"])
             .map_err(|e| Error::file(&self.path, e))?
-            .special_tokens(tokens)
+            .special_tokens(vec![(bos, id)])
             .build()
             .map_err(|e| Error::file(&self.path, e.to_string()))?;
         tokenizer.with_post_processor(Some(PostProcessorWrapper::Template(processor)));

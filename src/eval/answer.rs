@@ -82,7 +82,6 @@ fn last_number(text: &str) -> Option<&str> {
 /// Where the number that starts at `start` ends: sign, digits with thousands separators, decimal
 /// places, a denominator, a percent sign.
 fn number_at(bytes: &[u8], start: usize) -> Option<usize> {
-    let digit = |i: usize| bytes.get(i).is_some_and(u8::is_ascii_digit);
     let mut at = start;
     if bytes[at] == b'-' {
         // After a digit, letter or bracket it is a minus or a hyphen, not a sign.
@@ -99,7 +98,6 @@ fn number_at(bytes: &[u8], start: usize) -> Option<usize> {
     if bytes.get(at) == Some(&b'%') {
         at += 1;
     }
-    debug_assert!(digit(at - 1) || bytes[at - 1] == b'%');
     Some(at)
 }
 
@@ -261,12 +259,9 @@ impl Rational {
             (a, b) = (b, a % b);
         }
         let divisor = i128::try_from(a).ok()?.checked_mul(denominator.signum())?;
-        if divisor == 0 {
-            return None;
-        }
         Some(Self {
-            numerator: numerator / divisor,
-            denominator: denominator / divisor,
+            numerator: numerator.checked_div(divisor)?,
+            denominator: denominator.checked_div(divisor)?,
         })
     }
 }
