@@ -23,7 +23,8 @@ const UNFINISHED: &str = ".tmp-";
 pub struct Snapshot {
     /// Weights and optimizer state by name, f32 or u32.
     pub tensors: Vec<(String, Tensor)>,
-    /// Counters, positions in data and metrics, and whatever else is no tensor.
+    /// Counters, positions in data and metrics, and whatever else is no tensor. Finite numbers
+    /// come back to the same bits; JSON has no others.
     pub state: serde_json::Value,
 }
 
@@ -62,7 +63,24 @@ pub fn save(run: &RunDir, step: u64, snapshot: &Snapshot) -> Result<PathBuf> {
     fs::create_dir_all(&dir).map_err(|e| Error::io(&dir, e))?;
     let unfinished = dir.join(format!("step-{step}{UNFINISHED}{}", std::process::id()));
     remove_dir(&unfinished)?;
-    fs::create_dir(&unfinished).map_err(|e| Error::io(&unfinished, e))?;
+    let written = write(&unfinished, step, snapshot);
+    if written.is_err() {
+        // The disk may be full: room is better than half a checkpoint. The first error counts.
+        let _ = remove_dir(&unfinished);
+    }
+    written?;
+
+    let finished = folder(&dir, step);
+    // One of the same step can only be a damaged one that the run did not go on from.
+    discard(&dir, step)?;
+    fs::rename(&unfinished, &finished).map_err(|e| Error::io(&finished, e))?;
+    sync_dir(&dir)?;
+    Ok(finished)
+}
+
+/// Writes both files of a checkpoint and brings them to the disk.
+fn write(unfinished: &Path, step: u64, snapshot: &Snapshot) -> Result<()> {
+    fs::create_dir(unfinished).map_err(|e| Error::io(unfinished, e))?;
     write_tensors(&unfinished.join(TENSORS), &snapshot.tensors)?;
     let state = StateFile {
         step,
@@ -71,14 +89,7 @@ pub fn save(run: &RunDir, step: u64, snapshot: &Snapshot) -> Result<PathBuf> {
     let path = unfinished.join(STATE);
     let json = serde_json::to_vec_pretty(&state).map_err(|e| Error::file(&path, e.to_string()))?;
     write_synced(&path, &json)?;
-    sync_dir(&unfinished)?;
-
-    let finished = folder(&dir, step);
-    // One of the same step can only be a damaged one that the run did not go on from.
-    discard(&dir, step)?;
-    fs::rename(&unfinished, &finished).map_err(|e| Error::io(&finished, e))?;
-    sync_dir(&dir)?;
-    Ok(finished)
+    sync_dir(unfinished)
 }
 
 /// The newest checkpoint that can be read, `None` where the run has none.

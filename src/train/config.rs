@@ -277,6 +277,12 @@ impl TrainConfig {
                 format!("at most the number of latents, {latents}, found {}", self.k),
             ));
         }
+        if self.multi_topk && self.k.saturating_mul(4) > latents {
+            return Err(Error::setting(
+                "--multi-topk",
+                format!("needs 4 times k = {} latents, found {latents}", self.k),
+            ));
+        }
         if latents > u32::MAX as usize {
             return Err(Error::setting(
                 "--latents",

@@ -4,6 +4,9 @@ use super::config::TrainConfig;
 use super::settings::{Method, SaeInit, Stage};
 use crate::error::{Error, Result};
 
+/// The most of anything that is counted: products of two such counts cannot overflow.
+const MOST: usize = 1 << 31;
+
 impl TrainConfig {
     /// Checks every setting that can be checked without a model or data.
     ///
@@ -32,19 +35,30 @@ impl TrainConfig {
             ("--keep", Some(self.keep)),
             ("--log-every", Some(self.log_every)),
         ];
-        if let Some((option, _)) = counts.iter().find(|(_, n)| *n == Some(0)) {
-            return Err(Error::setting(*option, "expected at least 1, found 0"));
+        for (option, count) in counts {
+            if let Some(found) = count.filter(|n| !(1..=MOST).contains(n)) {
+                return Err(Error::setting(
+                    option,
+                    format!("expected 1 to {MOST}, found {found}"),
+                ));
+            }
         }
-        if self.seq_len < 2 {
+        if !(2..=MOST).contains(&self.seq_len) {
             return Err(Error::setting(
                 "--seq-len",
-                format!("expected at least 2, found {}", self.seq_len),
+                format!("expected 2 to {MOST}, found {}", self.seq_len),
             ));
         }
         if let Some(latents) = self.latents.filter(|&latents| self.k > latents) {
             return Err(Error::setting(
                 "--k",
                 format!("expected at most the {latents} latents, found {}", self.k),
+            ));
+        }
+        if self.threads > 4096 {
+            return Err(Error::setting(
+                "--threads",
+                format!("expected at most 4096, found {}", self.threads),
             ));
         }
         // TOML's integers end here, and the seed has to come back from the run folder.

@@ -1,5 +1,7 @@
 use std::fs;
 use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use proptest::prelude::*;
 use resa_engine::Tensor;
@@ -60,7 +62,7 @@ fn reopen(run: RunDir) -> RunDir {
 }
 
 fn names(dir: &Path) -> Vec<String> {
-    let entries = fs::read_dir(dir).unwrap();
+    let entries = fs::read_dir(dir).into_iter().flatten();
     let mut names: Vec<String> = entries
         .map(|e| e.unwrap().file_name().into_string().unwrap())
         .collect();
@@ -78,6 +80,73 @@ fn a_checkpoint_comes_back_bit_for_bit() {
     let latest = checkpoint::latest(&run).unwrap().unwrap();
     assert_eq!((latest.step, latest.warnings.len()), (30, 0));
     assert_same(latest.snapshot, 30);
+}
+
+/// The folder that a child process saves checkpoints into until it is killed.
+const CHILD_RUN: &str = "RESA_ENGINE_TEST_CHILD_RUN";
+
+#[test]
+fn a_loop_of_saves_leaves_the_newest_alone() {
+    let temp = tempfile::tempdir().unwrap();
+    let child = std::env::var_os(CHILD_RUN);
+    let (run, last) = match &child {
+        Some(path) => (RunDir::resume(path).unwrap().0, u64::MAX),
+        None => (new_run(temp.path(), "run"), 20),
+    };
+    let first = checkpoint::steps(&run)
+        .unwrap()
+        .last()
+        .map_or(1, |step| step + 1);
+    for step in first..=last {
+        checkpoint::save(&run, step, &snapshot(step)).unwrap();
+        checkpoint::prune(&run, 2).unwrap();
+    }
+    assert_eq!(checkpoint::steps(&run).unwrap(), [19, 20]);
+}
+
+#[test]
+fn a_process_killed_at_any_moment_leaves_whole_checkpoints_and_no_lock() {
+    let temp = tempfile::tempdir().unwrap();
+    let path = new_run(temp.path(), "run").path().to_owned();
+    let mut seen = 0;
+    for round in 0..20u64 {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args([
+                "--exact",
+                "checkpoint::a_loop_of_saves_leaves_the_newest_alone",
+            ])
+            .env(CHILD_RUN, &path)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let saved = || {
+            let names = names(&path.join("checkpoints"));
+            names.iter().any(|name| !name.contains(".tmp-"))
+        };
+        while round == 0 && !saved() {
+            assert!(
+                child.try_wait().unwrap().is_none(),
+                "the child ended by itself"
+            );
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        // Moments that are spread over the several milliseconds of a save.
+        std::thread::sleep(Duration::from_micros(20_000 + 1_700 * round));
+        child.kill().unwrap();
+        child.wait().unwrap();
+
+        let (run, _) = RunDir::resume(&path).unwrap();
+        let latest = checkpoint::latest(&run).unwrap().unwrap();
+        assert!(
+            latest.step >= seen && latest.warnings.is_empty(),
+            "{:?}",
+            latest.warnings
+        );
+        seen = latest.step;
+        assert_same(latest.snapshot, seen);
+    }
+    assert!(seen > 1, "the children saved something");
 }
 
 #[test]
@@ -222,6 +291,19 @@ fn tensors_of_another_dtype_are_refused_by_name() {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn numbers_of_the_state_come_back_to_the_same_bits(
+        value in prop::num::f64::NORMAL | prop::num::f64::SUBNORMAL | prop::num::f64::ZERO
+    ) {
+        let temp = tempfile::tempdir().unwrap();
+        let run = new_run(temp.path(), "run");
+        let mut saved = snapshot(1);
+        saved.state = json!({ "value": value });
+        checkpoint::save(&run, 1, &saved).unwrap();
+        let read = checkpoint::latest(&run).unwrap().unwrap().snapshot;
+        prop_assert_eq!(read.state["value"].as_f64().unwrap().to_bits(), value.to_bits());
+    }
 
     #[test]
     fn a_truncated_file_never_passes_for_a_checkpoint(file in 0..2usize, keep in 0.0..1.0f64) {

@@ -109,6 +109,9 @@ fn every_setting_without_sense_is_refused_by_its_name() {
         ("latents = 0", "--latents"),
         ("expansion = 0", "--expansion"),
         ("seq-len = 1", "--seq-len"),
+        ("seq-len = 9223372036854775807", "--seq-len"),
+        ("sft-batch = 9223372036854775807", "--sft-batch"),
+        ("epochs = 9223372036854775807", "--epochs"),
         ("sae-batch = 0", "--sae-batch"),
         ("sft-batch = 0", "--sft-batch"),
         ("grad-accum = 0", "--grad-accum"),
@@ -117,6 +120,7 @@ fn every_setting_without_sense_is_refused_by_its_name() {
         ("max-sae-steps = 0", "--max-sae-steps"),
         ("max-sft-steps = 0", "--max-sft-steps"),
         ("keep = 0", "--keep"),
+        ("threads = 1000000000", "--threads"),
         ("log-every = 0", "--log-every"),
         ("lr = nan", "--lr"),
         ("lr = 0.0", "--lr"),
@@ -177,9 +181,17 @@ fn a_hookpoint_must_be_a_layer_with_one_to_train_after_it() {
 fn latents_are_counted_without_overflow() {
     let config = parse("expansion = 9223372036854775807").unwrap();
     assert!(message(config.latents_for(1536)).contains("--expansion"));
-    let config = parse("latents = 4294967296").unwrap();
+    let config = parse("latents = 4294967297").unwrap();
     assert!(message(config.latents_for(1536)).contains("--latents"));
     assert_eq!(TrainConfig::default().latents_for(1024).unwrap(), 65536);
+}
+
+#[test]
+fn multi_topk_needs_four_times_k_latents() {
+    let config = parse("multi-topk = true\nk = 8\nlatents = 31").unwrap();
+    assert!(message(config.latents_for(16)).contains("--multi-topk"));
+    let config = parse("multi-topk = true\nk = 8\nlatents = 32").unwrap();
+    assert_eq!(config.latents_for(16).unwrap(), 32);
 }
 
 #[test]
