@@ -6,7 +6,7 @@ use resa_engine::data::{Template, Tokenizer, records};
 use resa_engine::eval::{Inference, pass, perplexity::perplexity};
 use resa_engine::formats::{huggingface, peft, sparsify};
 use resa_engine::train::inputs::{check_vocabulary, read_texts, widen};
-use resa_engine::train::{DtypeSetting, Event, Observer};
+use resa_engine::train::{Event, Observer};
 use resa_engine::{Device, report::Progress};
 use serde_json::json;
 

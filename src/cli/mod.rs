@@ -67,8 +67,3 @@ fn chain(error: &anyhow::Error) -> String {
     }
     line
 }
-
-/// The one failure of commands whose engine is not linked in yet.
-fn not_built(what: &str) -> Failure {
-    Failure::Failed(anyhow::anyhow!("{what}: not part of this build yet"))
-}
