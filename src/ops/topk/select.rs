@@ -30,17 +30,22 @@ impl RowSelection {
 
     /// Offers `products[i] + bias[i]` as latent `first + i`. False when a value is NaN or +inf.
     pub(super) fn offer(&mut self, first: u32, products: &[f32], bias: &[f32]) -> bool {
-        vectorized(|| {
-            let mut first = first;
-            let blocks = products.chunks(BLOCK).zip(bias.chunks(BLOCK));
-            for (products, bias) in blocks {
-                if any_above(products, bias, self.threshold) && !self.keep(first, products, bias) {
-                    return false;
+        vectorized(
+            #[inline(always)]
+            || {
+                let mut first = first;
+                let blocks = products.chunks(BLOCK).zip(bias.chunks(BLOCK));
+                for (products, bias) in blocks {
+                    if any_above(products, bias, self.threshold)
+                        && !self.keep(first, products, bias)
+                    {
+                        return false;
+                    }
+                    first += BLOCK as u32;
                 }
-                first += BLOCK as u32;
-            }
-            true
-        })
+                true
+            },
+        )
     }
 
     fn keep(&mut self, first: u32, products: &[f32], bias: &[f32]) -> bool {
