@@ -24,8 +24,8 @@ use select::RowSelection;
 
 /// Tokens and latents of one tile: 1 MB of pre-activations for each thread. Fixed, so that the
 /// product's rounding does not depend on the number of threads.
-const TILE_TOKENS: usize = 128;
-const TILE_LATENTS: usize = 2048;
+const TILE_TOKENS: usize = 256;
+const TILE_LATENTS: usize = 1024;
 /// Latents of one task in backward.
 const LATENT_BLOCK: usize = 64;
 
