@@ -17,7 +17,7 @@ const SINK_FACTOR: f32 = 10.0;
 /// Input: x̂ \[T, d\]. Output: the scalar Σ‖target − x̂‖² / variance, shape \[1\].
 ///
 /// With [`Fvu::new`] that is the fraction of variance unexplained. AuxK takes the residual as
-/// the target and the variance of X (Gao et al. 2024, appendix A.2, as sparsify scales it).
+/// the target and the variance of X (Gao et al. 2024, scaled as in sparsify).
 pub struct Fvu {
     target: Tensor,
     variance: f64,
@@ -178,7 +178,7 @@ fn mean_of(x: &Tensor, keep: impl Fn(usize) -> bool + Sync) -> Result<Vec<f32>> 
 fn total_variance(x: &Tensor, keep: impl Fn(usize) -> bool + Sync) -> Result<f64> {
     let mean = mean_of(x, &keep)?;
     let row_error = |row: &[f32], _: usize| squared_distance(row, &mean);
-    Ok(sum_rows(x, keep, row_error)?)
+    sum_rows(x, keep, row_error)
 }
 
 fn squared_error(x: &Tensor, y: &Tensor, keep: impl Fn(usize) -> bool + Sync) -> Result<f64> {

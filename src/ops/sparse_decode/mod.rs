@@ -1,5 +1,5 @@
 //! X̂_t = Σ_j a_tj W_dec\[i_tj\] + b_dec: the decoder of a TopK sparse autoencoder (Gao et al.
-//! 2024, arXiv 2406.04093, appendix D: sparse-dense products instead of a dense T x m one).
+//! 2024, arXiv 2406.04093), as sparse-dense products instead of dense T x m ones.
 //!
 //! Least traffic: T k d x 4 bytes forward (rows of W_dec), as much again backward (rows of the
 //! upstream gradient, read once for both gradients), and the dense ∂W_dec written once.

@@ -8,8 +8,7 @@ const BLOCK: usize = 32;
 ///
 /// Latents are offered in ascending order, so among equal values the earlier, lower index
 /// stays. After the first few hundred latents hardly any value passes the threshold, and the
-/// cost is one comparison a value. (The same idea as the fused encoder of Gao et al.'s
-/// sparse_autoencoder, which keeps candidates above a bound and finishes exactly.)
+/// cost is one comparison a value.
 pub(super) struct RowSelection {
     k: usize,
     capacity: usize,
