@@ -121,10 +121,13 @@ impl Sae {
         let rows = self.w_dec.f32s_mut()?.par_chunks_mut(d);
         device.run(|| {
             rows.for_each(|row| {
-                vectorized(|| {
-                    let divisor = dot(row, row).sqrt() + f32::EPSILON;
-                    row.iter_mut().for_each(|v| *v /= divisor);
-                });
+                vectorized(
+                    #[inline(always)]
+                    || {
+                        let divisor = dot(row, row).sqrt() + f32::EPSILON;
+                        row.iter_mut().for_each(|v| *v /= divisor);
+                    },
+                );
             });
         });
         Ok(())

@@ -17,7 +17,7 @@ const SINK_FACTOR: f32 = 10.0;
 /// Input: x̂ \[T, d\]. Output: the scalar Σ‖target − x̂‖² / variance, shape \[1\].
 ///
 /// With [`Fvu::new`] that is the fraction of variance unexplained. AuxK takes the residual as
-/// the target and the variance of X (Gao et al. 2024, appendix A.2, as sparsify scales it).
+/// the target and the variance of X (Gao et al. 2024, scaled as in sparsify).
 pub struct Fvu {
     target: Tensor,
     variance: f64,
@@ -107,7 +107,13 @@ pub fn sinks(x: &Tensor) -> Result<Vec<bool>> {
     let origin = vec![0.0; d];
     let rows = x.f32s()?.par_chunks(d);
     let norms: Vec<f32> = rows
-        .map(|row| vectorized(|| squared_distance(row, &origin)).sqrt())
+        .map(|row| {
+            vectorized(
+                #[inline(always)]
+                || squared_distance(row, &origin),
+            )
+            .sqrt()
+        })
         .collect();
     let mut sorted = norms.clone();
     let (_, &mut median, _) =
@@ -148,16 +154,19 @@ fn mean_of(x: &Tensor, keep: impl Fn(usize) -> bool + Sync) -> Result<Vec<f32>> 
         .enumerate()
         .map(|(block, rows)| {
             let (mut n, mut sum) = (0, vec![0.0f64; d]);
-            vectorized(|| {
-                for (r, row) in rows.chunks_exact(d.max(1)).enumerate() {
-                    if keep(block * ROW_BLOCK + r) {
-                        n += 1;
-                        for (s, &v) in sum.iter_mut().zip(row) {
-                            *s += f64::from(v);
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (r, row) in rows.chunks_exact(d.max(1)).enumerate() {
+                        if keep(block * ROW_BLOCK + r) {
+                            n += 1;
+                            for (s, &v) in sum.iter_mut().zip(row) {
+                                *s += f64::from(v);
+                            }
                         }
                     }
-                }
-            });
+                },
+            );
             (n, sum)
         })
         .collect();
@@ -169,7 +178,7 @@ fn mean_of(x: &Tensor, keep: impl Fn(usize) -> bool + Sync) -> Result<Vec<f32>> 
 fn total_variance(x: &Tensor, keep: impl Fn(usize) -> bool + Sync) -> Result<f64> {
     let mean = mean_of(x, &keep)?;
     let row_error = |row: &[f32], _: usize| squared_distance(row, &mean);
-    Ok(sum_rows(x, keep, row_error)?)
+    sum_rows(x, keep, row_error)
 }
 
 fn squared_error(x: &Tensor, y: &Tensor, keep: impl Fn(usize) -> bool + Sync) -> Result<f64> {
@@ -192,12 +201,15 @@ fn sum_rows(
         .par_chunks(ROW_BLOCK * d)
         .enumerate()
         .map(|(block, rows)| {
-            vectorized(|| {
-                let rows = rows.chunks_exact(d).enumerate();
-                let rows = rows.map(|(r, row)| (block * ROW_BLOCK + r, row));
-                let kept = rows.filter(|&(t, _)| keep(t));
-                kept.map(|(t, row)| f64::from(f(row, t))).sum()
-            })
+            vectorized(
+                #[inline(always)]
+                || {
+                    let rows = rows.chunks_exact(d).enumerate();
+                    let rows = rows.map(|(r, row)| (block * ROW_BLOCK + r, row));
+                    let kept = rows.filter(|&(t, _)| keep(t));
+                    kept.map(|(t, row)| f64::from(f(row, t))).sum()
+                },
+            )
         })
         .collect();
     Ok(partial.iter().sum())

@@ -66,12 +66,15 @@ impl Adam {
             match device {
                 Device::Cpu(_) => value.zip(grad).zip(first.zip(second)).for_each(
                     |((value, grad), (first, second))| {
-                        vectorized(|| {
-                            if project {
-                                remove_parallel(grad, value, row);
-                            }
-                            apply(value, grad, first, second, (rate, correction));
-                        });
+                        vectorized(
+                            #[inline(always)]
+                            || {
+                                if project {
+                                    remove_parallel(grad, value, row);
+                                }
+                                apply(value, grad, first, second, (rate, correction));
+                            },
+                        );
                     },
                 ),
             }

@@ -79,12 +79,15 @@ impl Signum {
             let project = update.unit_rows;
             match device {
                 Device::Cpu(_) => y.zip(z).zip(g).for_each(|((y, z), g)| {
-                    vectorized(|| {
-                        if project {
-                            remove_parallel(g, y, row);
-                        }
-                        rule.apply(y, z, g);
-                    });
+                    vectorized(
+                        #[inline(always)]
+                        || {
+                            if project {
+                                remove_parallel(g, y, row);
+                            }
+                            rule.apply(y, z, g);
+                        },
+                    );
                 }),
             }
         }

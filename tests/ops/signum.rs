@@ -10,7 +10,7 @@ const LR: f64 = 0.01;
 /// Takes out of `g` the component along each row of `w`.
 fn remove_parallel(g: &mut [f64], w: &[f64]) {
     for (g, w) in g.chunks_mut(COLS).zip(w.chunks(COLS)) {
-        let parallel: f64 = g.iter().zip(&*w).map(|(g, w)| g * w).sum();
+        let parallel: f64 = g.iter().zip(w).map(|(g, w)| g * w).sum();
         g.iter_mut().zip(w).for_each(|(g, w)| *g -= parallel * w);
     }
 }

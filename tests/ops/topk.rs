@@ -76,8 +76,8 @@ fn agrees_with_float64(t: usize, d: usize, m: usize, k: usize) {
 fn activations_and_gradients_agree_with_float64() {
     agrees_with_float64(1, 1, 3, 1);
     agrees_with_float64(7, 13, 31, 5);
-    agrees_with_float64(131, 17, 67, 3);
-    agrees_with_float64(2, 33, 2053, 4);
+    agrees_with_float64(257, 9, 67, 3);
+    agrees_with_float64(2, 33, 1031, 4);
 }
 
 #[test]
@@ -149,15 +149,15 @@ fn a_token_without_positive_values_takes_zeros_of_the_lowest_latents() {
 fn values_that_are_not_finite_are_an_error_that_names_the_token() {
     for device in devices() {
         let mut inputs = vec![
-            random(1, &[200, 3], 1.0),
+            random(1, &[400, 3], 1.0),
             random(2, &[40, 3], 1.0),
             random(3, &[40], 1.0),
             random(4, &[3], 1.0),
         ];
-        inputs[0].f32s_mut().unwrap()[150 * 3] = f32::NAN;
+        inputs[0].f32s_mut().unwrap()[350 * 3] = f32::NAN;
         let error = forward(&device, 2, &inputs).unwrap_err();
         assert!(matches!(error, Error::NotFinite { .. }), "{error}");
-        assert!(error.to_string().contains("token 150"), "{error}");
+        assert!(error.to_string().contains("token 350"), "{error}");
         let infinite = with_pre_activations(&[1.0, f32::INFINITY]);
         assert!(forward(&device, 1, &infinite).is_err());
     }
@@ -185,7 +185,7 @@ fn operands_that_do_not_fit_are_errors() {
 #[test]
 fn the_number_of_threads_does_not_change_a_bit() {
     let inputs = [
-        random(1, &[300, 24], 1.0),
+        random(1, &[700, 24], 1.0),
         random(2, &[4100, 24], 1.0),
         random(3, &[4100], 0.1),
         random(4, &[24], 1.0),

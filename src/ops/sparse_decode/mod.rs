@@ -1,5 +1,5 @@
 //! X̂_t = Σ_j a_tj W_dec\[i_tj\] + b_dec: the decoder of a TopK sparse autoencoder (Gao et al.
-//! 2024, arXiv 2406.04093, appendix D: sparse-dense products instead of a dense T x m one).
+//! 2024, arXiv 2406.04093), as sparse-dense products instead of dense T x m ones.
 //!
 //! Least traffic: T k d x 4 bytes forward (rows of W_dec), as much again backward (rows of the
 //! upstream gradient, read once for both gradients), and the dense ∂W_dec written once.
@@ -113,16 +113,19 @@ pub(crate) fn gather(
         .zip(scales.par_chunks(TOKEN_BLOCK * k))
         .zip(indices.par_chunks(TOKEN_BLOCK * k))
         .for_each(|((out, scales), indices)| {
-            vectorized(|| {
-                let pairs = scales.chunks_exact(k).zip(indices.chunks_exact(k));
-                for (out, (scales, indices)) in out.chunks_exact_mut(d).zip(pairs) {
-                    match bias {
-                        Some(bias) => out.copy_from_slice(bias),
-                        None => out.fill(0.0),
+            vectorized(
+                #[inline(always)]
+                || {
+                    let pairs = scales.chunks_exact(k).zip(indices.chunks_exact(k));
+                    for (out, (scales, indices)) in out.chunks_exact_mut(d).zip(pairs) {
+                        match bias {
+                            Some(bias) => out.copy_from_slice(bias),
+                            None => out.fill(0.0),
+                        }
+                        add_gathered(out, scales, indices, matrix);
                     }
-                    add_gathered(out, scales, indices, matrix);
-                }
-            });
+                },
+            );
         });
 }
 
@@ -144,19 +147,23 @@ fn by_latent(
         .zip(groups.split_blocks(LATENT_BLOCK, &mut sorted))
         .enumerate()
         .for_each(|(block, (grad_w, grad_acts))| {
-            vectorized(|| {
-                let mut grad_acts = grad_acts.iter_mut();
-                for (i, grad_row) in grad_w.chunks_exact_mut(d).enumerate() {
-                    let latent = block * LATENT_BLOCK + i;
-                    let row = &w[latent * d..][..d];
-                    grad_row.fill(0.0);
-                    for (&pair, grad_act) in groups.pairs_of(latent).iter().zip(&mut grad_acts) {
-                        let token = &grad[pair as usize / k * d..][..d];
-                        *grad_act = dot(token, row);
-                        add_scaled(grad_row, a[pair as usize], token);
+            vectorized(
+                #[inline(always)]
+                || {
+                    let mut grad_acts = grad_acts.iter_mut();
+                    for (i, grad_row) in grad_w.chunks_exact_mut(d).enumerate() {
+                        let latent = block * LATENT_BLOCK + i;
+                        let row = &w[latent * d..][..d];
+                        grad_row.fill(0.0);
+                        for (&pair, grad_act) in groups.pairs_of(latent).iter().zip(&mut grad_acts)
+                        {
+                            let token = &grad[pair as usize / k * d..][..d];
+                            *grad_act = dot(token, row);
+                            add_scaled(grad_row, a[pair as usize], token);
+                        }
                     }
-                }
-            });
+                },
+            );
         });
     let mut grad_acts = device.buffer(acts.len());
     for (&pair, &value) in groups.pairs().iter().zip(sorted.iter()) {
@@ -185,11 +192,14 @@ fn by_token(
         .zip(indices.par_chunks(k))
         .zip(grad.par_chunks(d))
         .for_each(|((out, indices), token)| {
-            vectorized(|| {
-                for (o, &i) in out.iter_mut().zip(indices) {
-                    *o = dot(token, &w[i as usize * d..][..d]);
-                }
-            });
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (o, &i) in out.iter_mut().zip(indices) {
+                        *o = dot(token, &w[i as usize * d..][..d]);
+                    }
+                },
+            );
         });
     Tensor::from_buffer(grad_acts, acts.shape())
 }

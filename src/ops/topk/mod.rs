@@ -24,8 +24,8 @@ use select::RowSelection;
 
 /// Tokens and latents of one tile: 1 MB of pre-activations for each thread. Fixed, so that the
 /// product's rounding does not depend on the number of threads.
-const TILE_TOKENS: usize = 128;
-const TILE_LATENTS: usize = 2048;
+const TILE_TOKENS: usize = 256;
+const TILE_LATENTS: usize = 1024;
 /// Latents of one task in backward.
 const LATENT_BLOCK: usize = 64;
 
@@ -204,13 +204,16 @@ fn select_tile(
     let d = encoder.centre.len();
     let tokens = x.len() / d;
     let mut centred = device.buffer(tokens * d);
-    vectorized(|| {
-        for (out, row) in centred.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
-            for ((o, x), c) in out.iter_mut().zip(row).zip(encoder.centre) {
-                *o = x - c;
+    vectorized(
+        #[inline(always)]
+        || {
+            for (out, row) in centred.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
+                for ((o, x), c) in out.iter_mut().zip(row).zip(encoder.centre) {
+                    *o = x - c;
+                }
             }
-        }
-    });
+        },
+    );
     let mut selections: Vec<_> = (0..tokens).map(|_| RowSelection::new(k)).collect();
     let mut products = device.buffer(tokens * TILE_LATENTS);
     let blocks = encoder.w.chunks(TILE_LATENTS * d);
@@ -280,18 +283,21 @@ fn encoder_gradient(
     out.par_chunks_mut(LATENT_BLOCK * d)
         .enumerate()
         .for_each(|(block, out)| {
-            vectorized(|| {
-                for (i, out) in out.chunks_exact_mut(d).enumerate() {
-                    out.fill(0.0);
-                    for &pair in groups.pairs_of(block * LATENT_BLOCK + i) {
-                        let g = grad[pair as usize];
-                        let token = &x[pair as usize / k * d..][..d];
-                        for ((o, x), c) in out.iter_mut().zip(token).zip(centre) {
-                            *o += g * (x - c);
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (i, out) in out.chunks_exact_mut(d).enumerate() {
+                        out.fill(0.0);
+                        for &pair in groups.pairs_of(block * LATENT_BLOCK + i) {
+                            let g = grad[pair as usize];
+                            let token = &x[pair as usize / k * d..][..d];
+                            for ((o, x), c) in out.iter_mut().zip(token).zip(centre) {
+                                *o += g * (x - c);
+                            }
                         }
                     }
-                }
-            });
+                },
+            );
         });
     Tensor::from_buffer(out, [m, d])
 }

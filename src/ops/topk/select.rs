@@ -8,8 +8,7 @@ const BLOCK: usize = 32;
 ///
 /// Latents are offered in ascending order, so among equal values the earlier, lower index
 /// stays. After the first few hundred latents hardly any value passes the threshold, and the
-/// cost is one comparison a value. (The same idea as the fused encoder of Gao et al.'s
-/// sparse_autoencoder, which keeps candidates above a bound and finishes exactly.)
+/// cost is one comparison a value.
 pub(super) struct RowSelection {
     k: usize,
     capacity: usize,
@@ -30,17 +29,22 @@ impl RowSelection {
 
     /// Offers `products[i] + bias[i]` as latent `first + i`. False when a value is NaN or +inf.
     pub(super) fn offer(&mut self, first: u32, products: &[f32], bias: &[f32]) -> bool {
-        vectorized(|| {
-            let mut first = first;
-            let blocks = products.chunks(BLOCK).zip(bias.chunks(BLOCK));
-            for (products, bias) in blocks {
-                if any_above(products, bias, self.threshold) && !self.keep(first, products, bias) {
-                    return false;
+        vectorized(
+            #[inline(always)]
+            || {
+                let mut first = first;
+                let blocks = products.chunks(BLOCK).zip(bias.chunks(BLOCK));
+                for (products, bias) in blocks {
+                    if any_above(products, bias, self.threshold)
+                        && !self.keep(first, products, bias)
+                    {
+                        return false;
+                    }
+                    first += BLOCK as u32;
                 }
-                first += BLOCK as u32;
-            }
-            true
-        })
+                true
+            },
+        )
     }
 
     fn keep(&mut self, first: u32, products: &[f32], bias: &[f32]) -> bool {

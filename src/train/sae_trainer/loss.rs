@@ -12,7 +12,7 @@ use crate::ops::topk::TopK;
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
 
-/// Weight of the reconstruction from 4k latents (Gao et al. 2024, appendix B).
+/// Weight of the reconstruction from 4k latents (Multi-TopK of Gao et al. 2024).
 const MULTI_TOPK_WEIGHT: f32 = 1.0 / 8.0;
 
 /// What forward and backward give.
