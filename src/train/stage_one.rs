@@ -45,12 +45,12 @@ impl Schedule {
 }
 
 /// The rows of each step, in the order of its epoch.
-pub(super) fn rows_of_step<'o>(
-    order: &'o [usize],
+pub(super) fn rows_of_step(
+    order: &[usize],
     step: u64,
     schedule: Schedule,
     per_step: usize,
-) -> &'o [usize] {
+) -> &[usize] {
     let start = (step % schedule.steps_per_epoch) as usize * per_step;
     &order[start..(start + per_step).min(order.len())]
 }

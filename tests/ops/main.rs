@@ -1,15 +1,13 @@
 //! Every operator against float64, on every device: one file per stem.
 
 mod cross_entropy;
+mod embedding;
+mod flash_attention;
+mod fvu;
 mod gemm;
 mod harness;
 mod kl_div;
 mod lora;
-
-mod embedding;
-mod flash_attention;
-mod fvu;
-mod harness;
 mod rmsnorm;
 mod rope;
 mod signum;
