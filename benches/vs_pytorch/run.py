@@ -58,7 +58,7 @@ class Bench:
             n, found = 1, 0
             while found < rows:  # a row of length exactly seq_len each, the last short one dropped
                 n += 1
-                found = (len(tok(tok.eos_token.join(["", *texts[:n]]))["input_ids"]) - 1) // seq_len
+                found = (len(tok(tok.eos_token.join(["", *texts[:n]]), verbose=False)["input_ids"]) - 1) // seq_len
             out.write_text("".join(self.lines[:n]))
         return out
 
