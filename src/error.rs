@@ -37,6 +37,9 @@ pub enum Error {
     /// A setting has a value the engine cannot work with.
     #[error("{option}: {what}")]
     Setting { option: String, what: String },
+    /// A CUDA device cannot be used, ran out of memory or failed.
+    #[error("cuda:{device}: {what}")]
+    Cuda { device: usize, what: String },
     /// A number that must be finite is not; training cannot go on from it.
     #[error("{what}")]
     NotFinite { what: String },
@@ -81,6 +84,14 @@ impl Error {
             op,
             expected: expected.into(),
             got: got.into(),
+        }
+    }
+
+    /// What went wrong with CUDA device number `device`.
+    pub fn cuda(device: usize, what: impl Into<String>) -> Self {
+        Self::Cuda {
+            device,
+            what: what.into(),
         }
     }
 

@@ -79,6 +79,9 @@ impl<'d> Tape<'d> {
 
     /// Runs an operator; all its outputs.
     pub fn apply_all<O: Operator>(&mut self, op: O, inputs: &[&Var]) -> Result<Vec<Var>> {
+        if let (Device::Cuda(cuda), false) = (self.device, O::CUDA) {
+            return Err(cuda.no_kernel(O::NAME));
+        }
         let values: Vec<&Tensor> = inputs.iter().map(|v| &v.value).collect();
         let needed: Vec<bool> = inputs.iter().map(|v| v.slot.is_some()).collect();
         let (outputs, saved) = op.forward(self.device, &values, &needed)?;

@@ -1,11 +1,13 @@
 //! Where tensors live and operators run. A device is passed explicitly; there are no globals.
 
 mod cpu;
+pub(crate) mod cuda;
 pub(crate) mod simd;
 
 pub use cpu::CpuDevice;
+pub use cuda::{CudaBuffer, CudaDevice};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::tensor::{Buffer, Tensor};
 
 /// A place that operators run on.
@@ -13,6 +15,8 @@ use crate::tensor::{Buffer, Tensor};
 pub enum Device {
     /// The host's cores.
     Cpu(CpuDevice),
+    /// An NVIDIA GPU.
+    Cuda(CudaDevice),
 }
 
 impl Device {
@@ -21,62 +25,69 @@ impl Device {
         Ok(Self::Cpu(CpuDevice::new(threads)?))
     }
 
-    /// `cpu`, for messages.
+    /// GPU number `ordinal`, with `threads` worker threads on the host; 0 means one for each core.
+    pub fn cuda(ordinal: usize, threads: usize) -> Result<Self> {
+        Ok(Self::Cuda(CudaDevice::new(ordinal, threads)?))
+    }
+
+    /// `cpu` or `cuda`, for messages.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Cpu(_) => "cpu",
+            Self::Cuda(_) => "cuda",
         }
     }
 
-    /// Number of threads that share the work of an operator.
+    /// Number of host threads that share work.
     pub fn threads(&self) -> usize {
-        match self {
-            Self::Cpu(cpu) => cpu.threads(),
-        }
+        self.host().threads()
     }
 
-    /// An f32 buffer of `len` values with unspecified contents.
+    /// An f32 buffer of `len` values in host memory with unspecified contents.
     pub fn buffer(&self, len: usize) -> Buffer {
-        match self {
-            Self::Cpu(cpu) => cpu.buffer(len),
-        }
+        self.host().buffer(len)
     }
 
-    /// An f32 buffer of `len` zeros.
+    /// An f32 buffer of `len` zeros in host memory.
     pub fn zeroed(&self, len: usize) -> Buffer {
         let mut buffer = self.buffer(len);
         buffer.fill(0.0);
         buffer
     }
 
-    /// Runs `work` on the device's threads: everything that computes is called inside this.
+    /// Runs `work` on the host's threads: everything that computes is called inside this.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
-        match self {
-            Self::Cpu(cpu) => cpu.run(work),
-        }
+        self.host().run(work)
     }
 
     /// Gives memory that is kept for reuse back to the system, for instance between two stages.
     pub fn release_memory(&self) {
-        match self {
-            Self::Cpu(cpu) => cpu.release_memory(),
+        self.host().release_memory();
+        if let Self::Cuda(cuda) = self {
+            cuda.release_memory();
         }
     }
 
-    /// `sum += term`, element by element; both f32 and of one length. The tape adds up
-    /// gradients that reach a value by several paths with it.
+    fn host(&self) -> &CpuDevice {
+        match self {
+            Self::Cpu(cpu) => cpu,
+            Self::Cuda(cuda) => cuda.host(),
+        }
+    }
+
+    /// `sum += term`, element by element; both of one dtype and length, f32 on the CPU. The tape
+    /// adds up gradients that reach a value by several paths with it.
     pub fn add_assign(&self, sum: &mut Tensor, term: &Tensor) -> Result<()> {
-        let term = term.f32s()?;
-        let sum = sum.f32s_mut()?;
         if sum.len() != term.len() {
-            return Err(crate::error::Error::operand(
+            return Err(Error::operand(
                 "add",
                 format!("{} values", sum.len()),
                 format!("{}", term.len()),
             ));
         }
         match self {
-            Self::Cpu(_) => cpu::for_each_chunk(sum, term, |s, t| *s += t),
+            Self::Cpu(_) => cpu::for_each_chunk(sum.f32s_mut()?, term.f32s()?, |s, t| *s += t),
+            Self::Cuda(cuda) => *sum = cuda.add(sum, term)?,
         }
         Ok(())
     }

@@ -1,15 +1,16 @@
 //! Token embedding: row t of the output is row ids[t] of the table, as f32.
 //!
-//! ids: [T] u32; table: [V, d], any float type, possibly memory-mapped; output: [T, d] f32.
+//! ids: [T] u32; table: [V, d], any float type, possibly memory-mapped; output: [T, d] f32, bf16 on CUDA.
 //! Saved: the table's shape. Backward adds each row's gradient to its table row in the order of
 //! the tokens. Least traffic: T d values in, as many out.
 
 use rayon::prelude::*;
 
 use super::{Operator, expect_inputs, expect_shape, only_grad};
-use crate::device::Device;
+use crate::device::cuda::{Arg, Grid, Kernel};
+use crate::device::{CudaDevice, Device};
 use crate::error::{Error, Result};
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 /// Looks up the rows of the token ids: one input, the table [V, d]; one output [T, d].
 pub struct Embedding {
@@ -21,6 +22,7 @@ impl Operator for Embedding {
     /// Shape of the table.
     type Saved = [usize; 2];
     const NAME: &'static str = "embedding";
+    const CUDA: bool = true;
 
     fn forward(
         &self,
@@ -48,14 +50,16 @@ impl Operator for Embedding {
                 format!("id {id} at position {t}"),
             ));
         }
-        let mut rows = device.buffer(ids.len() * d);
-        match device {
-            Device::Cpu(_) => rows
-                .par_chunks_mut(d.max(1))
-                .zip(ids)
-                .try_for_each(|(row, &id)| table.read_f32(id as usize * d, row))?,
-        }
-        let rows = Tensor::from_buffer(rows, [ids.len(), d])?;
+        let rows = match device {
+            Device::Cpu(_) => {
+                let mut rows = device.buffer(ids.len() * d);
+                rows.par_chunks_mut(d.max(1))
+                    .zip(ids)
+                    .try_for_each(|(row, &id)| table.read_f32(id as usize * d, row))?;
+                Tensor::from_buffer(rows, [ids.len(), d])?
+            }
+            Device::Cuda(cuda) => self.forward_cuda(cuda, table, d)?,
+        };
         Ok((vec![rows], [vocab, d]))
     }
 
@@ -69,15 +73,71 @@ impl Operator for Embedding {
         let grad = only_grad(Self::NAME, grads)?;
         let ids = self.ids.u32s()?;
         expect_shape(Self::NAME, &grad, &[ids.len(), d])?;
-        let mut dtable = device.zeroed(vocab * d);
-        match device {
+        let dtable = match device {
             Device::Cpu(_) => {
+                let mut dtable = device.zeroed(vocab * d);
                 for (&id, grad) in ids.iter().zip(grad.f32s()?.chunks_exact(d.max(1))) {
                     let row = &mut dtable[id as usize * d..][..d];
                     row.iter_mut().zip(grad).for_each(|(r, g)| *r += g);
                 }
+                Tensor::from_buffer(dtable, [vocab, d])?
             }
-        }
-        Ok(vec![Some(Tensor::from_buffer(dtable, [vocab, d])?)])
+            Device::Cuda(cuda) => self.backward_cuda(cuda, &grad, [vocab, d])?,
+        };
+        Ok(vec![Some(dtable)])
+    }
+}
+
+const FORWARD: Kernel = Kernel {
+    stem: "embedding",
+    function: "embedding_forward_bf16",
+};
+const BACKWARD: Kernel = Kernel {
+    stem: "embedding",
+    function: "embedding_backward_bf16",
+};
+const THREADS: u32 = 256;
+
+impl Embedding {
+    fn forward_cuda(&self, cuda: &CudaDevice, table: &Tensor, d: usize) -> Result<Tensor> {
+        let tokens = self.ids.len();
+        let table = cuda.resident(table, DType::Bf16)?;
+        let ids = cuda.resident(&self.ids, DType::U32)?;
+        let rows = cuda.alloc(DType::Bf16, tokens * d)?;
+        let args = [
+            Arg::from(&rows),
+            table.arg()?,
+            ids.arg()?,
+            Arg::size(Self::NAME, d)?,
+        ];
+        // SAFETY: one block a token writes its row of the [tokens, d] bf16 output from the bf16
+        // table, whose rows the caller has checked every id to be one of.
+        unsafe { cuda.launch(FORWARD, Grid::of_blocks(tokens, THREADS, 0), &args) }?;
+        Tensor::from_cuda(rows, [tokens, d])
+    }
+
+    /// The gradient of the table, in f32.
+    fn backward_cuda(
+        &self,
+        cuda: &CudaDevice,
+        grad: &Tensor,
+        [vocab, d]: [usize; 2],
+    ) -> Result<Tensor> {
+        let tokens = self.ids.len();
+        let grad = cuda.resident(grad, DType::Bf16)?;
+        let ids = cuda.resident(&self.ids, DType::U32)?;
+        let mut dtable = cuda.alloc(DType::F32, vocab * d)?;
+        dtable.clear()?;
+        let args = [
+            Arg::from(&dtable),
+            grad.arg()?,
+            ids.arg()?,
+            Arg::size(Self::NAME, tokens)?,
+            Arg::size(Self::NAME, d)?,
+        ];
+        // SAFETY: the gradient is [tokens, d] bf16 (checked by the caller), the table [vocab, d]
+        // f32, and the forward pass has checked every id to be below vocab.
+        unsafe { cuda.launch(BACKWARD, Grid::of_blocks(tokens, THREADS, 0), &args) }?;
+        Tensor::from_cuda(dtable, [vocab, d])
     }
 }

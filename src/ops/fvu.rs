@@ -28,6 +28,7 @@ impl Fvu {
     /// zero (all tokens equal, or none) or not finite.
     pub fn new(device: &Device, x: &Tensor) -> Result<Self> {
         let variance = match device {
+            Device::Cuda(cuda) => return Err(cuda.no_kernel(Self::NAME)),
             Device::Cpu(_) => total_variance(x, |_| true)?,
         };
         Self::with_variance(x.clone(), variance)
@@ -65,6 +66,7 @@ impl Operator for Fvu {
     ) -> Result<(Vec<Tensor>, Self::Saved)> {
         let [x_hat] = expect_inputs(Self::NAME, inputs)?;
         let error = match device {
+            Device::Cuda(cuda) => return Err(cuda.no_kernel(Self::NAME)),
             Device::Cpu(_) => squared_error(&self.target, x_hat, |_| true)?,
         };
         let fvu = Tensor::from_vec(vec![(error / self.variance) as f32], [1])?;
@@ -83,6 +85,7 @@ impl Operator for Fvu {
         let mut grad = device.buffer(x_hat.len());
         let (x, y) = (self.target.f32s()?, x_hat.f32s()?);
         match device {
+            Device::Cuda(cuda) => return Err(cuda.no_kernel(Self::NAME)),
             Device::Cpu(_) => grad
                 .par_chunks_mut(1 << 14)
                 .zip(x.par_chunks(1 << 14))

@@ -32,6 +32,9 @@ pub trait Operator: Send + 'static {
     /// The stem's name, for messages.
     const NAME: &'static str;
 
+    /// Whether the operator runs on a CUDA device; the tape refuses it there otherwise.
+    const CUDA: bool = false;
+
     /// Computes the outputs. `needed[i]` says whether backward will be asked for the gradient
     /// of input i; where none is, what is saved is dropped at once.
     fn forward(

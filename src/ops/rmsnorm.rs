@@ -1,17 +1,18 @@
 //! RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467): y = x / rms(x) * w with
 //! rms(x) = sqrt(mean(x^2) + eps) over the last extent.
 //!
-//! x, y: [T, d] f32; w: [d], frozen. Saved: x and 1 / rms of each row. With r = 1 / rms(x),
+//! x, y: [T, d] f32, bf16 on CUDA; w: [d], frozen. Saved: x and 1 / rms of each row. With r = 1 / rms(x),
 //! dx = r (g w) - x r^3 / d Σ(g w x). Least traffic: 2 T d values forward, 3 T d backward.
 
 use rayon::prelude::*;
 
 use super::math::sum_products;
 use super::{Operator, expect_cols, expect_inputs, expect_shape, only_grad};
-use crate::device::Device;
+use crate::device::cuda::{Arg, Grid, Kernel, WIDE};
 use crate::device::simd::vectorized;
-use crate::error::Result;
-use crate::tensor::{Buffer, Tensor};
+use crate::device::{CudaDevice, Device};
+use crate::error::{Error, Result};
+use crate::tensor::{DType, Tensor};
 
 /// Rows that one task works through.
 const ROWS: usize = 16;
@@ -27,12 +28,14 @@ pub struct RmsNorm {
 /// What [`RmsNorm`] keeps for backward.
 pub struct Saved {
     x: Tensor,
-    inverse_rms: Buffer,
+    /// [T] f32.
+    inverse_rms: Tensor,
 }
 
 impl Operator for RmsNorm {
     type Saved = Saved;
     const NAME: &'static str = "rmsnorm";
+    const CUDA: bool = true;
 
     fn forward(
         &self,
@@ -43,21 +46,21 @@ impl Operator for RmsNorm {
         let [x] = expect_inputs(Self::NAME, inputs)?;
         let d = self.weight.len();
         expect_cols(Self::NAME, x, d)?;
+        if let Device::Cuda(cuda) = device {
+            return self.forward_cuda(cuda, x);
+        }
         let (rows, _) = x.matrix_dims();
         let weight = self.weight.to_f32()?;
         let weight = weight.f32s()?;
         let mut y = device.buffer(x.len());
         let mut inverse_rms = device.buffer(rows);
-        match device {
-            Device::Cpu(_) => y
-                .par_chunks_mut((ROWS * d).max(1))
-                .zip(x.f32s()?.par_chunks((ROWS * d).max(1)))
-                .zip(inverse_rms.par_chunks_mut(ROWS))
-                .for_each(|((y, x), r)| forward_rows(y, x, r, weight, self.eps)),
-        }
+        y.par_chunks_mut((ROWS * d).max(1))
+            .zip(x.f32s()?.par_chunks((ROWS * d).max(1)))
+            .zip(inverse_rms.par_chunks_mut(ROWS))
+            .for_each(|((y, x), r)| forward_rows(y, x, r, weight, self.eps));
         let saved = Saved {
             x: x.clone(),
-            inverse_rms,
+            inverse_rms: Tensor::from_buffer(inverse_rms, [rows])?,
         };
         Ok((vec![Tensor::from_buffer(y, x.shape())?], saved))
     }
@@ -71,17 +74,22 @@ impl Operator for RmsNorm {
     ) -> Result<Vec<Option<Tensor>>> {
         let mut grad = only_grad(Self::NAME, grads)?;
         expect_shape(Self::NAME, &grad, x.shape())?;
+        if let Device::Cuda(cuda) = device {
+            return Ok(vec![Some(self.backward_cuda(
+                cuda,
+                &x,
+                &inverse_rms,
+                &grad,
+            )?)]);
+        }
         let d = self.weight.len();
         let weight = self.weight.to_f32()?;
         let weight = weight.f32s()?;
-        match device {
-            Device::Cpu(_) => grad
-                .f32s_mut()?
-                .par_chunks_mut((ROWS * d).max(1))
-                .zip(x.f32s()?.par_chunks((ROWS * d).max(1)))
-                .zip(inverse_rms.par_chunks(ROWS))
-                .for_each(|((grad, x), r)| backward_rows(grad, x, r, weight)),
-        }
+        grad.f32s_mut()?
+            .par_chunks_mut((ROWS * d).max(1))
+            .zip(x.f32s()?.par_chunks((ROWS * d).max(1)))
+            .zip(inverse_rms.f32s()?.par_chunks(ROWS))
+            .for_each(|((grad, x), r)| backward_rows(grad, x, r, weight));
         Ok(vec![Some(grad)])
     }
 }
@@ -108,5 +116,78 @@ vectorized! {
                 *g = r * (*g * w - x * along);
             }
         }
+    }
+}
+
+const FORWARD: Kernel = Kernel {
+    stem: "rmsnorm",
+    function: "rmsnorm_forward_bf16",
+};
+const BACKWARD: Kernel = Kernel {
+    stem: "rmsnorm",
+    function: "rmsnorm_backward_bf16",
+};
+const THREADS: u32 = 256;
+/// Two rows of bf16 fit the shared memory that every launch may have, 48 KiB, less what the
+/// block's sum takes.
+const LONGEST_ROW: usize = 12_000;
+
+impl RmsNorm {
+    /// One block a row, which holds `rows` rows in shared memory.
+    fn grid(&self, tokens: usize, rows: usize) -> Result<Grid> {
+        let d = self.weight.len();
+        if d > LONGEST_ROW {
+            let expected = format!("rows of at most {LONGEST_ROW} values on CUDA");
+            return Err(Error::operand(Self::NAME, expected, format!("{d}")));
+        }
+        let row = d.next_multiple_of(WIDE) * DType::Bf16.size();
+        Ok(Grid::of_blocks(tokens, THREADS, rows * row))
+    }
+
+    fn forward_cuda(&self, cuda: &CudaDevice, x: &Tensor) -> Result<(Vec<Tensor>, Saved)> {
+        let (rows, d) = x.matrix_dims();
+        let x = cuda.resident(x, DType::Bf16)?;
+        let weight = cuda.resident(&self.weight, DType::Bf16)?;
+        let y = cuda.alloc(DType::Bf16, x.len())?;
+        let inverse_rms = cuda.alloc(DType::F32, rows)?;
+        let args = [
+            Arg::from(&y),
+            Arg::from(&inverse_rms),
+            x.arg()?,
+            weight.arg()?,
+            Arg::size(Self::NAME, d)?,
+            Arg::F32(self.eps),
+        ];
+        // SAFETY: x and y are [rows, d], weight is [d] (checked by the caller), all bf16;
+        // inverse_rms is [rows] f32; a block's shared memory holds a row.
+        unsafe { cuda.launch(FORWARD, self.grid(rows, 1)?, &args) }?;
+        let y = Tensor::from_cuda(y, x.shape())?;
+        let inverse_rms = Tensor::from_cuda(inverse_rms, [rows])?;
+        Ok((vec![y], Saved { x, inverse_rms }))
+    }
+
+    fn backward_cuda(
+        &self,
+        cuda: &CudaDevice,
+        x: &Tensor,
+        inverse_rms: &Tensor,
+        grad: &Tensor,
+    ) -> Result<Tensor> {
+        let (rows, d) = x.matrix_dims();
+        let grad = cuda.resident(grad, DType::Bf16)?;
+        let weight = cuda.resident(&self.weight, DType::Bf16)?;
+        let dx = cuda.alloc(DType::Bf16, x.len())?;
+        let args = [
+            Arg::from(&dx),
+            grad.arg()?,
+            x.arg()?,
+            weight.arg()?,
+            inverse_rms.arg()?,
+            Arg::size(Self::NAME, d)?,
+        ];
+        // SAFETY: grad, x and dx are [rows, d], weight is [d], all bf16; inverse_rms is [rows]
+        // f32 from the forward pass; a block's shared memory holds two rows.
+        unsafe { cuda.launch(BACKWARD, self.grid(rows, 2)?, &args) }?;
+        Tensor::from_cuda(dx, x.shape())
     }
 }

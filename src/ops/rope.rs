@@ -2,18 +2,19 @@
 //! Hugging Face's Llama and Qwen2: dimension i of a head turns together with i + D/2 by the
 //! angle p theta^(-2i/D), where p is the token's position and D the head size.
 //!
-//! x, y: [T, heads * D] f32. Saved: nothing. Backward is the rotation by the negative angle, in
+//! x, y: [T, heads * D] f32, bf16 on CUDA. Saved: nothing. Backward is the rotation by the negative angle, in
 //! place. Least traffic: T heads D values in, as many out.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use rayon::prelude::*;
 
 use super::{Operator, expect_cols, expect_inputs, only_grad};
-use crate::device::Device;
+use crate::device::cuda::{Arg, Grid, Kernel, WIDE};
 use crate::device::simd::vectorized;
+use crate::device::{CudaDevice, Device};
 use crate::error::{Error, Result};
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 /// Rows that one task works through.
 const ROWS: usize = 16;
@@ -24,6 +25,8 @@ pub struct RopeTable {
     head_dim: usize,
     /// For each position head_dim / 2 cosines, then as many sines.
     values: Vec<f32>,
+    /// The same values on the CUDA device that first asked for them.
+    on_device: OnceLock<Tensor>,
 }
 
 impl RopeTable {
@@ -47,7 +50,23 @@ impl RopeTable {
                 *sin = angle.sin() as f32;
             }
         }
-        Ok(Arc::new(Self { head_dim, values }))
+        Ok(Arc::new(Self {
+            head_dim,
+            values,
+            on_device: OnceLock::new(),
+        }))
+    }
+
+    /// The values on a CUDA device, \[positions, head_dim\] f32.
+    fn resident(&self, cuda: &CudaDevice) -> Result<Tensor> {
+        if let Some(table) = self.on_device.get().filter(|t| cuda.holds(t)) {
+            return Ok(table.clone());
+        }
+        let table = Tensor::from_vec(self.values.clone(), [self.positions(), self.head_dim])?;
+        let table = cuda.resident(&table, DType::F32)?;
+        // A second device goes without: it keeps no table of its own.
+        self.on_device.get_or_init(|| table.clone());
+        Ok(table)
     }
 
     /// Number of positions that the table holds.
@@ -105,6 +124,7 @@ impl Rope {
 impl Operator for Rope {
     type Saved = ();
     const NAME: &'static str = "rope";
+    const CUDA: bool = true;
 
     fn forward(
         &self,
@@ -114,11 +134,15 @@ impl Operator for Rope {
     ) -> Result<(Vec<Tensor>, ())> {
         let [x] = expect_inputs(Self::NAME, inputs)?;
         self.check(x)?;
-        let mut y = device.buffer(x.len());
-        match device {
-            Device::Cpu(_) => self.rotate(&mut y, Some(x.f32s()?), 1.0),
-        }
-        Ok((vec![Tensor::from_buffer(y, x.shape())?], ()))
+        let y = match device {
+            Device::Cpu(_) => {
+                let mut y = device.buffer(x.len());
+                self.rotate(&mut y, Some(x.f32s()?), 1.0);
+                Tensor::from_buffer(y, x.shape())?
+            }
+            Device::Cuda(cuda) => self.rotate_cuda(cuda, x, 1.0)?,
+        };
+        Ok((vec![y], ()))
     }
 
     fn backward(
@@ -132,6 +156,7 @@ impl Operator for Rope {
         self.check(&grad)?;
         match device {
             Device::Cpu(_) => self.rotate(grad.f32s_mut()?, None, -1.0),
+            Device::Cuda(cuda) => grad = self.rotate_cuda(cuda, &grad, -1.0)?,
         }
         Ok(vec![Some(grad)])
     }
@@ -147,5 +172,35 @@ vectorized! {
                 (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
             }
         }
+    }
+}
+
+const ROTATE: Kernel = Kernel {
+    stem: "rope",
+    function: "rope_bf16",
+};
+
+impl Rope {
+    /// Rotates by `sign` times the angle.
+    fn rotate_cuda(&self, cuda: &CudaDevice, x: &Tensor, sign: f32) -> Result<Tensor> {
+        let x = cuda.resident(x, DType::Bf16)?;
+        let table = self.table.resident(cuda)?;
+        let y = cuda.alloc(DType::Bf16, x.len())?;
+        let (pairs, half) = (x.len() / 2, self.table.head_dim / 2);
+        let args = [
+            Arg::from(&y),
+            x.arg()?,
+            table.arg()?,
+            Arg::U64(pairs as u64),
+            Arg::size(Self::NAME, self.heads)?,
+            Arg::size(Self::NAME, half)?,
+            Arg::size(Self::NAME, self.seq_len)?,
+            Arg::size(Self::NAME, self.start)?,
+            Arg::F32(sign),
+        ];
+        // SAFETY: x and y are whole heads of bf16, and `check` has seen that the f32 table holds
+        // every position; threads stride over all pairs, so that any number of them will do.
+        unsafe { cuda.launch(ROTATE, Grid::over(pairs.div_ceil(WIDE)), &args) }?;
+        Tensor::from_cuda(y, x.shape())
     }
 }

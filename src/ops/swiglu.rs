@@ -1,6 +1,6 @@
 //! SwiGLU (Shazeer 2020, arXiv 2002.05202): y = silu(gate) * up with silu(g) = g sigmoid(g).
 //!
-//! gate, up, y: [T, n] f32. Saved: gate and up; backward computes sigmoid again:
+//! gate, up, y: [T, n] f32, bf16 on CUDA. Saved: gate and up; backward computes sigmoid again:
 //! dgate = dy up s (1 + gate (1 - s)) and dup = dy gate s with s = sigmoid(gate).
 //! Least traffic: 3 T n values forward, 5 T n backward.
 
@@ -8,10 +8,11 @@ use rayon::prelude::*;
 
 use super::math::exp;
 use super::{Operator, expect_inputs, expect_shape, only_grad};
-use crate::device::Device;
+use crate::device::cuda::{Arg, Grid, Kernel, WIDE};
 use crate::device::simd::vectorized;
+use crate::device::{CudaDevice, Device};
 use crate::error::Result;
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 /// Elements that one task works through.
 const CHUNK: usize = 1 << 14;
@@ -23,6 +24,7 @@ impl Operator for SwiGlu {
     /// gate and up.
     type Saved = (Tensor, Tensor);
     const NAME: &'static str = "swiglu";
+    const CUDA: bool = true;
 
     fn forward(
         &self,
@@ -32,16 +34,18 @@ impl Operator for SwiGlu {
     ) -> Result<(Vec<Tensor>, Self::Saved)> {
         let [gate, up] = expect_inputs(Self::NAME, inputs)?;
         expect_shape(Self::NAME, up, gate.shape())?;
-        let mut y = device.buffer(gate.len());
         match device {
-            Device::Cpu(_) => y
-                .par_chunks_mut(CHUNK)
-                .zip(gate.f32s()?.par_chunks(CHUNK))
-                .zip(up.f32s()?.par_chunks(CHUNK))
-                .for_each(|((y, gate), up)| forward_chunk(y, gate, up)),
+            Device::Cpu(_) => {
+                let mut y = device.buffer(gate.len());
+                y.par_chunks_mut(CHUNK)
+                    .zip(gate.f32s()?.par_chunks(CHUNK))
+                    .zip(up.f32s()?.par_chunks(CHUNK))
+                    .for_each(|((y, gate), up)| forward_chunk(y, gate, up));
+                let y = Tensor::from_buffer(y, gate.shape())?;
+                Ok((vec![y], (gate.clone(), up.clone())))
+            }
+            Device::Cuda(cuda) => forward_cuda(cuda, gate, up),
         }
-        let y = Tensor::from_buffer(y, gate.shape())?;
-        Ok((vec![y], (gate.clone(), up.clone())))
     }
 
     fn backward(
@@ -53,17 +57,20 @@ impl Operator for SwiGlu {
     ) -> Result<Vec<Option<Tensor>>> {
         let mut grad = only_grad(Self::NAME, grads)?;
         expect_shape(Self::NAME, &grad, gate.shape())?;
-        let mut dgate = device.buffer(gate.len());
-        match device {
-            Device::Cpu(_) => dgate
-                .par_chunks_mut(CHUNK)
-                .zip(grad.f32s_mut()?.par_chunks_mut(CHUNK))
-                .zip(gate.f32s()?.par_chunks(CHUNK))
-                .zip(up.f32s()?.par_chunks(CHUNK))
-                .for_each(|(((dgate, grad), gate), up)| backward_chunk(dgate, grad, gate, up)),
-        }
-        let dgate = Tensor::from_buffer(dgate, gate.shape())?;
-        Ok(vec![needed[0].then_some(dgate), needed[1].then_some(grad)])
+        let (dgate, dup) = match device {
+            Device::Cpu(_) => {
+                let mut dgate = device.buffer(gate.len());
+                dgate
+                    .par_chunks_mut(CHUNK)
+                    .zip(grad.f32s_mut()?.par_chunks_mut(CHUNK))
+                    .zip(gate.f32s()?.par_chunks(CHUNK))
+                    .zip(up.f32s()?.par_chunks(CHUNK))
+                    .for_each(|(((dgate, grad), gate), up)| backward_chunk(dgate, grad, gate, up));
+                (Tensor::from_buffer(dgate, gate.shape())?, grad)
+            }
+            Device::Cuda(cuda) => backward_cuda(cuda, &gate, &up, &grad)?,
+        };
+        Ok(vec![needed[0].then_some(dgate), needed[1].then_some(dup)])
     }
 }
 
@@ -89,4 +96,54 @@ vectorized! {
             *grad *= gate * s;
         }
     }
+}
+
+const FORWARD: Kernel = Kernel {
+    stem: "swiglu",
+    function: "swiglu_forward_bf16",
+};
+const BACKWARD: Kernel = Kernel {
+    stem: "swiglu",
+    function: "swiglu_backward_bf16",
+};
+
+/// y, and gate and up as they are on the device. The callers of this and of [`backward_cuda`]
+/// have compared the shapes.
+fn forward_cuda(
+    cuda: &CudaDevice,
+    gate: &Tensor,
+    up: &Tensor,
+) -> Result<(Vec<Tensor>, (Tensor, Tensor))> {
+    let n = gate.len();
+    let gate = cuda.resident(gate, DType::Bf16)?;
+    let up = cuda.resident(up, DType::Bf16)?;
+    let y = cuda.alloc(DType::Bf16, n)?;
+    let args = [Arg::from(&y), gate.arg()?, up.arg()?, Arg::U64(n as u64)];
+    // SAFETY: the kernel takes three pointers to n bf16 each, and n.
+    unsafe { cuda.launch(FORWARD, Grid::over(n.div_ceil(WIDE)), &args) }?;
+    Ok((vec![Tensor::from_cuda(y, gate.shape())?], (gate, up)))
+}
+
+/// The gradients of gate and up.
+fn backward_cuda(
+    cuda: &CudaDevice,
+    gate: &Tensor,
+    up: &Tensor,
+    grad: &Tensor,
+) -> Result<(Tensor, Tensor)> {
+    let n = gate.len();
+    let grad = cuda.resident(grad, DType::Bf16)?;
+    let (dgate, dup) = (cuda.alloc(DType::Bf16, n)?, cuda.alloc(DType::Bf16, n)?);
+    let args = [
+        Arg::from(&dgate),
+        Arg::from(&dup),
+        grad.arg()?,
+        gate.arg()?,
+        up.arg()?,
+        Arg::U64(n as u64),
+    ];
+    // SAFETY: the kernel takes five pointers to n bf16 each, and n.
+    unsafe { cuda.launch(BACKWARD, Grid::over(n.div_ceil(WIDE)), &args) }?;
+    let shaped = |buffer| Tensor::from_cuda(buffer, gate.shape());
+    Ok((shaped(dgate)?, shaped(dup)?))
 }

@@ -64,6 +64,7 @@ impl Adam {
             let second = second.f32s_mut()?.par_chunks_mut(chunk);
             let project = update.unit_rows;
             match device {
+                Device::Cuda(cuda) => return Err(cuda.no_kernel("adam")),
                 Device::Cpu(_) => value.zip(grad).zip(first.zip(second)).for_each(
                     |((value, grad), (first, second))| {
                         vectorized(

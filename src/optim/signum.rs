@@ -78,6 +78,7 @@ impl Signum {
             let g = update.grad.f32s_mut()?.par_chunks_mut(chunk);
             let project = update.unit_rows;
             match device {
+                Device::Cuda(cuda) => return Err(cuda.no_kernel("signum")),
                 Device::Cpu(_) => y.zip(z).zip(g).for_each(|((y, z), g)| {
                     vectorized(
                         #[inline(always)]

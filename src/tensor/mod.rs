@@ -8,6 +8,7 @@ use std::sync::Arc;
 pub use dtype::DType;
 pub use storage::{Buffer, MappedBytes, Pool};
 
+use crate::device::CudaBuffer;
 use crate::error::{Error, Result};
 use storage::Storage;
 
@@ -38,6 +39,11 @@ impl Tensor {
     /// A tensor over a range of a memory-mapped file, in the file's own dtype (f32, f16 or bf16).
     pub fn from_mapped(data: MappedBytes, shape: impl Into<Vec<usize>>) -> Result<Self> {
         Self::new(Storage::Mapped(data), shape.into())
+    }
+
+    /// A tensor over memory of a CUDA device.
+    pub(crate) fn from_cuda(data: CudaBuffer, shape: impl Into<Vec<usize>>) -> Result<Self> {
+        Self::new(Storage::Cuda(data), shape.into())
     }
 
     fn new(storage: Storage, shape: Vec<usize>) -> Result<Self> {
@@ -75,6 +81,22 @@ impl Tensor {
         self.storage.dtype()
     }
 
+    /// The elements where they are on a CUDA device.
+    pub(crate) fn cuda(&self) -> Option<&CudaBuffer> {
+        match &*self.storage {
+            Storage::Cuda(buffer) => Some(buffer),
+            _ => None,
+        }
+    }
+
+    /// What the tensor is, for messages: its dtype and, on a GPU, which.
+    pub(crate) fn found(&self) -> String {
+        match self.cuda() {
+            Some(buffer) => format!("{} on cuda:{}", self.dtype().name(), buffer.ordinal()),
+            None => self.dtype().name().to_owned(),
+        }
+    }
+
     /// The tensor seen as a matrix: (product of all extents but the last, the last extent).
     pub fn matrix_dims(&self) -> (usize, usize) {
         match self.shape.split_last() {
@@ -103,14 +125,14 @@ impl Tensor {
     pub fn f32s(&self) -> Result<&[f32]> {
         self.storage
             .f32s()
-            .ok_or_else(|| Error::operand("tensor", "f32", self.dtype().name()))
+            .ok_or_else(|| Error::operand("tensor", "f32 in host memory", self.found()))
     }
 
     /// The elements of an f32 tensor for writing; copies them first when the storage is shared or mapped.
     pub fn f32s_mut(&mut self) -> Result<&mut [f32]> {
         if Arc::get_mut(&mut self.storage).is_none_or(|s| !s.is_writable()) {
             let copy = self.storage.copied_f32().ok_or_else(|| {
-                Error::operand("tensor", "an f32 tensor to write to", self.dtype().name())
+                Error::operand("tensor", "an f32 tensor to write to", self.found())
             })?;
             self.storage = Arc::new(Storage::F32(copy));
         }
@@ -124,7 +146,7 @@ impl Tensor {
     pub fn u32s(&self) -> Result<&[u32]> {
         match &*self.storage {
             Storage::U32(data) => Ok(data),
-            _ => Err(Error::operand("tensor", "u32", self.dtype().name())),
+            _ => Err(Error::operand("tensor", "u32 in host memory", self.found())),
         }
     }
 
@@ -138,15 +160,7 @@ impl Tensor {
                 format!("{start}..{start}+{}", out.len()),
             ));
         }
-        if self.storage.read_f32(start, out) {
-            Ok(())
-        } else {
-            Err(Error::operand(
-                "tensor",
-                "a float tensor",
-                self.dtype().name(),
-            ))
-        }
+        self.storage.read_f32(start, out)
     }
 
     /// The tensor in f32: itself when it is f32 in memory, a widened copy otherwise.

@@ -6,6 +6,8 @@ use half::{bf16, f16, slice::HalfFloatSliceExt};
 use memmap2::Mmap;
 
 use super::DType;
+use crate::device::CudaBuffer;
+use crate::error::{Error, Result};
 
 /// Where a tensor's elements live.
 #[derive(Debug)]
@@ -13,6 +15,7 @@ pub(super) enum Storage {
     F32(Buffer),
     U32(Vec<u32>),
     Mapped(MappedBytes),
+    Cuda(CudaBuffer),
 }
 
 impl Storage {
@@ -21,6 +24,7 @@ impl Storage {
             Self::F32(data) => data.len(),
             Self::U32(data) => data.len(),
             Self::Mapped(map) => map.bytes().len() / map.dtype.size(),
+            Self::Cuda(buffer) => buffer.len(),
         }
     }
 
@@ -29,11 +33,12 @@ impl Storage {
             Self::F32(_) => DType::F32,
             Self::U32(_) => DType::U32,
             Self::Mapped(map) => map.dtype,
+            Self::Cuda(buffer) => buffer.dtype(),
         }
     }
 
     pub(super) fn is_writable(&self) -> bool {
-        !matches!(self, Self::Mapped(_))
+        matches!(self, Self::F32(_) | Self::U32(_))
     }
 
     /// The elements where they are f32 in memory and aligned.
@@ -53,17 +58,30 @@ impl Storage {
             Self::Mapped(map) if map.dtype == DType::F32 => Buffer::from(vec![0.0; self.len()]),
             _ => return None,
         };
-        self.read_f32(0, &mut copy).then_some(copy)
+        self.read_f32(0, &mut copy).is_ok().then_some(copy)
     }
 
-    /// Widens elements from `start` into `out`; the caller has checked the range. False for u32.
-    pub(super) fn read_f32(&self, start: usize, out: &mut [f32]) -> bool {
+    /// Widens elements from `start` into `out`; the caller has checked the range.
+    ///
+    /// # Errors
+    /// Elements of type u32, or a device that cannot be read.
+    pub(super) fn read_f32(&self, start: usize, out: &mut [f32]) -> Result<()> {
         match self {
             Self::F32(data) => out.copy_from_slice(&data[start..start + out.len()]),
-            Self::U32(_) => return false,
             Self::Mapped(map) => map.read_f32(start, out),
+            Self::Cuda(buffer) if buffer.dtype() != DType::U32 => {
+                let bytes = buffer.read(start, out.len())?;
+                widen_all(buffer.dtype(), &bytes, out);
+            }
+            Self::U32(_) | Self::Cuda(_) => {
+                return Err(Error::operand(
+                    "tensor",
+                    "a float tensor",
+                    self.dtype().name(),
+                ));
+            }
         }
-        true
+        Ok(())
     }
 }
 
@@ -90,22 +108,25 @@ impl MappedBytes {
     fn read_f32(&self, start: usize, out: &mut [f32]) {
         let size = self.dtype.size();
         let bytes = &self.bytes()[start * size..(start + out.len()) * size];
-        match (self.dtype, bytemuck::try_cast_slice::<u8, u16>(bytes)) {
-            (DType::Bf16, Ok(words)) => {
-                for (value, &word) in out.iter_mut().zip(words) {
-                    *value = f32::from_bits(u32::from(word) << 16);
-                }
+        widen_all(self.dtype, bytes, out);
+    }
+}
+
+/// Widens the elements of a float type.
+fn widen_all(dtype: DType, bytes: &[u8], out: &mut [f32]) {
+    match (dtype, bytemuck::try_cast_slice::<u8, u16>(bytes)) {
+        (DType::Bf16, Ok(words)) => {
+            for (value, &word) in out.iter_mut().zip(words) {
+                *value = f32::from_bits(u32::from(word) << 16);
             }
-            (DType::F16, Ok(words)) => {
-                bytemuck::cast_slice::<u16, f16>(words).convert_to_f32_slice(out);
-            }
-            // Files may place tensors at odd offsets; then element by element.
-            (DType::Bf16, Err(_)) => {
-                widen(bytes, out, |b: [u8; 2]| bf16::from_le_bytes(b).to_f32())
-            }
-            (DType::F16, Err(_)) => widen(bytes, out, |b: [u8; 2]| f16::from_le_bytes(b).to_f32()),
-            _ => widen(bytes, out, f32::from_le_bytes),
         }
+        (DType::F16, Ok(words)) => {
+            bytemuck::cast_slice::<u16, f16>(words).convert_to_f32_slice(out);
+        }
+        // Files may place tensors at odd offsets; then element by element.
+        (DType::Bf16, Err(_)) => widen(bytes, out, |b: [u8; 2]| bf16::from_le_bytes(b).to_f32()),
+        (DType::F16, Err(_)) => widen(bytes, out, |b: [u8; 2]| f16::from_le_bytes(b).to_f32()),
+        _ => widen(bytes, out, f32::from_le_bytes),
     }
 }
 

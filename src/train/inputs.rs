@@ -130,10 +130,17 @@ pub fn widen(
 pub fn device(setting: DeviceSetting, threads: usize) -> Result<Device> {
     match setting {
         DeviceSetting::Auto | DeviceSetting::Cpu => Device::cpu(threads),
-        DeviceSetting::Cuda(_) => Err(Error::setting(
-            "--device",
-            "this build runs on the CPU only; CUDA kernels are not part of it yet",
-        )),
+        DeviceSetting::Cuda(ordinal) => {
+            // What is wrong with the device itself is said first.
+            let device = Device::cuda(ordinal, threads)?;
+            Err(Error::setting(
+                "--device",
+                format!(
+                    "training needs operators that have no {} kernels yet; use --device cpu",
+                    device.name()
+                ),
+            ))
+        }
     }
 }
 

@@ -2,18 +2,69 @@
 //! against finite differences of that reference, equal bits on repetition.
 
 use std::io::Write;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-use resa_engine::device::Device;
+use half::bf16;
+
+use resa_engine::device::{CudaDevice, Device};
 use resa_engine::error::Result;
 use resa_engine::ops::Operator;
 use resa_engine::rng::{Purpose, Stream};
 use resa_engine::tape::{Tape, Var};
 use resa_engine::tensor::{DType, MappedBytes, Tensor};
 
-/// Every device that tests run on, with different thread counts where the device has threads.
+/// Operators that have no CUDA kernel yet: their tests run on the CPU alone.
+const WITHOUT_CUDA: [&str; 9] = [
+    "cross_entropy",
+    "flash_attention",
+    "fvu",
+    "gemm",
+    "kl_div",
+    "lora",
+    "sparse_decode",
+    "topk",
+    "weighted_sum",
+];
+
+/// Every device that tests run on: the CPU with different thread counts, and a GPU where the
+/// build has kernels and a CUDA driver can be loaded (`RESA_TEST_CUDA=1` makes it an error
+/// where there is none).
 pub fn devices() -> Vec<Device> {
-    vec![Device::cpu(1).unwrap(), Device::cpu(3).unwrap()]
+    let cpus = [1, 3].map(|threads| Device::cpu(threads).unwrap());
+    cpus.into_iter().chain(cuda().cloned()).collect()
+}
+
+/// The GPU that the tests share.
+pub fn cuda() -> Option<&'static Device> {
+    static CUDA: OnceLock<Option<Device>> = OnceLock::new();
+    let device = CUDA.get_or_init(|| {
+        let wanted = std::env::var("RESA_TEST_CUDA").is_ok_and(|v| v == "1");
+        (wanted || CudaDevice::is_available()).then(|| Device::cuda(0, 2).unwrap())
+    });
+    device.as_ref()
+}
+
+/// The devices that operator `O` runs on; says so where a GPU is there and cannot be used.
+fn devices_of<O: Operator>() -> Vec<Device> {
+    assert_eq!(
+        O::CUDA,
+        !WITHOUT_CUDA.contains(&O::NAME),
+        "the list of operators without CUDA is not up to date for {}",
+        O::NAME
+    );
+    let mut devices = devices();
+    if !O::CUDA && cuda().is_some() {
+        println!("{}: no CUDA kernel yet, not tested on the GPU", O::NAME);
+        devices.retain(|d| d.name() != "cuda");
+    }
+    devices
+}
+
+/// The values rounded to bf16, as a GPU holds them.
+pub fn round_bf16(tensor: &Tensor) -> Tensor {
+    let rounded = tensor.f32s().unwrap().iter();
+    let rounded = rounded.map(|&v| bf16::from_f32(v).to_f32()).collect();
+    Tensor::from_vec(rounded, tensor.shape()).unwrap()
 }
 
 /// Values uniform in [-scale, scale), the same for the same seed.
@@ -64,53 +115,91 @@ pub fn relative_error(got: &[f64], want: &[f64]) -> f64 {
 
 /// Runs `make()` on `inputs` on every device. `reference` maps the inputs, in float64, to the
 /// outputs that carry gradients (outputs of other dtypes, such as indices, are not compared).
-/// Outputs and gradients must agree with it to `tolerance`, relative in the Frobenius norm, and
-/// have the same bits for every number of CPU threads.
+/// Outputs and gradients must be as close to it as [`Allowed`] says, and have the same bits when
+/// run again and for every number of CPU threads. Where the operator runs on a GPU, its fields
+/// must hold values that bf16 can represent.
 pub fn check<O: Operator>(
     make: impl Fn() -> O,
     inputs: &[Tensor],
     reference: impl Fn(&[Vec<f64>]) -> Vec<Vec<f64>>,
     tolerance: f64,
 ) {
-    let inputs64: Vec<Vec<f64>> = inputs.iter().map(to_f64).collect();
-    let want = reference(&inputs64);
-    let upstream: Vec<Tensor> = want
-        .iter()
-        .enumerate()
-        .map(|(i, w)| random(1000 + i as u64, &[w.len()], 1.0))
-        .collect();
     let mut on_cpu = None;
-    for device in devices() {
+    for device in devices_of::<O>() {
         let label = format!("{} on {} x{}", O::NAME, device.name(), device.threads());
-        let first = run(&device, make(), inputs, &upstream);
-        let again = run(&device, make(), inputs, &upstream);
+        let on_gpu = device.name() == "cuda";
+        let held = |t: &Tensor| if on_gpu { round_bf16(t) } else { t.clone() };
+        let inputs: Vec<Tensor> = inputs.iter().map(held).collect();
+        let inputs64: Vec<Vec<f64>> = inputs.iter().map(to_f64).collect();
+        let want = reference(&inputs64);
+        let upstream: Vec<Tensor> = want
+            .iter()
+            .enumerate()
+            .map(|(i, w)| held(&random(1000 + i as u64, &[w.len()], 1.0)))
+            .collect();
+        let first = run(&device, make(), &inputs, &upstream);
+        let again = run(&device, make(), &inputs, &upstream);
         assert_eq!(first, again, "{label}: two runs differ in bits");
-        if device.name() == "cpu" {
+        if !on_gpu {
             let other = on_cpu.get_or_insert_with(|| first.clone());
             assert_eq!(&first, other, "{label}: bits depend on the thread count");
         }
+        let allowed = if on_gpu {
+            Allowed::Bf16
+        } else {
+            Allowed::Relative(tolerance)
+        };
         let (outputs, grads) = first;
         for (i, (got, want)) in outputs.iter().zip(&want).enumerate() {
-            let got: Vec<f64> = got.iter().map(|&b| f32::from_bits(b).into()).collect();
-            let error = relative_error(&got, want);
-            assert!(error < tolerance, "{label}: output {i} is off by {error:e}");
+            allowed.compare(&format!("{label}: output {i}"), &from_bits(got), want);
         }
         for (i, grad) in grads.iter().enumerate() {
-            let got: Vec<f64> = grad.iter().map(|&b| f32::from_bits(b).into()).collect();
-            compare_gradient(&label, i, &got, &inputs64, &upstream, &reference, tolerance);
+            let (got, want) = gradient(i, &from_bits(grad), &inputs64, &upstream, &reference);
+            allowed.compare(&format!("{label}: gradient of input {i}"), &got, &want);
         }
     }
 }
 
-fn compare_gradient(
-    label: &str,
+/// How far a result may be from the float64 reference, in the Frobenius norm.
+enum Allowed {
+    /// Relative to the reference's norm.
+    Relative(f64),
+    /// Twice what rounding the reference itself to bf16 costs: less than any computation with
+    /// a second rounding on the way would need.
+    Bf16,
+}
+
+impl Allowed {
+    fn compare(&self, what: &str, got: &[f64], want: &[f64]) {
+        let error = relative_error(got, want);
+        let limit = match self {
+            Self::Relative(tolerance) => *tolerance,
+            Self::Bf16 => {
+                let rounded = want.iter().map(|&w| bf16::from_f64(w).to_f64());
+                // Finite differences themselves are this far from the gradient.
+                2.0 * relative_error(&rounded.collect::<Vec<_>>(), want) + 1e-6
+            }
+        };
+        assert!(
+            error < limit,
+            "{what} is off by {error:e}, allowed is {limit:e}"
+        );
+    }
+}
+
+fn from_bits(bits: &[u32]) -> Vec<f64> {
+    bits.iter().map(|&b| f32::from_bits(b).into()).collect()
+}
+
+/// At most 200 entries of the gradient `got` of input number `input`, spread over the tensor,
+/// and beside them finite differences of the reference.
+fn gradient(
     input: usize,
     got: &[f64],
     inputs: &[Vec<f64>],
     upstream: &[Tensor],
     reference: &impl Fn(&[Vec<f64>]) -> Vec<Vec<f64>>,
-    tolerance: f64,
-) {
+) -> (Vec<f64>, Vec<f64>) {
     let loss = |inputs: &[Vec<f64>]| -> f64 {
         let outputs = reference(inputs);
         let pairs = outputs.iter().zip(upstream);
@@ -118,7 +207,6 @@ fn compare_gradient(
             .map(|(o, u)| o.iter().zip(to_f64(u)).map(|(o, u)| o * u).sum::<f64>())
             .sum()
     };
-    // At most 200 entries, spread over the tensor.
     let stride = got.len().div_ceil(200).max(1);
     let (mut sampled, mut want) = (Vec::new(), Vec::new());
     for i in (0..got.len()).step_by(stride) {
@@ -131,11 +219,7 @@ fn compare_gradient(
         sampled.push(got[i]);
         want.push((up - down) / (2.0 * h));
     }
-    let error = relative_error(&sampled, &want);
-    assert!(
-        error < tolerance,
-        "{label}: gradient of input {input} is off by {error:e}"
-    );
+    (sampled, want)
 }
 
 type Bits = Vec<Vec<u32>>;
@@ -146,7 +230,10 @@ fn run<O: Operator>(
     inputs: &[Tensor],
     upstream: &[Tensor],
 ) -> (Bits, Bits) {
-    let bits = |t: &Tensor| t.f32s().unwrap().iter().map(|v| v.to_bits()).collect();
+    let bits = |t: &Tensor| {
+        let values = t.to_f32().unwrap();
+        values.f32s().unwrap().iter().map(|v| v.to_bits()).collect()
+    };
     let upstream = upstream.to_vec();
     let inputs = inputs.to_vec();
     // Vars hold tape positions, so all of it happens on the device's threads.
@@ -176,6 +263,7 @@ struct Dot(Vec<Tensor>);
 impl Operator for Dot {
     type Saved = Vec<Vec<usize>>;
     const NAME: &'static str = "dot";
+    const CUDA: bool = true;
 
     fn forward(
         &self,
@@ -185,12 +273,9 @@ impl Operator for Dot {
     ) -> Result<(Vec<Tensor>, Self::Saved)> {
         let mut sum = 0.0;
         for (input, weights) in inputs.iter().zip(&self.0) {
-            sum += input
-                .f32s()?
-                .iter()
-                .zip(weights.f32s()?)
-                .map(|(a, b)| a * b)
-                .sum::<f32>();
+            let input = input.to_f32()?;
+            let products = input.f32s()?.iter().zip(weights.f32s()?);
+            sum += products.map(|(a, b)| a * b).sum::<f32>();
         }
         let shapes = inputs.iter().map(|t| t.shape().to_vec()).collect();
         Ok((vec![Tensor::from_vec(vec![sum], [1])?], shapes))

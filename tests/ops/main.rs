@@ -1,6 +1,7 @@
 //! Every operator against float64, on every device: one file per stem.
 
 mod cross_entropy;
+mod cuda_device;
 mod embedding;
 mod flash_attention;
 mod fvu;

@@ -3,7 +3,7 @@ use resa_engine::ops::rmsnorm::RmsNorm;
 use resa_engine::tape::{Tape, Var};
 use resa_engine::tensor::Tensor;
 
-use super::harness::{check, random, to_f64};
+use super::harness::{check, random, round_bf16, to_f64};
 
 fn reference(x: &[f64], weight: &[f64], eps: f64) -> Vec<f64> {
     let d = weight.len();
@@ -16,7 +16,7 @@ fn reference(x: &[f64], weight: &[f64], eps: f64) -> Vec<f64> {
 }
 
 fn agrees_with_float64(rows: usize, d: usize, scale: f32) {
-    let weight = random(1, &[d], 2.0);
+    let weight = round_bf16(&random(1, &[d], 2.0));
     let weight64 = to_f64(&weight);
     let eps = 1e-6f32;
     check(

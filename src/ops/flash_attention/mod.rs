@@ -108,6 +108,7 @@ impl Operator for FlashAttention {
         let mut o = device.buffer(q.len());
         let mut log_sum = device.buffer(self.batch * self.seq_len * self.heads);
         match device {
+            Device::Cuda(cuda) => return Err(cuda.no_kernel(Self::NAME)),
             Device::Cpu(_) => {
                 let operands = cpu::Operands::new(self, q, k, v)?;
                 cpu::forward(device, &operands, &mut o, &mut log_sum);
@@ -136,6 +137,7 @@ impl Operator for FlashAttention {
         expect_shape(Self::NAME, &grad, q.shape())?;
         let mut result = vec![None, None, None];
         match device {
+            Device::Cuda(cuda) => return Err(cuda.no_kernel(Self::NAME)),
             Device::Cpu(_) => {
                 let operands = cpu::Operands::new(self, q, k, v)?;
                 let upstream =

@@ -56,6 +56,7 @@ impl Operator for SparseDecode {
         check_indices(Self::NAME, self.indices.u32s()?, m)?;
         let mut out = device.buffer(tokens * d);
         match device {
+            Device::Cuda(cuda) => return Err(cuda.no_kernel(Self::NAME)),
             Device::Cpu(_) => gather(
                 &mut out,
                 (acts.f32s()?, self.indices.u32s()?, k),

@@ -163,6 +163,7 @@ impl TopK {
         let mut indices = vec![0u32; tokens * k];
         let rows = x.f32s()?;
         match device {
+            Device::Cuda(cuda) => return Err(cuda.no_kernel(TopK::NAME)),
             Device::Cpu(_) => acts
                 .par_chunks_mut(TILE_TOKENS * k)
                 .zip(indices.par_chunks_mut(TILE_TOKENS * k))
@@ -246,6 +247,7 @@ fn select_tile(
 fn rectified(device: &Device, mut grad: Tensor, acts: &Tensor) -> Result<Tensor> {
     expect_shape(TopK::NAME, &grad, acts.shape())?;
     match device {
+        Device::Cuda(cuda) => return Err(cuda.no_kernel(TopK::NAME)),
         Device::Cpu(_) => {
             let values = grad.f32s_mut()?.iter_mut().zip(acts.f32s()?);
             values.for_each(|(g, &a)| *g = if a > 0.0 { *g } else { 0.0 });

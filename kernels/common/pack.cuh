@@ -1,0 +1,44 @@
+// Values of one row or tensor as a thread handles them: N bf16 in memory, N float in registers.
+#pragma once
+
+#include <cstdint>
+
+#include <cuda_bf16.h>
+
+// Values in one 16-byte access, the widest there is.
+constexpr int kWide = 8;
+
+// Loads N values; for N = kWide `p` must be aligned to 16 bytes.
+template <int N>
+__device__ __forceinline__ void load(float (&v)[N], const __nv_bfloat16* p) {
+  if constexpr (N == kWide) {
+    const uint4 raw = *reinterpret_cast<const uint4*>(p);
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      // A bf16 is the upper half of a float.
+      v[2 * i] = __uint_as_float(words[i] << 16);
+      v[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+  } else {
+    static_assert(N == 1, "one value or a full 16-byte access");
+    v[0] = __bfloat162float(*p);
+  }
+}
+
+// Stores N values, rounded to the nearest; alignment as for load.
+template <int N>
+__device__ __forceinline__ void store(__nv_bfloat16* p, const float (&v)[N]) {
+  if constexpr (N == kWide) {
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
+      words[i] = *reinterpret_cast<const uint32_t*>(&pair);
+    }
+    *reinterpret_cast<uint4*>(p) = make_uint4(words[0], words[1], words[2], words[3]);
+  } else {
+    static_assert(N == 1, "one value or a full 16-byte access");
+    *p = __float2bfloat16_rn(v[0]);
+  }
+}

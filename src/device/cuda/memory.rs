@@ -1,0 +1,225 @@
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DriverError};
+
+use super::{cannot, is_out_of_memory, name};
+use crate::error::{Error, Result};
+use crate::tensor::DType;
+
+/// The smallest block: also the alignment of every block.
+const SMALLEST: usize = 512;
+
+/// The device's memory: blocks that were freed wait in lists by size, so that a training step,
+/// which asks for the same sizes as the one before, allocates nothing. A block may go to its
+/// next user at once, because all users run in the order of one stream.
+#[derive(Debug)]
+pub(super) struct Memory {
+    stream: Arc<CudaStream>,
+    free: Mutex<HashMap<usize, Vec<CudaSlice<u8>>>>,
+}
+
+impl Memory {
+    pub(super) fn new(stream: Arc<CudaStream>) -> Self {
+        Self {
+            stream,
+            free: Mutex::default(),
+        }
+    }
+
+    /// A block of at least `bytes`, with unspecified contents.
+    fn take(&self, bytes: usize) -> Result<CudaSlice<u8>> {
+        let size = block_size(bytes).ok_or_else(|| self.exhausted(bytes))?;
+        if let Some(block) = self.lock().get_mut(&size).and_then(Vec::pop) {
+            return Ok(block);
+        }
+        self.allocate(size).or_else(|error| {
+            if !is_out_of_memory(error) {
+                return Err(self.failed("allocating memory", error));
+            }
+            self.release();
+            self.allocate(size).map_err(|_| self.exhausted(size))
+        })
+    }
+
+    fn allocate(&self, size: usize) -> std::result::Result<CudaSlice<u8>, DriverError> {
+        // SAFETY: bytes of any value are valid, and buffers are documented as unspecified.
+        unsafe { self.stream.alloc::<u8>(size) }
+    }
+
+    /// Gives all free blocks back to the driver.
+    pub(super) fn release(&self) {
+        self.lock().clear();
+        // What is freed in the stream's order is free once the stream is through; an error of
+        // earlier work shows again at the next call that can report it.
+        if let Err(error) = self.stream.synchronize() {
+            self.stream.context().record_err::<()>(Err(error));
+        }
+    }
+
+    fn exhausted(&self, asked: usize) -> Error {
+        let (free, total) = self.stream.context().mem_get_info().unwrap_or((0, 0));
+        let what = format!(
+            "out of memory: asked for {asked} bytes, {free} of {total} bytes are free; a smaller \
+             --sae-batch, --sft-batch or --seq-len needs less"
+        );
+        cannot(self.stream.context().ordinal(), what)
+    }
+
+    fn failed(&self, what: &str, error: DriverError) -> Error {
+        let ordinal = self.stream.context().ordinal();
+        cannot(ordinal, format!("{what}: {}", name(error)))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<usize, Vec<CudaSlice<u8>>>> {
+        // A panic elsewhere cannot leave the map half-changed: every use is one call on it.
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Four sizes for every power of two: a block is at most a quarter larger than asked.
+fn block_size(bytes: usize) -> Option<usize> {
+    let bytes = bytes.max(SMALLEST);
+    let step = (1usize << bytes.ilog2()) / 4;
+    bytes.checked_next_multiple_of(step.max(SMALLEST))
+}
+
+/// Elements of one dtype in device memory, returned to the device when dropped.
+#[derive(Debug)]
+pub struct CudaBuffer {
+    /// There until the drop.
+    block: Option<CudaSlice<u8>>,
+    len: usize,
+    dtype: DType,
+    memory: Arc<Memory>,
+}
+
+impl CudaBuffer {
+    pub(super) fn new(memory: &Arc<Memory>, len: usize, dtype: DType) -> Result<Self> {
+        let bytes = len.checked_mul(dtype.size());
+        let bytes = bytes.ok_or_else(|| memory.exhausted(usize::MAX))?;
+        Ok(Self {
+            block: Some(memory.take(bytes)?),
+            len,
+            dtype,
+            memory: memory.clone(),
+        })
+    }
+
+    /// Number of elements.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The element type.
+    pub(crate) fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// The GPU's number.
+    pub(crate) fn ordinal(&self) -> usize {
+        self.memory.stream.context().ordinal()
+    }
+
+    pub(super) fn is_of(&self, memory: &Arc<Memory>) -> bool {
+        Arc::ptr_eq(&self.memory, memory)
+    }
+
+    /// The device address, aligned to 512 bytes.
+    pub(super) fn address(&self) -> u64 {
+        // Event tracking is off: nothing happens when the guard is dropped.
+        let address = |block: &CudaSlice<u8>| block.device_ptr(&self.memory.stream).0;
+        self.block.as_ref().map_or(0, address)
+    }
+
+    /// Copies the bytes of all elements to the device.
+    pub(super) fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        if let Some(block) = self.block.as_mut().filter(|b| b.len() >= bytes.len()) {
+            let copied = self.memory.stream.memcpy_htod(bytes, block);
+            return copied.map_err(|e| self.memory.failed("copying to the device", e));
+        }
+        let found = format!("{} bytes", bytes.len());
+        Err(Error::operand(
+            "tensor",
+            format!("{} elements", self.len),
+            found,
+        ))
+    }
+
+    /// Sets all bytes to zero.
+    pub(crate) fn clear(&mut self) -> Result<()> {
+        let Some(block) = &mut self.block else {
+            return Ok(());
+        };
+        let cleared = self.memory.stream.memset_zeros(block);
+        cleared.map_err(|e| self.memory.failed("clearing memory", e))
+    }
+
+    /// The bytes of elements `start..start + len`, once all that was launched before is done.
+    pub(crate) fn read(&self, start: usize, len: usize) -> Result<Vec<u8>> {
+        let size = self.dtype.size();
+        let view = start
+            .checked_add(len)
+            .filter(|&end| end <= self.len)
+            .and_then(|end| self.block.as_ref()?.try_slice(start * size..end * size));
+        let Some(view) = view else {
+            return Err(Error::operand(
+                "tensor",
+                format!("a range within {} elements", self.len),
+                format!("{start}..{start}+{len}"),
+            ));
+        };
+        let stream = &self.memory.stream;
+        let mut bytes = vec![0; len * size];
+        stream
+            .memcpy_dtoh(&view, &mut bytes)
+            .and_then(|()| stream.synchronize())
+            .and_then(|()| stream.context().check_err())
+            .map_err(|e| self.memory.failed("a kernel or a copy from the device", e))?;
+        Ok(bytes)
+    }
+}
+
+impl Drop for CudaBuffer {
+    fn drop(&mut self) {
+        if let Some(block) = self.block.take() {
+            let size = block.len();
+            self.memory.lock().entry(size).or_default().push(block);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{SMALLEST, block_size};
+    use crate::device::CudaDevice;
+    use crate::tensor::DType;
+
+    #[test]
+    fn memory_that_was_freed_serves_the_next_request_of_its_size() {
+        if !CudaDevice::is_available() {
+            println!("skipped: no CUDA driver or no kernels in this build");
+            return;
+        }
+        let device = CudaDevice::new(0, 1).unwrap();
+        let first = device.alloc(DType::F32, 5000).unwrap();
+        let (address, kept) = (first.address(), device.alloc(DType::F32, 5000).unwrap());
+        assert_ne!(address, kept.address());
+        drop(first);
+        assert_eq!(device.alloc(DType::Bf16, 9900).unwrap().address(), address);
+        device.release_memory();
+        assert_eq!(kept.len(), 5000);
+    }
+
+    #[test]
+    fn blocks_are_at_most_a_quarter_larger_than_asked() {
+        assert_eq!(block_size(0), Some(SMALLEST));
+        assert_eq!(block_size(513), Some(1024));
+        for bytes in (4096..1 << 22).step_by(4099) {
+            let size = block_size(bytes).unwrap();
+            assert!(size >= bytes && size * 4 <= bytes * 5, "{bytes}: {size}");
+            assert_eq!(block_size(size), Some(size), "a size is its own class");
+        }
+        assert_eq!(block_size(usize::MAX), None);
+    }
+}

@@ -1,0 +1,201 @@
+//! An NVIDIA GPU: one context and one stream, the embedded kernels, and memory that is kept for
+//! reuse. Everything runs in the order of the stream, so that memory handed from one operator to
+//! the next needs no synchronisation.
+
+mod kernel;
+mod memory;
+
+use std::sync::Arc;
+
+use cudarc::driver::sys::CUresult;
+use cudarc::driver::{CudaContext, CudaStream, DriverError};
+use half::bf16;
+
+pub(crate) use kernel::{Arg, Grid, Kernel};
+pub use memory::CudaBuffer;
+
+use super::CpuDevice;
+use crate::error::{Error, Result};
+use crate::tensor::{DType, Tensor};
+use kernel::Kernels;
+use memory::Memory;
+
+/// The oldest compute capability that the kernels run on: Ampere.
+const OLDEST: (i32, i32) = (8, 0);
+
+/// bf16 values that a thread reads at a time: 16 bytes.
+pub(crate) const WIDE: usize = 8;
+
+/// One GPU, and the host's cores beside it for what a model does outside its operators.
+#[derive(Clone, Debug)]
+pub struct CudaDevice {
+    stream: Arc<CudaStream>,
+    memory: Arc<Memory>,
+    kernels: Arc<Kernels>,
+    host: CpuDevice,
+}
+
+impl CudaDevice {
+    /// GPU number `ordinal`, with `threads` worker threads on the host (0: one for each core).
+    ///
+    /// # Errors
+    /// A build without kernels, no driver, no such device, or one older than compute
+    /// capability 8.0.
+    pub fn new(ordinal: usize, threads: usize) -> Result<Self> {
+        if !kernel::built() {
+            return Err(cannot(
+                ordinal,
+                "this build holds no CUDA kernels because nvcc was not found when it was made; \
+                 install the CUDA toolkit 13 (or set NVCC to its nvcc) and build again",
+            ));
+        }
+        if !Self::driver_present() {
+            return Err(cannot(
+                ordinal,
+                "no CUDA driver (libcuda) is installed; install NVIDIA's driver for CUDA 13",
+            ));
+        }
+        let failed = |what: &str, e: DriverError| cannot(ordinal, format!("{what}: {}", name(e)));
+        cudarc::driver::result::init().map_err(|e| failed("the CUDA driver did not start", e))?;
+        let count = CudaContext::device_count().map_err(|e| failed("counting devices", e))?;
+        if i64::try_from(ordinal).map_or(true, |n| n >= count.into()) {
+            return Err(cannot(
+                ordinal,
+                format!("the driver has {count} devices, numbered from 0"),
+            ));
+        }
+        let context = CudaContext::new(ordinal).map_err(|e| failed("no context", e))?;
+        let capability = context.compute_capability();
+        let (major, minor) = capability.map_err(|e| failed("no compute capability", e))?;
+        if (major, minor) < OLDEST {
+            return Err(cannot(
+                ordinal,
+                format!(
+                    "expected compute capability {}.{} or later, found {major}.{minor}",
+                    OLDEST.0, OLDEST.1
+                ),
+            ));
+        }
+        // SAFETY: this device uses its memory on its one stream alone, whose order is all the
+        // synchronisation that memory needs.
+        unsafe { context.disable_event_tracking() };
+        let stream = context.new_stream().map_err(|e| failed("no stream", e))?;
+        Ok(Self {
+            memory: Arc::new(Memory::new(stream.clone())),
+            kernels: Arc::new(Kernels::new(context)),
+            stream,
+            host: CpuDevice::new(threads)?,
+        })
+    }
+
+    /// Whether this build has kernels and this machine a CUDA driver to run them with.
+    pub fn is_available() -> bool {
+        kernel::built() && Self::driver_present()
+    }
+
+    fn driver_present() -> bool {
+        // SAFETY: loading the driver runs its initialisers, which every CUDA program does.
+        unsafe { cudarc::driver::sys::is_culib_present() }
+    }
+
+    /// The GPU's number.
+    pub fn ordinal(&self) -> usize {
+        self.stream.context().ordinal()
+    }
+
+    pub(super) fn host(&self) -> &CpuDevice {
+        &self.host
+    }
+
+    /// The error of an operator that has no kernel.
+    pub(crate) fn no_kernel(&self, op: &str) -> Error {
+        cannot(
+            self.ordinal(),
+            format!("{op} has no CUDA kernel yet; use the CPU"),
+        )
+    }
+
+    /// Memory for `len` elements, with unspecified contents.
+    pub(crate) fn alloc(&self, dtype: DType, len: usize) -> Result<CudaBuffer> {
+        CudaBuffer::new(&self.memory, len, dtype)
+    }
+
+    /// Whether the tensor is in this device's memory.
+    pub(crate) fn holds(&self, tensor: &Tensor) -> bool {
+        tensor
+            .cuda()
+            .is_some_and(|buffer| buffer.is_of(&self.memory))
+    }
+
+    /// The tensor on this device in `dtype` (bf16, f32, or u32 for u32): itself where it is that
+    /// already, else a rounded or widened copy, also from another device.
+    ///
+    /// # Errors
+    /// A dtype that the tensor cannot be brought into, out of memory.
+    pub fn resident(&self, tensor: &Tensor, dtype: DType) -> Result<Tensor> {
+        if self.holds(tensor) && tensor.dtype() == dtype {
+            return Ok(tensor.clone());
+        }
+        let mut buffer = CudaBuffer::new(&self.memory, tensor.len(), dtype)?;
+        match dtype {
+            DType::U32 => buffer.write(bytemuck::cast_slice(tensor.u32s()?))?,
+            DType::F32 => buffer.write(bytemuck::cast_slice(tensor.to_f32()?.f32s()?))?,
+            DType::Bf16 => {
+                let wide = tensor.to_f32()?;
+                let rounded: Vec<bf16> = wide.f32s()?.iter().map(|&v| bf16::from_f32(v)).collect();
+                buffer.write(bytemuck::cast_slice(&rounded))?;
+            }
+            DType::F16 => {
+                return Err(Error::operand(
+                    "tensor",
+                    "float32, bfloat16 or uint32 on a CUDA device",
+                    dtype.name(),
+                ));
+            }
+        }
+        Tensor::from_cuda(buffer, tensor.shape())
+    }
+
+    /// a + b, element by element, rounded to bf16.
+    pub(super) fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+        const ADD: Kernel = Kernel {
+            stem: "add",
+            function: "add_bf16",
+        };
+        let (a, b) = (
+            self.resident(a, DType::Bf16)?,
+            self.resident(b, DType::Bf16)?,
+        );
+        let sum = self.alloc(DType::Bf16, a.len())?;
+        let args = [
+            Arg::from(&sum),
+            a.arg()?,
+            b.arg()?,
+            Arg::U64(a.len() as u64),
+        ];
+        // SAFETY: three pointers to bf16 and their length; `add_assign` compared the lengths.
+        unsafe { self.launch(ADD, Grid::over(a.len().div_ceil(WIDE)), &args) }?;
+        Tensor::from_cuda(sum, a.shape())
+    }
+
+    pub(super) fn release_memory(&self) {
+        self.memory.release();
+    }
+}
+
+fn cannot(ordinal: usize, what: impl Into<String>) -> Error {
+    Error::cuda(ordinal, what)
+}
+
+/// The driver's name of an error and what it says about it.
+fn name(error: DriverError) -> String {
+    // Names are constants of the driver; an error it does not know has none.
+    match (error.error_name(), error.error_string()) {
+        (Ok(name), Ok(text)) => format!("{} ({})", name.to_string_lossy(), text.to_string_lossy()),
+        _ => format!("CUDA error {}", error.0 as u32),
+    }
+}
+
+fn is_out_of_memory(error: DriverError) -> bool {
+    error.0 == CUresult::CUDA_ERROR_OUT_OF_MEMORY
+}
