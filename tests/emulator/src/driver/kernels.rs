@@ -39,6 +39,10 @@ impl Kernel {
         &self.module.program.functions[self.index]
     }
 
+    pub fn belongs_to(&self, module: &Arc<Module>) -> bool {
+        Arc::ptr_eq(&self.module, module)
+    }
+
     /// PTX ISA version of the module, and its target.
     pub fn versions(&self) -> (u32, u32) {
         (self.module.program.version, self.module.program.target)

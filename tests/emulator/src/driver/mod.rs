@@ -57,6 +57,10 @@ impl<T> Registry<T> {
         lock(&self.items).get(&handle.addr()).cloned().ok_or(INVALID_HANDLE)
     }
 
+    fn retain(&self, keep: impl Fn(&T) -> bool) {
+        lock(&self.items).retain(|_, item| keep(item));
+    }
+
     fn remove(&self, handle: Handle) -> Result<Arc<T>, CuResult> {
         lock(&self.items).remove(&handle.addr()).ok_or(INVALID_HANDLE)
     }

@@ -173,7 +173,11 @@ pub unsafe extern "C" fn cuModuleLoad(module: *mut Handle, path: *const c_char) 
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuModuleUnload(module: Handle) -> CuResult {
-    call(|| Ok(driver().modules.remove(module).map(drop)?))
+    call(|| {
+        let module = driver().modules.remove(module)?;
+        driver().functions.retain(|kernel| !kernel.belongs_to(&module));
+        Ok(())
+    })
 }
 
 /// # Safety

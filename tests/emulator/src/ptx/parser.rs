@@ -14,7 +14,7 @@ type Result<T> = std::result::Result<T, ParseError>;
 /// Text that is not PTX, with the line where it stops being so.
 pub fn parse(text: &str) -> Result<Module> {
     let tokens = tokenize(text)?;
-    let mut parser = Parser { tokens, at: 0, module: Module::default() };
+    let mut parser = Parser { tokens, at: 0, depth: 0, module: Module::default() };
     while parser.peek().is_some() {
         parser.top_level()?;
     }
@@ -24,9 +24,14 @@ pub fn parse(text: &str) -> Result<Module> {
     Ok(parser.module)
 }
 
+/// Nested braces or parentheses in an operand or initialiser; real code needs two.
+const MAX_NESTING: u32 = 16;
+
 struct Parser<'a> {
     tokens: Vec<Lexeme<'a>>,
     at: usize,
+    /// Open braces and parentheses of the operand or initialiser being parsed.
+    depth: u32,
     module: Module,
 }
 
@@ -299,6 +304,7 @@ impl<'a> Parser<'a> {
         if !self.accept('{') {
             return Ok(vec![self.initial_value()?]);
         }
+        self.open()?;
         let mut out = Vec::new();
         while !self.accept('}') {
             if self.peek() == Some(Token::Punct('{')) {
@@ -308,6 +314,7 @@ impl<'a> Parser<'a> {
             }
             self.accept(',');
         }
+        self.depth -= 1;
         Ok(out)
     }
 
@@ -517,7 +524,13 @@ impl<'a> Parser<'a> {
         Ok(Operand::Name(name.to_string()))
     }
 
+    fn open(&mut self) -> Result<()> {
+        self.depth += 1;
+        if self.depth > MAX_NESTING { Err(self.error("too deeply nested")) } else { Ok(()) }
+    }
+
     fn operands_until(&mut self, close: char) -> Result<Vec<Operand>> {
+        self.open()?;
         let mut out = Vec::new();
         while !self.accept(close) {
             out.push(self.operand()?);
@@ -526,10 +539,12 @@ impl<'a> Parser<'a> {
                 break;
             }
         }
+        self.depth -= 1;
         Ok(out)
     }
 
     fn address(&mut self) -> Result<Operand> {
+        self.open()?;
         let (base, offset) = match self.simple_operand()? {
             Operand::Offset(name, offset) => (Operand::Name(name), offset),
             base => {
@@ -545,6 +560,7 @@ impl<'a> Parser<'a> {
             }
         }
         self.expect(']')?;
+        self.depth -= 1;
         Ok(Operand::Address { base: Box::new(base), offset, coordinates })
     }
 }

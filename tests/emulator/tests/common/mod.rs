@@ -4,12 +4,13 @@
 // Every test binary uses a part of this.
 #![allow(dead_code)]
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::Command;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cuda_emulator::{Backend, Counters, Emulator, emulator, install};
-use cudarc::driver::{CudaContext, CudaFunction, CudaModule, DriverError, LaunchConfig, sys};
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule, DriverError, LaunchConfig, PushKernelArg, sys};
 use cudarc::nvrtc::Ptx;
 
 /// A context on the GPU or the emulator.
@@ -97,10 +98,15 @@ pub fn nvcc_compile(name: &str, output: &str, arguments: &[&str]) -> Vec<u8> {
     bytes
 }
 
-/// PTX of `tests/kernels/<name>.cu` for an architecture such as `compute_80`.
+/// PTX of `tests/kernels/<name>.cu` for an architecture such as `compute_80`, compiled once.
 pub fn compile(name: &str, architecture: &str) -> String {
-    let bytes = nvcc_compile(name, "ptx", &[&format!("-arch={architecture}")]);
-    String::from_utf8(bytes).expect("PTX is text")
+    static CACHE: Mutex<BTreeMap<String, String>> = Mutex::new(BTreeMap::new());
+    let mut cache = CACHE.lock().unwrap_or_else(PoisonError::into_inner);
+    let compiled = cache.entry(format!("{name} {architecture}")).or_insert_with(|| {
+        let bytes = nvcc_compile(name, "ptx", &[&format!("-arch={architecture}")]);
+        String::from_utf8(bytes).expect("PTX is text")
+    });
+    compiled.clone()
 }
 
 /// A module from `tests/kernels/<name>.cu`.
@@ -119,4 +125,68 @@ pub fn noise(seed: u64, count: usize) -> Vec<f32> {
             (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
         })
         .collect()
+}
+
+/// Runs hand-written PTX once per element: `body` finds three 64-bit inputs in `%a`, `%b` and
+/// `%c`, and leaves its result in `%o` (all `.b64`). The other registers it declares itself.
+pub fn evaluate(body: &str, inputs: &[[u64; 3]]) -> Vec<u64> {
+    let ptx = format!(
+        ".version 8.0
+.target sm_80
+.address_size 64
+.visible .entry probe(.param .u64 input, .param .u64 output, .param .u32 count)
+{{
+    .reg .b64 %a, %b, %c, %o, %in, %out;
+    .reg .b32 %i, %n, %t, %lo, %hi;
+    .reg .pred %done;
+    ld.param.u64 %in, [input];
+    ld.param.u64 %out, [output];
+    ld.param.u32 %n, [count];
+    mov.u32 %i, %ctaid.x;
+    mov.u32 %t, %ntid.x;
+    mov.u32 %lo, %tid.x;
+    mad.lo.s32 %i, %i, %t, %lo;
+    setp.ge.u32 %done, %i, %n;
+    @%done ret;
+    mad.wide.u32 %in, %i, 24, %in;
+    mad.wide.u32 %out, %i, 8, %out;
+    ld.global.b64 %a, [%in];
+    ld.global.b64 %b, [%in+8];
+    ld.global.b64 %c, [%in+16];
+    mov.b64 %o, 0;
+    {{
+{body}
+    }}
+    st.global.b64 [%out], %o;
+    ret;
+}}
+"
+    );
+    let context = context();
+    let stream = context.default_stream();
+    let kernel = function(&module(&context, &ptx), "probe");
+    let flat: Vec<u64> = inputs.iter().flatten().copied().collect();
+    let input = stream.clone_htod(&flat).expect("a copy to the device");
+    let mut output = stream.alloc_zeros::<u64>(inputs.len()).expect("device memory");
+    let count = inputs.len() as u32;
+    let mut launch = stream.launch_builder(&kernel);
+    launch.arg(&input).arg(&mut output).arg(&count);
+    // SAFETY: the arguments match the kernel's parameters.
+    let result = unsafe { launch.launch(config(count.div_ceil(256), 256)) };
+    result.unwrap_or_else(|e| panic!("{e:?}: {}", emu().last_finding()));
+    stream.clone_dtoh(&output).expect("a copy from the device")
+}
+
+/// [`evaluate`] with 32-bit values: `body` uses `%x`, `%y`, `%z` and leaves `%r` (all `.b32`).
+pub fn evaluate32(body: &str, inputs: &[[u32; 3]]) -> Vec<u32> {
+    let wide: Vec<[u64; 3]> = inputs.iter().map(|i| i.map(u64::from)).collect();
+    let body = format!(
+        "    .reg .b32 %x, %y, %z, %r;
+    cvt.u32.u64 %x, %a;
+    cvt.u32.u64 %y, %b;
+    cvt.u32.u64 %z, %c;
+{body}
+    cvt.u64.u32 %o, %r;"
+    );
+    evaluate(&body, &wide).into_iter().map(|v| v as u32).collect()
 }

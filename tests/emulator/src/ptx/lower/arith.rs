@@ -99,7 +99,9 @@ impl FunctionLowering<'_> {
             "testp" => return self.testp(i).map(Some),
             _ => {}
         }
-        let Some(ty) = i.parts.last().and_then(|p| Type::parse(p)) else {
+        // prmt alone has a modifier behind its type.
+        let last = if i.parts[0] == "prmt" { i.parts.get(1) } else { i.parts.last() };
+        let Some(ty) = last.and_then(|p| Type::parse(p)) else {
             return Ok(None);
         };
         if ty == Type::Pred {
@@ -244,6 +246,7 @@ impl FunctionLowering<'_> {
             "szext" if !i.has("wrap") => (IntOp::Szext, &[false, false]),
             _ => return Ok(None),
         };
+        check_integer_modifiers(i)?;
         let d = self.dst(operand(i, 0)?, wide)?;
         let mut s = [0; 4];
         for (n, (slot, &width)) in s.iter_mut().zip(widths).enumerate() {
@@ -340,6 +343,17 @@ impl FunctionLowering<'_> {
         let d = self.dst(operand(i, 0)?, to.bits() == 64)?;
         let c = Box::new(self.comparison(i)?);
         Ok((Op::Set { c, d, to }, Class::Predicate))
+    }
+}
+
+/// Modifiers that some integer op has; any other one is unknown.
+fn check_integer_modifiers(i: &Instruction) -> Result<()> {
+    const KNOWN: [&str; 9] = ["lo", "hi", "wide", "sat", "cc", "clamp", "wrap", "l", "r"];
+    let unknown = i.parts[1..].iter().find(|p| Type::parse(p).is_none() && !KNOWN.contains(&p.as_str()));
+    match unknown {
+        Some(_) if i.parts[0] == "prmt" => Ok(()),
+        Some(part) => Err(format!("unknown modifier `.{part}`")),
+        None => Ok(()),
     }
 }
 

@@ -20,6 +20,10 @@ type Result<T> = std::result::Result<T, String>;
 
 /// Registers of one file a function may declare.
 const MAX_REGISTERS: u32 = 1 << 20;
+/// Bytes of static shared memory of a kernel, of local memory of a function, of parameters.
+const MAX_STATIC_SHARED: u32 = 48 << 10;
+const MAX_LOCAL: u32 = 512 << 10;
+const MAX_PARAMS: u32 = 32_764;
 
 #[derive(Clone, Copy)]
 enum Symbol {
@@ -159,8 +163,24 @@ impl<'m> FunctionLowering<'m> {
         }
         self.emit(Op::Return, None, Class::Control);
         self.resolve_branches()?;
-        self.out.local_size = self.out.local_size.next_multiple_of(16);
+        self.out.local_size = self.out.local_size.min(u32::MAX - 15).next_multiple_of(16);
+        self.check_sizes(function)?;
         Ok(self.out)
+    }
+
+    /// The limits that ptxas enforces.
+    fn check_sizes(&self, function: &ast::Function) -> std::result::Result<(), ParseError> {
+        let limits = [
+            ("static shared memory", self.out.shared_size, MAX_STATIC_SHARED),
+            ("local memory", self.out.local_size, MAX_LOCAL),
+            ("parameters", self.out.param_bytes, MAX_PARAMS),
+        ];
+        for (what, size, limit) in limits {
+            if size > limit {
+                return Err(ParseError::at(function.line, format!("{size} bytes of {what}, more than {limit}")));
+            }
+        }
+        Ok(())
     }
 
     fn parameters(&mut self, function: &ast::Function) -> std::result::Result<(), ParseError> {
