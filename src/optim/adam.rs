@@ -4,8 +4,8 @@ use rayon::prelude::*;
 
 use super::update::{Update, check, remove_parallel};
 use crate::device::Device;
+use crate::device::simd::vectorized;
 use crate::error::Result;
-use crate::ops::sparse_decode::rows::vectorized;
 use crate::tensor::Tensor;
 
 const BETA1: f64 = 0.9;
@@ -66,15 +66,12 @@ impl Adam {
             match device {
                 Device::Cpu(_) => value.zip(grad).zip(first.zip(second)).for_each(
                     |((value, grad), (first, second))| {
-                        vectorized(
-                            #[inline(always)]
-                            || {
-                                if project {
-                                    remove_parallel(grad, value, row);
-                                }
-                                apply(value, grad, first, second, (rate, correction));
-                            },
-                        );
+                        vectorized!({
+                            if project {
+                                remove_parallel(grad, value, row);
+                            }
+                            apply(value, grad, first, second, (rate, correction));
+                        });
                     },
                 ),
             }

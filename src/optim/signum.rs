@@ -5,8 +5,8 @@ use rayon::prelude::*;
 
 use super::update::{Update, check, remove_parallel};
 use crate::device::Device;
+use crate::device::simd::vectorized;
 use crate::error::Result;
-use crate::ops::sparse_decode::rows::vectorized;
 use crate::tensor::Tensor;
 
 /// The optimizer's state. A parameter's own value is y, where gradients are taken; z is kept
@@ -79,15 +79,12 @@ impl Signum {
             let project = update.unit_rows;
             match device {
                 Device::Cpu(_) => y.zip(z).zip(g).for_each(|((y, z), g)| {
-                    vectorized(
-                        #[inline(always)]
-                        || {
-                            if project {
-                                remove_parallel(g, y, row);
-                            }
-                            rule.apply(y, z, g);
-                        },
-                    );
+                    vectorized!({
+                        if project {
+                            remove_parallel(g, y, row);
+                        }
+                        rule.apply(y, z, g);
+                    });
                 }),
             }
         }

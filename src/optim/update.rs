@@ -1,5 +1,5 @@
 use crate::error::{Error, Result};
-use crate::ops::sparse_decode::rows::{add_scaled, dot};
+use crate::ops::math::{add_scaled, dot};
 use crate::tensor::Tensor;
 
 /// Elements of one task where a tensor is not updated row by row.
