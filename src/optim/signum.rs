@@ -61,8 +61,9 @@ impl Signum {
     /// One sweep: y, z and the gradient are read once, y and z written once, also where the
     /// gradient's component along the rows is taken out.
     pub fn step(&mut self, device: &Device, mut updates: Vec<Update>) -> Result<()> {
-        check("signum", &updates, &self.z)?;
-        if self.z.is_empty() {
+        let started = !self.z.is_empty();
+        check("signum", &updates, started.then_some(&self.z[..]))?;
+        if !started {
             self.z = updates.iter().map(|u| u.value.clone()).collect();
         }
         let rule = Rule {
