@@ -3,9 +3,10 @@
 use rayon::prelude::*;
 
 use crate::device::Device;
+use crate::device::simd::vectorized;
 use crate::error::{Error, Result};
 use crate::ops::Operator;
-use crate::ops::sparse_decode::rows::{dot, vectorized};
+use crate::ops::math::dot;
 use crate::ops::sparse_decode::{SharedGroups, SparseDecode};
 use crate::ops::topk::TopK;
 use crate::rng::{Purpose, Stream};
@@ -121,13 +122,10 @@ impl Sae {
         let rows = self.w_dec.f32s_mut()?.par_chunks_mut(d);
         device.run(|| {
             rows.for_each(|row| {
-                vectorized(
-                    #[inline(always)]
-                    || {
-                        let divisor = dot(row, row).sqrt() + f32::EPSILON;
-                        row.iter_mut().for_each(|v| *v /= divisor);
-                    },
-                );
+                vectorized!({
+                    let divisor = dot(row, row).sqrt() + f32::EPSILON;
+                    row.iter_mut().for_each(|v| *v /= divisor);
+                });
             });
         });
         Ok(())

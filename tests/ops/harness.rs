@@ -47,6 +47,25 @@ pub fn to_f64(tensor: &Tensor) -> Vec<f64> {
     tensor.f32s().unwrap().iter().map(|&v| v.into()).collect()
 }
 
+/// Takes out of `g` the component along each row of `w`, whose rows are unit vectors of length
+/// `cols`.
+pub fn remove_parallel(g: &mut [f64], w: &[f64], cols: usize) {
+    for (g, w) in g.chunks_mut(cols).zip(w.chunks(cols)) {
+        let parallel: f64 = g.iter().zip(w).map(|(g, w)| g * w).sum();
+        g.iter_mut().zip(w).for_each(|(g, w)| *g -= parallel * w);
+    }
+}
+
+/// A random matrix with rows of norm 1.
+pub fn unit_rows(seed: u64, rows: usize, cols: usize) -> Tensor {
+    let mut w = random(seed, &[rows, cols], 1.0);
+    for row in w.f32s_mut().unwrap().chunks_mut(cols) {
+        let norm = row.iter().map(|v| v * v).sum::<f32>().sqrt();
+        row.iter_mut().for_each(|v| *v /= norm);
+    }
+    w
+}
+
 /// log softmax of one row.
 pub fn log_softmax(row: &[f64]) -> Vec<f64> {
     let max = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);

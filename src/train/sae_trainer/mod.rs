@@ -10,7 +10,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::model::Sae;
 use crate::ops::fvu::{fvu_without, sinks, token_mean};
-use crate::optim::{Update, adam::Adam, signum::Signum};
+use crate::optim::{AdamW, AdamWConfig, Update, signum::Signum};
 use crate::tensor::Tensor;
 
 /// Latents at which the default learning rates hold; others scale them by 1/√(m / 2^14).
@@ -77,7 +77,7 @@ pub struct SaeStepMetrics {
 
 enum Optimizer {
     Signum(Signum),
-    Adam(Adam),
+    Adam(AdamW),
 }
 
 /// Trains one autoencoder. The same calls give the same bits on any number of threads.
@@ -115,7 +115,13 @@ impl SaeTrainer {
         }
         let optimizer = match options.optimizer {
             SaeOptimizer::Signum => Optimizer::Signum(Signum::new(lr as f32)),
-            SaeOptimizer::Adam { .. } => Optimizer::Adam(Adam::default()),
+            SaeOptimizer::Adam { .. } => {
+                let config = AdamWConfig {
+                    weight_decay: 0.0,
+                    ..AdamWConfig::default()
+                };
+                Optimizer::Adam(AdamW::new(config, sae.tensors())?)
+            }
         };
         Ok(Self {
             sae,
@@ -295,20 +301,17 @@ impl SaeTrainer {
             return Err(mismatch(&expected, format!("{}", fired.len())));
         }
         let fired = fired.u32s()?.to_vec();
-        let mut group = |prefix: &str| match steps {
-            0 => Ok(Vec::new()),
-            _ => like(&mut tensors, prefix, &sae),
-        };
-        self.optimizer = match &self.optimizer {
-            Optimizer::Signum(_) => {
-                Optimizer::Signum(Signum::restored(self.lr as f32, steps, group("z")?))
+        let mut group = |prefix: &str| like(&mut tensors, prefix, &sae);
+        match &mut self.optimizer {
+            Optimizer::Signum(signum) => {
+                // z begins with the first step.
+                let z = if steps == 0 { Vec::new() } else { group("z")? };
+                *signum = Signum::restored(self.lr as f32, steps, z);
             }
-            Optimizer::Adam(_) => Optimizer::Adam(Adam::restored(
-                steps,
-                group("first_moment")?,
-                group("second_moment")?,
-            )),
-        };
+            Optimizer::Adam(adam) => {
+                adam.restore(steps, group("first_moment")?, group("second_moment")?)?;
+            }
+        }
         self.sae = sae;
         self.since_fired = fired;
         self.steps = steps;
