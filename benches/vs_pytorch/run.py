@@ -85,8 +85,10 @@ class Bench:
             "--seq-len", seq_len, *per, "--lora-dropout", 0, "--lr", "1e-6", "--dtype", "f32", "--device", "cpu",
             "--threads", self.a.threads, "--out", out,
         ])
-        steps_ = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        return [(m["epoch"], m["tokens_per_s"]) for m in steps_ if m["stage"] == stage], rss
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        speeds = [m["tokens_per_s"] for m in lines if m["stage"] == stage]
+        assert len(speeds) == steps * epochs, f"{len(speeds)} steps, expected {steps * epochs}"
+        return speeds, rss
 
     def torch(self, case, steps, kept, truncated=False, sae=None, save=None):
         stage, rows, seq_len = case
@@ -102,7 +104,7 @@ class Bench:
             *(["--save-sae", save] if save else []),
         ], KEPT if kept else {})
         r = json.loads(out.read_text())["stage1" if stage == "sae" else "stage2"]
-        return [(0, r["tokens_per_step"] / s) for s in r["seconds_per_step"]], rss
+        return [r["tokens_per_step"] / s for s in r["seconds_per_step"]], rss
 
 
 def opponents(stage):
@@ -125,16 +127,15 @@ def compare(bench, name, sae):
 
     for _ in range(a.repeat):
         if case[0] == "sae":
-            steps, rss = bench.engine(case, a.steps)
-            add("engine", [v for _, v in steps[1:]], rss)
+            speeds, rss = bench.engine(case, a.steps)
+            add("engine", speeds[1:], rss)
         else:
-            steps, rss = bench.engine(case, a.steps, epochs=2, sae=sae)
-            first = min(e for e, _ in steps)
-            add("engine, first epoch", [v for e, v in steps if e == first][1:], rss)
-            add("engine, from cache", [v for e, v in steps if e != first], rss)
+            speeds, rss = bench.engine(case, a.steps, epochs=2, sae=sae)
+            add("engine, first epoch", speeds[1 : a.steps], rss)
+            add("engine, from cache", speeds[a.steps :], rss)
         for program, how in opponents(case[0]):
-            steps, rss = bench.torch(case, a.steps, sae=sae, **how)
-            add(program, [v for _, v in steps[1:]], rss)
+            speeds, rss = bench.torch(case, a.steps, sae=sae, **how)
+            add(program, speeds[1:], rss)
         print(f"{name}: {found}", file=sys.stderr, flush=True)
     return found
 
@@ -159,8 +160,7 @@ def scaling(bench, sae):
     for seq_len in (256, 512, 1024, 2048):
         one, _ = bench.engine(("sae", 1, seq_len), bench.a.steps)
         two, _ = bench.engine(("sft", 1, seq_len), bench.a.steps, epochs=2, sae=sae)
-        first = min(e for e, _ in two)
-        parts = [[v for _, v in one[1:]], [v for e, v in two if e == first][1:], [v for e, v in two if e != first]]
+        parts = [one[1:], two[1 : bench.a.steps], two[bench.a.steps :]]
         print(f"| {seq_len} | " + " | ".join(f"{1e3 / statistics.median(p):.2f}" for p in parts) + " |", flush=True)
 
 
