@@ -74,13 +74,13 @@ class Bench:
             raise SystemExit(f"{' '.join(map(str, call))}\nfailed with status {status}:\n{log.read_text()[-3000:]}")
         return usage.ru_maxrss / 1024
 
-    def engine(self, case, steps, epochs=1, sae=None):
+    def engine(self, case, steps, epochs=1, sae=None, layer=LAYER):
         stage, rows, seq_len = case
         out = self.work / f"run{self.n}"
         per = ["--sae-batch", rows, "--sae-epochs", epochs] if stage == "sae" else ["--sft-batch", rows, "--epochs", epochs]
         rss = self.measured([
             self.a.bin, "train", "--stage", stage, "--source", self.model, "--target", self.model,
-            "--data", self.data(rows * steps, seq_len), "--template", self.template, "--layer", LAYER,
+            "--data", self.data(rows * steps, seq_len), "--template", self.template, "--layer", layer,
             *(["--latents", LATENTS, "--k", K] if sae is None else ["--sae", sae]),
             "--seq-len", seq_len, *per, "--lora-dropout", 0, "--lr", "1e-6", "--dtype", "f32", "--device", "cpu",
             "--threads", self.a.threads, "--out", out,
@@ -162,6 +162,10 @@ def scaling(bench, sae):
         two, _ = bench.engine(("sft", 1, seq_len), bench.a.steps, epochs=2, sae=sae)
         parts = [one[1:], two[1 : bench.a.steps], two[bench.a.steps :]]
         print(f"| {seq_len} | " + " | ".join(f"{1e3 / statistics.median(p):.2f}" for p in parts) + " |", flush=True)
+    print("\n| layers of the model | Stage I, ms a token |\n|---|---|")
+    for layers in (4, 8, 16, 24):
+        speeds, _ = bench.engine(("sae", 1, 1024), bench.a.steps, layer=layers - 1)
+        print(f"| {layers} | {1e3 / statistics.median(speeds[1:]):.3f} |", flush=True)
 
 
 def machine():
@@ -181,7 +185,7 @@ def main():
     ap.add_argument("--steps", type=int, default=6, help="steps of a run, the first of them warm-up")
     ap.add_argument("--cases", default=",".join(CASES), help=f"default: {','.join(CASES)}")
     ap.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    ap.add_argument("--scaling", action="store_true", help="also time the engine for 256 to 2048 tokens a step")
+    ap.add_argument("--scaling", action="store_true", help="also time the engine for 256 to 2048 tokens a step and 4 to 24 layers")
     ap.add_argument("--bin", type=Path, default=Path(env("RESA_BIN", REPO / "target/release/resa-engine")))
     ap.add_argument("--assets", type=Path, default=Path(env("RESA_ASSETS", REPO / "target/assets")))
     a = ap.parse_args()
