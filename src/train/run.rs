@@ -8,14 +8,16 @@ use super::inputs::{self, Sources};
 use super::metrics::StepStage;
 use super::plan::{self, Plan, PlanInput};
 use super::row_cache::{CacheSpace, RowCache};
+use super::schedule::Schedule;
 use super::session::Session;
-use super::stage_one::{Schedule, StageOne, start_sae};
+use super::stage_one::{StageOne, start_sae};
 use super::stage_two::StageTwo;
 use super::{
     CancelFlag, DtypeSetting, Event, Method, Observer, RunDir, RunOptions, SaeGrad, SaeInit,
     TrainConfig, example,
 };
 use crate::data::records::Record;
+use crate::data::tokenizer::copy_files;
 use crate::data::{Packed, Template, Tokenizer, order};
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -268,7 +270,7 @@ impl<'a> Run<'a> {
         let mut sorted = self.hookpoints.clone();
         sorted.sort_unstable();
         let schedule = Schedule::new(
-            packed.rows(),
+            packed.rows() as u64,
             config.sae_batch,
             config.sae_epochs,
             config.max_sae_steps,
@@ -323,7 +325,12 @@ impl<'a> Run<'a> {
         };
         let packed = self.texts.elicitation();
         let per_step = config.sft_batch * config.grad_accum;
-        let schedule = Schedule::new(packed.rows(), per_step, config.epochs, config.max_sft_steps);
+        let schedule = Schedule::new(
+            packed.rows() as u64,
+            per_step,
+            config.epochs,
+            config.max_sft_steps,
+        );
         let stage = StageTwo {
             device: self.device,
             model,
@@ -333,7 +340,7 @@ impl<'a> Run<'a> {
             adapter,
         };
         let tuned = stage.run(session, activations)?;
-        huggingface::copy_tokenizer(&self.sources.target, &session.run.adapter_dir())?;
+        copy_files(&self.sources.target, session.run.adapter_dir())?;
         Ok(tuned)
     }
 
