@@ -1,6 +1,8 @@
 //! The tokenizer of a Hugging Face model folder.
 
 use std::collections::HashSet;
+use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -171,7 +173,8 @@ fn attempt<T>(path: &Path, what: &str, work: impl FnOnce() -> tokenizers::Result
         .map_err(|e| Error::file(path, format!("{what}: {e}")))
 }
 
-/// Copies the files a tokenizer consists of, those that are there, into another folder.
+/// Copies the files a tokenizer consists of, those that are there, into another folder that
+/// exists, and brings them to the disk.
 ///
 /// # Errors
 /// When a file cannot be read or written.
@@ -181,7 +184,12 @@ pub fn copy_files(from: impl AsRef<Path>, to: impl AsRef<Path>) -> Result<()> {
         if source.is_file() {
             let bytes = std::fs::read(&source).map_err(|e| Error::io(&source, e))?;
             let target = to.as_ref().join(name);
-            std::fs::write(&target, bytes).map_err(|e| Error::io(&target, e))?;
+            let write = || {
+                let mut file = File::create(&target)?;
+                file.write_all(&bytes)?;
+                file.sync_all()
+            };
+            write().map_err(|e| Error::io(&target, e))?;
         }
     }
     Ok(())

@@ -5,7 +5,7 @@ pub(crate) mod cuda;
 pub(crate) mod simd;
 
 pub use cpu::CpuDevice;
-pub use cuda::{CudaBuffer, CudaDevice};
+pub use cuda::CudaDevice;
 
 use crate::error::{Error, Result};
 use crate::tensor::{Buffer, Tensor};

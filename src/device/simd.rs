@@ -30,42 +30,42 @@ pub(crate) fn level() -> Simd {
     Simd::Baseline
 }
 
-/// Defines a function whose body is compiled for every level of [`Simd`] and that calls the
-/// version for this machine. What the body calls must be `#[inline(always)]` to be compiled
-/// for that level too.
+/// Evaluates an expression compiled for every level of [`Simd`], in the version for this machine.
+/// What the expression calls must be `#[inline(always)]` to be compiled for that level too.
 macro_rules! vectorized {
-    (
-        $(#[$meta:meta])*
-        $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block
-    ) => {
-        $(#[$meta])*
-        $vis fn $name($($arg: $ty),*) $(-> $ret)? {
+    ($work:expr) => {
+        $crate::device::simd::at_widest_level(
             #[inline(always)]
-            fn baseline($($arg: $ty),*) $(-> $ret)? $body
-
-            #[cfg(target_arch = "x86_64")]
-            {
-                #[target_feature(enable = "avx2,fma")]
-                fn avx2($($arg: $ty),*) $(-> $ret)? {
-                    baseline($($arg),*)
-                }
-                #[target_feature(enable = "avx512f,avx512vl,avx2,fma")]
-                fn avx512($($arg: $ty),*) $(-> $ret)? {
-                    baseline($($arg),*)
-                }
-                match $crate::device::simd::level() {
-                    // SAFETY: `level` has seen that this machine has these instructions.
-                    $crate::device::simd::Simd::Avx512 => return unsafe { avx512($($arg),*) },
-                    // SAFETY: as above.
-                    $crate::device::simd::Simd::Avx2 => return unsafe { avx2($($arg),*) },
-                    $crate::device::simd::Simd::Baseline => {}
-                }
-            }
-            baseline($($arg),*)
-        }
+            || $work,
+        )
     };
 }
 pub(crate) use vectorized;
+
+/// What [`vectorized`] calls. `work` is a closure that is `#[inline(always)]`: one that is not
+/// inlined is compiled for the baseline.
+#[inline(always)]
+pub(crate) fn at_widest_level<R>(work: impl FnOnce() -> R) -> R {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx2,fma")]
+        fn avx2<R>(work: impl FnOnce() -> R) -> R {
+            work()
+        }
+        #[target_feature(enable = "avx512f,avx512vl,avx2,fma")]
+        fn avx512<R>(work: impl FnOnce() -> R) -> R {
+            work()
+        }
+        match level() {
+            // SAFETY: `level` has seen that this machine has these instructions.
+            Simd::Avx512 => return unsafe { avx512(work) },
+            // SAFETY: as above.
+            Simd::Avx2 => return unsafe { avx2(work) },
+            Simd::Baseline => {}
+        }
+    }
+    work()
+}
 
 #[cfg(test)]
 mod tests {
@@ -79,19 +79,13 @@ mod tests {
         sum
     }
 
-    vectorized! {
-        fn wide_scaled_sum(values: &mut [f32], scale: f32) -> f32 {
-            scaled_sum(values, scale)
-        }
-    }
-
     #[test]
     fn the_widest_level_gives_the_bits_of_the_baseline() {
         let mut narrow: Vec<f32> = (1..1000).map(|i| 0.37 * i as f32).collect();
         let mut wide = narrow.clone();
         let sums = [
             scaled_sum(&mut narrow, 0.1),
-            wide_scaled_sum(&mut wide, 0.1),
+            vectorized!(scaled_sum(&mut wide, 0.1)),
         ];
         assert_eq!(sums[0].to_bits(), sums[1].to_bits());
         assert_eq!(narrow, wide);

@@ -152,8 +152,8 @@ fn same_content(a: &Path, b: &Path) -> bool {
     matches!((fs::read(a), fs::read(b)), (Ok(a), Ok(b)) if a == b)
 }
 
-/// Brings renames in a folder to the disk.
-fn sync_dir(dir: &Path) -> Result<()> {
+/// Brings a folder's entries (new names, renames) to the disk.
+pub(crate) fn sync_dir(dir: &Path) -> Result<()> {
     #[cfg(unix)]
     File::open(dir)
         .and_then(|dir| dir.sync_all())

@@ -10,4 +10,5 @@ pub use config::Qwen2Config;
 pub use forward::{Adapters, Layout, StepDropout};
 pub use lora::{Lora, LoraConfig, LoraPair, Module};
 pub use qwen2::{DecoderLayer, Linear, Qwen2};
+pub(crate) use sae::reconstruct;
 pub use sae::{Sae, SaeConfig};

@@ -3,9 +3,10 @@
 use rayon::prelude::*;
 
 use crate::device::Device;
+use crate::device::simd::vectorized;
 use crate::error::{Error, Result};
 use crate::ops::Operator;
-use crate::ops::sparse_decode::rows::{dot, vectorized};
+use crate::ops::math::dot;
 use crate::ops::sparse_decode::{SharedGroups, SparseDecode};
 use crate::ops::topk::TopK;
 use crate::rng::{Purpose, Stream};
@@ -121,13 +122,10 @@ impl Sae {
         let rows = self.w_dec.f32s_mut()?.par_chunks_mut(d);
         device.run(|| {
             rows.for_each(|row| {
-                vectorized(
-                    #[inline(always)]
-                    || {
-                        let divisor = dot(row, row).sqrt() + f32::EPSILON;
-                        row.iter_mut().for_each(|v| *v /= divisor);
-                    },
-                );
+                vectorized!({
+                    let divisor = dot(row, row).sqrt() + f32::EPSILON;
+                    row.iter_mut().for_each(|v| *v /= divisor);
+                });
             });
         });
         Ok(())
@@ -139,28 +137,17 @@ impl Sae {
         let encoder = TopK::new(self.config.k, SharedGroups::default());
         let inputs = [x, &self.w_enc, &self.b_enc, &self.b_dec];
         let (outputs, _) = device.run(|| encoder.forward(device, &inputs, &[false; 4]))?;
-        let [acts, indices] = outputs
-            .try_into()
-            .map_err(|_| Error::operand(TopK::NAME, "two outputs", "another number"))?;
+        let [acts, indices] = pair(outputs)?;
         Ok((acts, indices))
     }
 
     /// X̂ \[T, d\] of `x` \[T, d\] on a tape: the gradient flows to `x` through the active
     /// latents; the SAE itself stays as it is.
     pub fn pass_through(&self, tape: &mut Tape, x: &Var) -> Result<Var> {
-        let [w_enc, b_enc, w_dec, b_dec] = self.tensors().map(|t| Var::constant(t.clone()));
-        let groups = SharedGroups::default();
-        let encoder = TopK::new(self.config.k, groups.clone());
-        let mut outputs = tape.apply_all(encoder, &[x, &w_enc, &b_enc, &b_dec])?;
-        let (Some(indices), Some(acts), None) = (outputs.pop(), outputs.pop(), outputs.pop())
-        else {
-            return Err(Error::operand(TopK::NAME, "two outputs", "another number"));
-        };
-        let decoder = SparseDecode {
-            indices: indices.into_value(),
-            groups,
-        };
-        tape.apply(decoder, &[&acts, &w_dec, &b_dec])
+        let parameters = self.tensors().map(|t| Var::constant(t.clone()));
+        let encoder = TopK::new(self.config.k, SharedGroups::default());
+        let passed = reconstruct(tape, x, &parameters, encoder, &parameters[3])?;
+        Ok(passed.x_hat)
     }
 
     /// X̂ \[T, d\] of `x` \[T, d\], without gradient.
@@ -173,4 +160,43 @@ impl Sae {
         let x_hat = outputs.into_iter().next();
         x_hat.ok_or_else(|| Error::operand(SparseDecode::NAME, "one output", "none"))
     }
+}
+
+/// What a pass through the autoencoder gives on a tape.
+pub(crate) struct Reconstruction {
+    /// \[T, d\]
+    pub x_hat: Var,
+    /// The active latents' values \[T, k\] f32.
+    pub acts: Tensor,
+    /// Their numbers \[T, k\] u32.
+    pub indices: Tensor,
+}
+
+/// Encodes `x` \[T, d\] with W_enc, b_enc and b_dec, and decodes it with W_dec and `bias`
+/// \[d\], which is b_dec where `x` itself is to be reconstructed.
+pub(crate) fn reconstruct(
+    tape: &mut Tape,
+    x: &Var,
+    [w_enc, b_enc, w_dec, b_dec]: &[Var; 4],
+    encoder: TopK,
+    bias: &Var,
+) -> Result<Reconstruction> {
+    let groups = encoder.groups.clone();
+    let [acts, indices] = pair(tape.apply_all(encoder, &[x, w_enc, b_enc, b_dec])?)?;
+    let indices = indices.into_value();
+    let decoder = SparseDecode {
+        indices: indices.clone(),
+        groups,
+    };
+    let x_hat = tape.apply(decoder, &[&acts, w_dec, bias])?;
+    Ok(Reconstruction {
+        x_hat,
+        acts: acts.into_value(),
+        indices,
+    })
+}
+
+fn pair<T>(outputs: Vec<T>) -> Result<[T; 2]> {
+    let wrong = |_| Error::operand(TopK::NAME, "two outputs", "another number");
+    outputs.try_into().map_err(wrong)
 }

@@ -135,13 +135,12 @@ impl CrossEntropy {
 fn nll(row: &mut [f32], y: usize, scale: f32) -> f32 {
     let log_sum = head::log_sum_exp(row);
     let loss = log_sum - row[y];
-    softmax_scaled(row, log_sum, scale);
+    vectorized!(softmax_scaled(row, log_sum, scale));
     row[y] -= scale;
     loss
 }
 
-vectorized! {
-    fn softmax_scaled(row: &mut [f32], log_sum: f32, scale: f32) {
-        row.iter_mut().for_each(|v| *v = scale * exp(*v - log_sum));
-    }
+#[inline(always)]
+fn softmax_scaled(row: &mut [f32], log_sum: f32, scale: f32) {
+    row.iter_mut().for_each(|v| *v = scale * exp(*v - log_sum));
 }

@@ -3,9 +3,10 @@
 
 use rayon::prelude::*;
 
-use super::sparse_decode::rows::{squared_distance, vectorized};
+use super::math::squared_distance;
 use super::{Operator, expect_inputs, expect_shape, only_grad};
 use crate::device::Device;
+use crate::device::simd::vectorized;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
@@ -110,13 +111,7 @@ pub fn sinks(x: &Tensor) -> Result<Vec<bool>> {
     let origin = vec![0.0; d];
     let rows = x.f32s()?.par_chunks(d);
     let norms: Vec<f32> = rows
-        .map(|row| {
-            vectorized(
-                #[inline(always)]
-                || squared_distance(row, &origin),
-            )
-            .sqrt()
-        })
+        .map(|row| vectorized!(squared_distance(row, &origin)).sqrt())
         .collect();
     let mut sorted = norms.clone();
     let (_, &mut median, _) =
@@ -157,19 +152,16 @@ fn mean_of(x: &Tensor, keep: impl Fn(usize) -> bool + Sync) -> Result<Vec<f32>> 
         .enumerate()
         .map(|(block, rows)| {
             let (mut n, mut sum) = (0, vec![0.0f64; d]);
-            vectorized(
-                #[inline(always)]
-                || {
-                    for (r, row) in rows.chunks_exact(d.max(1)).enumerate() {
-                        if keep(block * ROW_BLOCK + r) {
-                            n += 1;
-                            for (s, &v) in sum.iter_mut().zip(row) {
-                                *s += f64::from(v);
-                            }
+            vectorized!({
+                for (r, row) in rows.chunks_exact(d.max(1)).enumerate() {
+                    if keep(block * ROW_BLOCK + r) {
+                        n += 1;
+                        for (s, &v) in sum.iter_mut().zip(row) {
+                            *s += f64::from(v);
                         }
                     }
-                },
-            );
+                }
+            });
             (n, sum)
         })
         .collect();
@@ -204,15 +196,12 @@ fn sum_rows(
         .par_chunks(ROW_BLOCK * d)
         .enumerate()
         .map(|(block, rows)| {
-            vectorized(
-                #[inline(always)]
-                || {
-                    let rows = rows.chunks_exact(d).enumerate();
-                    let rows = rows.map(|(r, row)| (block * ROW_BLOCK + r, row));
-                    let kept = rows.filter(|&(t, _)| keep(t));
-                    kept.map(|(t, row)| f64::from(f(row, t))).sum()
-                },
-            )
+            vectorized!({
+                let rows = rows.chunks_exact(d).enumerate();
+                let rows = rows.map(|(r, row)| (block * ROW_BLOCK + r, row));
+                let kept = rows.filter(|&(t, _)| keep(t));
+                kept.map(|(t, row)| f64::from(f(row, t))).sum()
+            })
         })
         .collect();
     Ok(partial.iter().sum())

@@ -17,37 +17,38 @@ pub(super) fn chunk_tokens(tokens: usize, vocab: usize, copies: usize) -> usize 
 
 /// log Σ exp of a row of logits.
 pub(super) fn log_sum_exp(row: &[f32]) -> f32 {
-    let max = max(row);
-    max + sum_exp(row, max).ln()
+    let max = vectorized!(max(row));
+    max + vectorized!(sum_exp(row, max)).ln()
 }
 
-vectorized! {
-    fn max(row: &[f32]) -> f32 {
-        let (chunks, rest) = row.as_chunks::<LANES>();
-        let mut lanes = [f32::NEG_INFINITY; LANES];
-        for chunk in chunks {
-            for (lane, &v) in lanes.iter_mut().zip(chunk) {
-                *lane = if v > *lane { v } else { *lane };
-            }
+#[inline(always)]
+fn max(row: &[f32]) -> f32 {
+    let (chunks, rest) = row.as_chunks::<LANES>();
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    for chunk in chunks {
+        for (lane, &v) in lanes.iter_mut().zip(chunk) {
+            *lane = if v > *lane { v } else { *lane };
         }
-        lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |a, &b| a.max(b))
     }
+    lanes
+        .iter()
+        .chain(rest)
+        .fold(f32::NEG_INFINITY, |a, &b| a.max(b))
 }
 
-vectorized! {
-    fn sum_exp(row: &[f32], shift: f32) -> f32 {
-        let (chunks, rest) = row.as_chunks::<LANES>();
-        let mut lanes = [0.0; LANES];
-        for chunk in chunks {
-            for (lane, &v) in lanes.iter_mut().zip(chunk) {
-                *lane += exp(v - shift);
-            }
-        }
-        for (lane, &v) in lanes.iter_mut().zip(rest) {
+#[inline(always)]
+fn sum_exp(row: &[f32], shift: f32) -> f32 {
+    let (chunks, rest) = row.as_chunks::<LANES>();
+    let mut lanes = [0.0; LANES];
+    for chunk in chunks {
+        for (lane, &v) in lanes.iter_mut().zip(chunk) {
             *lane += exp(v - shift);
         }
-        add_up(lanes)
     }
+    for (lane, &v) in lanes.iter_mut().zip(rest) {
+        *lane += exp(v - shift);
+    }
+    add_up(lanes)
 }
 
 /// The saved gradient times that of the loss, as the one input gradient of a loss operator.

@@ -103,26 +103,25 @@ impl Operator for KlDiv {
 /// KL(softmax(p) ‖ softmax(q)) of two rows of logits; q becomes `scale` (softmax(q) − softmax(p)).
 fn divergence(p: &[f32], q: &mut [f32], scale: f32) -> f32 {
     let (log_p_sum, log_q_sum) = (head::log_sum_exp(p), head::log_sum_exp(q));
-    divergence_and_gradient(p, q, log_p_sum, log_q_sum, scale)
+    vectorized!(divergence_and_gradient(p, q, log_p_sum, log_q_sum, scale))
 }
 
-vectorized! {
-    fn divergence_and_gradient(
-        p: &[f32],
-        q: &mut [f32],
-        log_p_sum: f32,
-        log_q_sum: f32,
-        scale: f32,
-    ) -> f32 {
-        let mut lanes = [0.0; LANES];
-        for (p, q) in p.chunks(LANES).zip(q.chunks_mut(LANES)) {
-            for ((lane, p), q) in lanes.iter_mut().zip(p).zip(q) {
-                let (log_p, log_q) = (p - log_p_sum, *q - log_q_sum);
-                let p = exp(log_p);
-                *lane += p * (log_p - log_q);
-                *q = scale * (exp(log_q) - p);
-            }
+#[inline(always)]
+fn divergence_and_gradient(
+    p: &[f32],
+    q: &mut [f32],
+    log_p_sum: f32,
+    log_q_sum: f32,
+    scale: f32,
+) -> f32 {
+    let mut lanes = [0.0; LANES];
+    for (p, q) in p.chunks(LANES).zip(q.chunks_mut(LANES)) {
+        for ((lane, p), q) in lanes.iter_mut().zip(p).zip(q) {
+            let (log_p, log_q) = (p - log_p_sum, *q - log_q_sum);
+            let p = exp(log_p);
+            *lane += p * (log_p - log_q);
+            *q = scale * (exp(log_q) - p);
         }
-        add_up(lanes)
     }
+    add_up(lanes)
 }

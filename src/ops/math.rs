@@ -1,45 +1,58 @@
 //! Arithmetic that several operators share, written so that loops over it vectorise: no
 //! branches, no calls, and sums in a fixed order. All of it is `#[inline(always)]`, for use
-//! inside [`vectorized!`](crate::device::simd::vectorized) functions.
+//! inside [`vectorized!`](crate::device::simd::vectorized).
 
 /// Independent partial sums of a reduction: enough to hide the latency of an addition.
 pub(crate) const LANES: usize = 32;
 
-/// Σ_i Π_n factors[n][i], in an order that depends on the length alone.
+/// ⟨a, b⟩.
 #[inline(always)]
-pub(crate) fn sum_products<const N: usize>(factors: [&[f32]; N]) -> f32 {
-    let chunks = factors.map(|f| f.as_chunks::<LANES>());
-    let mut sums = [0.0f32; LANES];
-    let count = chunks.iter().map(|c| c.0.len()).min().unwrap_or(0);
-    for c in 0..count {
-        let mut product = [1.0f32; LANES];
-        for (whole, _) in &chunks {
-            for (p, v) in product.iter_mut().zip(&whole[c]) {
-                *p *= v;
-            }
-        }
-        for (s, p) in sums.iter_mut().zip(&product) {
-            *s += p;
+pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    sum_of(a, b, |a, b| a * b)
+}
+
+/// ‖a − b‖².
+#[inline(always)]
+pub(crate) fn squared_distance(a: &[f32], b: &[f32]) -> f32 {
+    sum_of(a, b, |a, b| (a - b) * (a - b))
+}
+
+/// Σ_i term(a_i, b_i), in an order that depends on the length alone. Every index into the
+/// partial sums is a constant, so that they stay in vector registers.
+#[inline(always)]
+fn sum_of(a: &[f32], b: &[f32], term: impl Fn(f32, f32) -> f32) -> f32 {
+    let (a_chunks, a_rest) = a.as_chunks::<LANES>();
+    let (b_chunks, b_rest) = b.as_chunks::<LANES>();
+    let mut lanes = [0.0f32; LANES];
+    for (a, b) in a_chunks.iter().zip(b_chunks) {
+        for i in 0..LANES {
+            lanes[i] += term(a[i], b[i]);
         }
     }
-    let rest = chunks.iter().map(|c| c.1.len()).min().unwrap_or(0);
-    for (i, s) in sums.iter_mut().enumerate().take(rest) {
-        *s += chunks.iter().map(|c| c.1[i]).product::<f32>();
+    let mut rest = 0.0;
+    for (&a, &b) in a_rest.iter().zip(b_rest) {
+        rest += term(a, b);
     }
-    add_up(sums)
+    add_up(lanes) + rest
+}
+
+/// `out += scale * row`.
+#[inline(always)]
+pub(crate) fn add_scaled(out: &mut [f32], scale: f32, row: &[f32]) {
+    for (o, r) in out.iter_mut().zip(row) {
+        *o += scale * r;
+    }
 }
 
 /// The sum of the lanes, pairwise.
 #[inline(always)]
-pub(crate) fn add_up(mut lanes: [f32; LANES]) -> f32 {
-    let mut width = LANES / 2;
-    while width > 0 {
-        for i in 0..width {
-            lanes[i] += lanes[i + width];
-        }
-        width /= 2;
+pub(crate) fn add_up(lanes: [f32; LANES]) -> f32 {
+    let mut eight = [0.0f32; 8];
+    for i in 0..8 {
+        eight[i] = (lanes[i] + lanes[i + 8]) + (lanes[i + 16] + lanes[i + 24]);
     }
-    lanes[0]
+    let [a, b, c, d, e, f, g, h] = eight;
+    ((a + b) + (c + d)) + ((e + f) + (g + h))
 }
 
 /// 1.5 * 2^23: adding it rounds to the nearest integer, which is then in the low bits.
@@ -147,7 +160,7 @@ mod tests {
         for n in [0, 1, 31, 32, 33, 101] {
             let a: Vec<f32> = (0..n).map(|i| i as f32).collect();
             let want: f32 = (0..n).map(|i| (i * i) as f32).sum();
-            assert_eq!(sum_products([&a, &a]), want);
+            assert_eq!(dot(&a, &a), want);
         }
     }
 }

@@ -6,7 +6,7 @@
 
 use rayon::prelude::*;
 
-use super::math::sum_products;
+use super::math::dot;
 use super::{Operator, expect_cols, expect_inputs, expect_shape, only_grad};
 use crate::device::cuda::{Arg, Grid, Kernel, WIDE};
 use crate::device::simd::vectorized;
@@ -57,7 +57,7 @@ impl Operator for RmsNorm {
         y.par_chunks_mut((ROWS * d).max(1))
             .zip(x.f32s()?.par_chunks((ROWS * d).max(1)))
             .zip(inverse_rms.par_chunks_mut(ROWS))
-            .for_each(|((y, x), r)| forward_rows(y, x, r, weight, self.eps));
+            .for_each(|((y, x), r)| vectorized!(forward_rows(y, x, r, weight, self.eps)));
         let saved = Saved {
             x: x.clone(),
             inverse_rms: Tensor::from_buffer(inverse_rms, [rows])?,
@@ -89,32 +89,41 @@ impl Operator for RmsNorm {
             .par_chunks_mut((ROWS * d).max(1))
             .zip(x.f32s()?.par_chunks((ROWS * d).max(1)))
             .zip(inverse_rms.f32s()?.par_chunks(ROWS))
-            .for_each(|((grad, x), r)| backward_rows(grad, x, r, weight));
+            .for_each(|((grad, x), r)| vectorized!(backward_rows(grad, x, r, weight)));
         Ok(vec![Some(grad)])
     }
 }
 
-vectorized! {
-    fn forward_rows(y: &mut [f32], x: &[f32], inverse_rms: &mut [f32], weight: &[f32], eps: f32) {
-        let d = weight.len();
-        for ((y, x), r) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(inverse_rms) {
-            *r = 1.0 / (sum_products([x, x]) / d as f32 + eps).sqrt();
-            for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
-                *y = x * *r * w;
-            }
+#[inline(always)]
+fn forward_rows(y: &mut [f32], x: &[f32], inverse_rms: &mut [f32], weight: &[f32], eps: f32) {
+    let d = weight.len();
+    for ((y, x), r) in y
+        .chunks_exact_mut(d)
+        .zip(x.chunks_exact(d))
+        .zip(inverse_rms)
+    {
+        *r = 1.0 / (dot(x, x) / d as f32 + eps).sqrt();
+        for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
+            *y = x * *r * w;
         }
     }
 }
 
-vectorized! {
-    /// Turns the gradient of y into that of x.
-    fn backward_rows(grad: &mut [f32], x: &[f32], inverse_rms: &[f32], weight: &[f32]) {
-        let d = weight.len();
-        for ((g, x), &r) in grad.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(inverse_rms) {
-            let along = sum_products([g, weight, x]) * r * r / d as f32;
-            for ((g, x), w) in g.iter_mut().zip(x).zip(weight) {
-                *g = r * (*g * w - x * along);
-            }
+/// Turns the gradient of y into that of x.
+#[inline(always)]
+fn backward_rows(grad: &mut [f32], x: &[f32], inverse_rms: &[f32], weight: &[f32]) {
+    let d = weight.len();
+    for ((g, x), &r) in grad
+        .chunks_exact_mut(d)
+        .zip(x.chunks_exact(d))
+        .zip(inverse_rms)
+    {
+        for (g, w) in g.iter_mut().zip(weight) {
+            *g *= w;
+        }
+        let along = dot(g, x) * r * r / d as f32;
+        for (g, x) in g.iter_mut().zip(x) {
+            *g = r * (*g - x * along);
         }
     }
 }

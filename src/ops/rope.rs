@@ -115,7 +115,7 @@ impl Rope {
                 let position = self.start + (i * ROWS + row) % self.seq_len;
                 let head_dim = self.table.head_dim;
                 let angles = &self.table.values[position * head_dim..][..head_dim];
-                rotate_row(out, angles, sign);
+                vectorized!(rotate_row(out, angles, sign));
             }
         });
     }
@@ -162,15 +162,14 @@ impl Operator for Rope {
     }
 }
 
-vectorized! {
-    fn rotate_row(row: &mut [f32], angles: &[f32], sign: f32) {
-        let (cos, sin) = angles.split_at(angles.len() / 2);
-        for head in row.chunks_exact_mut(angles.len()) {
-            let (a, b) = head.split_at_mut(cos.len());
-            for (((a, b), cos), sin) in a.iter_mut().zip(b).zip(cos).zip(sin) {
-                let sin = sin * sign;
-                (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
-            }
+#[inline(always)]
+fn rotate_row(row: &mut [f32], angles: &[f32], sign: f32) {
+    let (cos, sin) = angles.split_at(angles.len() / 2);
+    for head in row.chunks_exact_mut(angles.len()) {
+        let (a, b) = head.split_at_mut(cos.len());
+        for (((a, b), cos), sin) in a.iter_mut().zip(b).zip(cos).zip(sin) {
+            let sin = sin * sign;
+            (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
         }
     }
 }

@@ -40,7 +40,7 @@ impl Operator for SwiGlu {
                 y.par_chunks_mut(CHUNK)
                     .zip(gate.f32s()?.par_chunks(CHUNK))
                     .zip(up.f32s()?.par_chunks(CHUNK))
-                    .for_each(|((y, gate), up)| forward_chunk(y, gate, up));
+                    .for_each(|((y, gate), up)| vectorized!(forward_chunk(y, gate, up)));
                 let y = Tensor::from_buffer(y, gate.shape())?;
                 Ok((vec![y], (gate.clone(), up.clone())))
             }
@@ -65,7 +65,9 @@ impl Operator for SwiGlu {
                     .zip(grad.f32s_mut()?.par_chunks_mut(CHUNK))
                     .zip(gate.f32s()?.par_chunks(CHUNK))
                     .zip(up.f32s()?.par_chunks(CHUNK))
-                    .for_each(|(((dgate, grad), gate), up)| backward_chunk(dgate, grad, gate, up));
+                    .for_each(|(((dgate, grad), gate), up)| {
+                        vectorized!(backward_chunk(dgate, grad, gate, up))
+                    });
                 (Tensor::from_buffer(dgate, gate.shape())?, grad)
             }
             Device::Cuda(cuda) => backward_cuda(cuda, &gate, &up, &grad)?,
@@ -79,22 +81,20 @@ fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
-vectorized! {
-    fn forward_chunk(y: &mut [f32], gate: &[f32], up: &[f32]) {
-        for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
-            *y = gate * sigmoid(*gate) * up;
-        }
+#[inline(always)]
+fn forward_chunk(y: &mut [f32], gate: &[f32], up: &[f32]) {
+    for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
+        *y = gate * sigmoid(*gate) * up;
     }
 }
 
-vectorized! {
-    /// Turns the gradient of y into that of up, and writes that of gate.
-    fn backward_chunk(dgate: &mut [f32], grad: &mut [f32], gate: &[f32], up: &[f32]) {
-        for (((dgate, grad), gate), up) in dgate.iter_mut().zip(grad).zip(gate).zip(up) {
-            let s = sigmoid(*gate);
-            *dgate = *grad * up * s * (1.0 + gate * (1.0 - s));
-            *grad *= gate * s;
-        }
+/// Turns the gradient of y into that of up, and writes that of gate.
+#[inline(always)]
+fn backward_chunk(dgate: &mut [f32], grad: &mut [f32], gate: &[f32], up: &[f32]) {
+    for (((dgate, grad), gate), up) in dgate.iter_mut().zip(grad).zip(gate).zip(up) {
+        let s = sigmoid(*gate);
+        *dgate = *grad * up * s * (1.0 + gate * (1.0 - s));
+        *grad *= gate * s;
     }
 }
 

@@ -1,14 +1,21 @@
 use rayon::prelude::*;
 
+use super::update::{Update, check, remove_parallel};
+use crate::device::Device;
+use crate::device::simd::vectorized;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
 /// Settings of [`AdamW`]; the defaults are PyTorch's.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamWConfig {
+    /// Decay of the first moment, a step.
     pub beta1: f64,
+    /// Decay of the second moment, a step.
     pub beta2: f64,
+    /// Added to the root of the second moment.
     pub eps: f64,
+    /// Share of a parameter that a step at learning rate 1 takes away.
     pub weight_decay: f64,
 }
 
@@ -23,14 +30,17 @@ impl Default for AdamWConfig {
     }
 }
 
-/// Adam with decoupled weight decay (Loshchilov & Hutter 2017, arXiv 1711.05101), operation for
-/// operation as `torch.optim.AdamW`. With `weight_decay` 0 it is Adam.
+/// Adam (Kingma and Ba 2014, arXiv 1412.6980) with decoupled weight decay (Loshchilov and Hutter
+/// 2017, arXiv 1711.05101), operation for operation as `torch.optim.AdamW`. With `weight_decay`
+/// 0 it is Adam.
 #[derive(Clone, Debug)]
 pub struct AdamW {
     config: AdamWConfig,
-    step: u64,
-    /// First and second moment of each parameter, shaped as it is.
-    moments: Vec<(Tensor, Tensor)>,
+    steps: u64,
+    /// First moment of each parameter, shaped as it is.
+    first: Vec<Tensor>,
+    /// Second moment of each parameter.
+    second: Vec<Tensor>,
 }
 
 impl AdamW {
@@ -40,75 +50,83 @@ impl AdamW {
         parameters: impl IntoIterator<Item = &'a Tensor>,
     ) -> Result<Self> {
         let zeros = |p: &Tensor| Tensor::from_vec(vec![0.0; p.len()], p.shape());
-        let moments = parameters.into_iter().map(|p| Ok((zeros(p)?, zeros(p)?)));
+        let first: Vec<_> = parameters.into_iter().map(zeros).collect::<Result<_>>()?;
         Ok(Self {
             config,
-            step: 0,
-            moments: moments.collect::<Result<_>>()?,
+            steps: 0,
+            second: first.clone(),
+            first,
         })
     }
 
-    /// Number of steps taken.
-    pub fn step_count(&self) -> u64 {
-        self.step
+    /// Steps taken.
+    pub fn steps(&self) -> u64 {
+        self.steps
     }
 
-    /// (first, second) moment of each parameter, in the order of `new`.
-    pub fn moments(&self) -> &[(Tensor, Tensor)] {
-        &self.moments
+    /// First and second moment of every parameter, in the order of `new`.
+    pub fn moments(&self) -> (&[Tensor], &[Tensor]) {
+        (&self.first, &self.second)
     }
 
     /// Goes on from saved moments.
-    pub fn restore(&mut self, step: u64, moments: Vec<(Tensor, Tensor)>) -> Result<()> {
-        let fits = moments.len() == self.moments.len()
-            && moments
+    ///
+    /// # Errors
+    /// Where they are not shaped as the parameters; nothing has changed then.
+    pub fn restore(&mut self, steps: u64, first: Vec<Tensor>, second: Vec<Tensor>) -> Result<()> {
+        for saved in [&first, &second] {
+            if !saved
                 .iter()
-                .zip(&self.moments)
-                .all(|(new, old)| new.0.shape() == old.0.shape() && new.1.shape() == old.1.shape());
-        if !fits {
-            return Err(Error::operand(
-                "adamw",
-                "moments shaped as the parameters",
-                "others",
-            ));
+                .map(Tensor::shape)
+                .eq(self.first.iter().map(Tensor::shape))
+            {
+                return Err(Error::operand(
+                    "adamw",
+                    "moments shaped as the parameters",
+                    "others",
+                ));
+            }
         }
-        (self.step, self.moments) = (step, moments);
+        (self.steps, self.first, self.second) = (steps, first, second);
         Ok(())
     }
 
-    /// One update of all parameters at learning rate `lr`.
-    pub fn step(
-        &mut self,
-        lr: f64,
-        parameters: &mut [&mut Tensor],
-        grads: &[&Tensor],
-    ) -> Result<()> {
-        if parameters.len() != self.moments.len() || grads.len() != self.moments.len() {
-            return Err(Error::operand(
-                "adamw",
-                format!("{} parameters and gradients", self.moments.len()),
-                format!("{} and {}", parameters.len(), grads.len()),
-            ));
-        }
-        self.step += 1;
-        let c = &self.config;
-        let update = Update {
-            decay: (1.0 - lr * c.weight_decay) as f32,
-            one_minus_beta1: (1.0 - c.beta1) as f32,
-            beta2: c.beta2 as f32,
-            one_minus_beta2: (1.0 - c.beta2) as f32,
-            step_size: (lr / (1.0 - c.beta1.powf(self.step as f64))) as f32,
-            root_correction: (1.0 - c.beta2.powf(self.step as f64)).sqrt() as f32,
-            eps: c.eps as f32,
-        };
-        for ((p, g), (m, v)) in parameters.iter_mut().zip(grads).zip(&mut self.moments) {
-            update.apply(p.f32s_mut()?, g.f32s()?, m.f32s_mut()?, v.f32s_mut()?);
+    /// One step at learning rate `lr` for all parameters, in the order of `new`.
+    ///
+    /// # Errors
+    /// Where number or shapes are not those of `new`; nothing has changed then.
+    pub fn step(&mut self, device: &Device, lr: f64, mut updates: Vec<Update>) -> Result<()> {
+        check("adamw", &updates, Some(&self.first))?;
+        self.steps += 1;
+        let rule = Rule::new(&self.config, lr, self.steps);
+        let moments = self.first.iter_mut().zip(&mut self.second);
+        for (update, (first, second)) in updates.iter_mut().zip(moments) {
+            let (chunk, row) = update.chunking();
+            let value = update.value.f32s_mut()?.par_chunks_mut(chunk);
+            let grad = update.grad.f32s_mut()?.par_chunks_mut(chunk);
+            let first = first.f32s_mut()?.par_chunks_mut(chunk);
+            let second = second.f32s_mut()?.par_chunks_mut(chunk);
+            let project = update.unit_rows;
+            match device {
+                Device::Cuda(cuda) => return Err(cuda.no_kernel("adamw")),
+                Device::Cpu(_) => value.zip(grad).zip(first.zip(second)).for_each(
+                    |((value, grad), (first, second))| {
+                        vectorized!({
+                            if project {
+                                remove_parallel(grad, value, row);
+                            }
+                            rule.apply(value, grad, first, second);
+                        });
+                    },
+                ),
+            }
         }
         Ok(())
     }
 }
 
-struct Update {
+/// The factors of one step.
+struct Rule {
     decay: f32,
     one_minus_beta1: f32,
     beta2: f32,
@@ -118,19 +136,26 @@ struct Update {
     eps: f32,
 }
 
-impl Update {
+impl Rule {
+    fn new(c: &AdamWConfig, lr: f64, step: u64) -> Self {
+        Self {
+            decay: (1.0 - lr * c.weight_decay) as f32,
+            one_minus_beta1: (1.0 - c.beta1) as f32,
+            beta2: c.beta2 as f32,
+            one_minus_beta2: (1.0 - c.beta2) as f32,
+            step_size: (lr / (1.0 - c.beta1.powf(step as f64))) as f32,
+            root_correction: (1.0 - c.beta2.powf(step as f64)).sqrt() as f32,
+            eps: c.eps as f32,
+        }
+    }
+
+    #[inline(always)]
     fn apply(&self, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
-        const CHUNK: usize = 1 << 14;
-        p.par_chunks_mut(CHUNK)
-            .zip(g.par_chunks(CHUNK))
-            .zip(m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK)))
-            .for_each(|((p, g), (m, v))| {
-                for (((p, &g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
-                    *m += self.one_minus_beta1 * (g - *m);
-                    *v = self.beta2 * *v + self.one_minus_beta2 * g * g;
-                    let denominator = v.sqrt() / self.root_correction + self.eps;
-                    *p = *p * self.decay - self.step_size * (*m / denominator);
-                }
-            });
+        for (((p, &g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
+            *m += self.one_minus_beta1 * (g - *m);
+            *v = self.beta2 * *v + self.one_minus_beta2 * g * g;
+            let denominator = v.sqrt() / self.root_correction + self.eps;
+            *p = *p * self.decay - self.step_size * (*m / denominator);
+        }
     }
 }

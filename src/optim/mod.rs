@@ -1,6 +1,5 @@
-//! Optimizers: AdamW, Adam, signum with schedule-free averaging, gradient clipping.
+//! Optimizers: AdamW, signum with schedule-free averaging, gradient clipping.
 
-pub mod adam;
 mod adamw;
 mod clip;
 pub mod signum;

@@ -5,8 +5,8 @@ use rayon::prelude::*;
 
 use super::update::{Update, check, remove_parallel};
 use crate::device::Device;
+use crate::device::simd::vectorized;
 use crate::error::Result;
-use crate::ops::sparse_decode::rows::vectorized;
 use crate::tensor::Tensor;
 
 /// The optimizer's state. A parameter's own value is y, where gradients are taken; z is kept
@@ -61,8 +61,9 @@ impl Signum {
     /// One sweep: y, z and the gradient are read once, y and z written once, also where the
     /// gradient's component along the rows is taken out.
     pub fn step(&mut self, device: &Device, mut updates: Vec<Update>) -> Result<()> {
-        check("signum", &updates, &self.z)?;
-        if self.z.is_empty() {
+        let started = !self.z.is_empty();
+        check("signum", &updates, started.then_some(&self.z[..]))?;
+        if !started {
             self.z = updates.iter().map(|u| u.value.clone()).collect();
         }
         let rule = Rule {
@@ -80,15 +81,12 @@ impl Signum {
             match device {
                 Device::Cuda(cuda) => return Err(cuda.no_kernel("signum")),
                 Device::Cpu(_) => y.zip(z).zip(g).for_each(|((y, z), g)| {
-                    vectorized(
-                        #[inline(always)]
-                        || {
-                            if project {
-                                remove_parallel(g, y, row);
-                            }
-                            rule.apply(y, z, g);
-                        },
-                    );
+                    vectorized!({
+                        if project {
+                            remove_parallel(g, y, row);
+                        }
+                        rule.apply(y, z, g);
+                    });
                 }),
             }
         }

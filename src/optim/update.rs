@@ -1,5 +1,5 @@
 use crate::error::{Error, Result};
-use crate::ops::sparse_decode::rows::{add_scaled, dot};
+use crate::ops::math::{add_scaled, dot};
 use crate::tensor::Tensor;
 
 /// Elements of one task where a tensor is not updated row by row.
@@ -31,15 +31,17 @@ pub fn remove_parallel(grad: &mut [f32], value: &[f32], row: usize) {
     }
 }
 
-/// Checks that gradients fit their parameters and the optimizer's state, if it has any yet.
-pub(super) fn check(op: &'static str, updates: &[Update], state: &[Tensor]) -> Result<()> {
-    if !state.is_empty() && state.len() != updates.len() {
+/// Checks that gradients fit their parameters and the optimizer's state, where it has one yet.
+pub(super) fn check(op: &'static str, updates: &[Update], state: Option<&[Tensor]>) -> Result<()> {
+    if let Some(state) = state
+        && state.len() != updates.len()
+    {
         let expected = format!("{} parameters, as before", state.len());
         return Err(Error::operand(op, expected, format!("{}", updates.len())));
     }
     for (i, update) in updates.iter().enumerate() {
         let shape = update.value.shape();
-        let state_shape = state.get(i).map_or(shape, Tensor::shape);
+        let state_shape = state.map_or(shape, |state| state[i].shape());
         if update.grad.shape() != shape || state_shape != shape {
             return Err(Error::operand(
                 op,

@@ -39,9 +39,9 @@ impl Observer for Progress {
                     bar.set_message(summary(metrics));
                     bar.set_position(metrics.step);
                 }
-                Event::Note(text) => bar.suspend(|| eprintln!("{text}")),
-                Event::Warning(text) => bar.suspend(|| eprintln!("warning: {text}")),
-                Event::Saved(path) => bar.suspend(|| eprintln!("saved {}", path.display())),
+                Event::Note(_) | Event::Warning(_) | Event::Saved(_) => {
+                    bar.suspend(|| say(&mut stderr(), &message(event)));
+                }
             },
         }
     }
@@ -92,8 +92,7 @@ impl Lines {
     }
 
     fn line(&mut self, text: &str) {
-        // A run goes on when nobody can read what it says.
-        let _ = writeln!(self.out, "{text}");
+        say(&mut self.out, text);
     }
 
     fn begin(&mut self, name: &str, steps: u64, done: u64) {
@@ -134,10 +133,23 @@ impl Observer for Lines {
             Event::Phase { name, steps, done } => self.begin(name, *steps, *done),
             Event::Progress { .. } => {}
             Event::Step(metrics) => self.step(metrics),
-            Event::Note(text) => self.line(text),
-            Event::Warning(text) => self.line(&format!("warning: {text}")),
-            Event::Saved(path) => self.line(&format!("saved {}", path.display())),
+            Event::Note(_) | Event::Warning(_) | Event::Saved(_) => self.line(&message(event)),
         }
+    }
+}
+
+/// Writes a line. A run goes on when nobody can read what it says.
+fn say(out: &mut dyn Write, text: &str) {
+    let _ = writeln!(out, "{text}");
+}
+
+/// What an event says in words; nothing where it is a number alone.
+fn message(event: &Event) -> String {
+    match event {
+        Event::Note(text) => text.clone(),
+        Event::Warning(text) => format!("warning: {text}"),
+        Event::Saved(path) => format!("saved {}", path.display()),
+        Event::Phase { .. } | Event::Progress { .. } | Event::Step(_) => String::new(),
     }
 }
 

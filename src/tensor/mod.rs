@@ -1,14 +1,15 @@
 //! Dense row-major tensors: a shape over shared storage. No arithmetic lives here.
 
+pub(crate) mod cuda;
 mod dtype;
 mod storage;
 
 use std::sync::Arc;
 
+pub use cuda::CudaBuffer;
 pub use dtype::DType;
 pub use storage::{Buffer, MappedBytes, Pool};
 
-use crate::device::CudaBuffer;
 use crate::error::{Error, Result};
 use storage::Storage;
 

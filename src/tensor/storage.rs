@@ -5,8 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use memmap2::Mmap;
 
-use super::DType;
-use crate::device::CudaBuffer;
+use super::{CudaBuffer, DType};
 use crate::error::{Error, Result};
 
 /// Where a tensor's elements live.

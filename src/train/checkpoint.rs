@@ -1,17 +1,18 @@
 //! Checkpoints: `checkpoints/step-N/`, complete or absent, never half. A checkpoint is written
 //! into a folder of another name, brought to the disk, and renamed.
 
-use std::borrow::Cow;
-use std::fs::{self, File};
+use std::collections::BTreeMap;
+use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
-use safetensors::{Dtype, SafeTensors, View};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
+use serde_json::json;
 
-use super::run_dir::{RunDir, sync_dir, write_synced};
+use super::run_dir::RunDir;
 use crate::error::{Error, Result};
+use crate::formats::atomic::{FileSet, sync_dir};
+use crate::formats::safetensors::{self, Entry, SafeTensors};
 use crate::tensor::{DType, Tensor};
 
 const TENSORS: &str = "tensors.safetensors";
@@ -51,7 +52,7 @@ pub struct Latest {
     pub warnings: Vec<String>,
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Deserialize)]
 struct StateFile {
     step: u64,
     state: serde_json::Value,
@@ -80,16 +81,17 @@ pub fn save(run: &RunDir, step: u64, snapshot: &Snapshot) -> Result<PathBuf> {
 
 /// Writes both files of a checkpoint and brings them to the disk.
 fn write(unfinished: &Path, step: u64, snapshot: &Snapshot) -> Result<()> {
-    fs::create_dir(unfinished).map_err(|e| Error::io(unfinished, e))?;
-    write_tensors(&unfinished.join(TENSORS), &snapshot.tensors)?;
-    let state = StateFile {
-        step,
-        state: snapshot.state.clone(),
-    };
-    let path = unfinished.join(STATE);
-    let json = serde_json::to_vec_pretty(&state).map_err(|e| Error::file(&path, e.to_string()))?;
-    write_synced(&path, &json)?;
-    sync_dir(unfinished)
+    let mut files = FileSet::new(unfinished)?;
+    let tensors = snapshot.tensors.iter();
+    let entries = tensors
+        .map(|(name, tensor)| Entry::new(name, tensor))
+        .collect();
+    let path = unfinished.join(TENSORS);
+    files.stage(TENSORS, |out| {
+        safetensors::write_to(out, &path, entries, &BTreeMap::new())
+    })?;
+    files.stage_json(STATE, &json!({ "step": step, "state": snapshot.state }))?;
+    files.commit()
 }
 
 /// The newest checkpoint that can be read, `None` where the run has none.
@@ -183,45 +185,6 @@ fn remove_dir(path: &Path) -> Result<()> {
     }
 }
 
-/// A tensor's bytes as they lie in memory: safetensors' order on a little-endian machine, which
-/// is what the engine runs on.
-struct Bytes<'a> {
-    shape: &'a [usize],
-    dtype: Dtype,
-    data: &'a [u8],
-}
-
-impl View for Bytes<'_> {
-    fn dtype(&self) -> Dtype {
-        self.dtype
-    }
-    fn shape(&self) -> &[usize] {
-        self.shape
-    }
-    fn data(&self) -> Cow<'_, [u8]> {
-        Cow::Borrowed(self.data)
-    }
-    fn data_len(&self) -> usize {
-        self.data.len()
-    }
-}
-
-fn write_tensors(path: &Path, tensors: &[(String, Tensor)]) -> Result<()> {
-    let mut views = Vec::with_capacity(tensors.len());
-    for (name, tensor) in tensors {
-        let (dtype, data) = match tensor.dtype() {
-            DType::U32 => (Dtype::U32, bytemuck::cast_slice(tensor.u32s()?)),
-            _ => (Dtype::F32, bytemuck::cast_slice(tensor.f32s()?)),
-        };
-        let shape = tensor.shape();
-        views.push((name.as_str(), Bytes { shape, dtype, data }));
-    }
-    safetensors::serialize_to_file(views, None, path)
-        .map_err(|e| Error::file(path, e.to_string()))?;
-    let sync = || File::open(path)?.sync_all();
-    sync().map_err(|e| Error::io(path, e))
-}
-
 fn load(dir: &Path, step: u64) -> Result<Snapshot> {
     let path = dir.join(STATE);
     let json = fs::read(&path).map_err(|e| Error::io(&path, e))?;
@@ -243,29 +206,19 @@ fn load(dir: &Path, step: u64) -> Result<Snapshot> {
 }
 
 fn read_tensors(path: &Path) -> Result<Vec<(String, Tensor)>> {
-    let file = File::open(path).map_err(|e| Error::io(path, e))?;
-    // SAFETY: nothing changes the file while it is mapped: a finished checkpoint is never
-    // written to, and the lock of the run folder keeps other processes of the engine out.
-    let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
-    let stored = SafeTensors::deserialize(&map).map_err(|e| Error::file(path, e.to_string()))?;
-    let tensors = stored.iter().map(|(name, view)| {
-        let shape = view.shape().to_vec();
-        let (words, _) = view.data().as_chunks::<4>();
-        let tensor = match view.dtype() {
-            Dtype::F32 => Tensor::from_vec(
-                words.iter().map(|w| f32::from_le_bytes(*w)).collect(),
-                shape,
-            ),
-            Dtype::U32 => Tensor::from_u32(
-                words.iter().map(|w| u32::from_le_bytes(*w)).collect(),
-                shape,
-            ),
+    let file = SafeTensors::open(path)?;
+    let tensors = file.names().map(|name| {
+        let stored = file.tensor(name)?;
+        let tensor = match stored.dtype() {
+            DType::U32 => stored,
+            // In memory: the file may be removed while the run goes on.
+            DType::F32 => stored.to_f32()?,
             other => {
-                let what = format!("expected F32 or U32, found {other:?}");
+                let what = format!("expected F32 or U32, found {}", other.name());
                 return Err(Error::tensor(path, name, what));
             }
         };
-        Ok((name.to_owned(), tensor?))
+        Ok((name.to_owned(), tensor))
     });
     tensors.collect()
 }

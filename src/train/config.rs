@@ -294,12 +294,8 @@ impl TrainConfig {
 
     /// Learning rate of Stage I for that number of latents.
     pub fn sae_lr_for(&self, latents: usize) -> f64 {
-        let base = match self.sae_optimizer {
-            SaeOptimizer::Signum => 5e-3,
-            SaeOptimizer::Adam => 2e-4,
-        };
-        let scale = (latents as f64 / f64::from(1u32 << 14)).sqrt();
-        self.sae_lr.unwrap_or(base / scale)
+        let default = self.sae_optimizer.default_lr(latents);
+        self.sae_lr.unwrap_or(default)
     }
 
     /// The hookpoints for a model of `layers` layers, the default filled in.

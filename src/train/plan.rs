@@ -6,6 +6,7 @@ use std::time::Instant;
 use serde::Serialize;
 
 use super::config::TrainConfig;
+use super::schedule::Schedule;
 use super::settings::{Method, SaeGrad, SaeInit, SaeOptimizer};
 use crate::device::Device;
 use crate::error::Result;
@@ -70,14 +71,6 @@ impl StagePlan {
         let bytes = self.memory.iter().map(|part| part.bytes);
         bytes.fold(0, u64::saturating_add)
     }
-}
-
-/// Steps of a stage: each epoch takes `rows` sequences in steps of `batch`, the last of an epoch
-/// as short as it comes.
-pub fn steps(rows: u64, batch: usize, epochs: usize, limit: Option<usize>) -> u64 {
-    let all = rows.div_ceil(batch.max(1) as u64);
-    let all = all.saturating_mul(epochs as u64);
-    limit.map_or(all, |limit| all.min(limit as u64))
 }
 
 impl Plan {
@@ -150,18 +143,11 @@ fn sae_stage(config: &TrainConfig, input: &PlanInput) -> Result<StagePlan> {
     let saes = hookpoints.len() as f64;
     let each = layers as f64 * cost.layer + saes * (cost.sae_encode + cost.sae_sparse);
 
-    let steps = steps(
+    let schedule = Schedule::new(
         input.source_rows,
         config.sae_batch,
         config.sae_epochs,
         config.max_sae_steps,
-    );
-    let tokens = tokens(
-        config,
-        input.source_rows,
-        steps,
-        config.sae_batch,
-        config.sae_epochs,
     );
     let batch_tokens = config.sae_batch as f64 * config.seq_len as f64;
     // Weights and their gradients, and what the optimizer keeps of them.
@@ -182,8 +168,8 @@ fn sae_stage(config: &TrainConfig, input: &PlanInput) -> Result<StagePlan> {
     ];
     Ok(stage(
         "sae",
-        steps,
-        tokens,
+        schedule.steps,
+        tokens(config, schedule),
         [each, each],
         0.0,
         memory,
@@ -222,13 +208,13 @@ fn sft_stage(config: &TrainConfig, input: &PlanInput) -> Result<StagePlan> {
     };
 
     let batch = config.sft_batch.saturating_mul(config.grad_accum);
-    let steps = steps(
+    let schedule = Schedule::new(
         input.target_rows,
         batch,
         config.epochs,
         config.max_sft_steps,
     );
-    let tokens = tokens(config, input.target_rows, steps, batch, config.epochs);
+    let tokens = tokens(config, schedule);
     let epoch_tokens = input.target_rows as f64 * config.seq_len as f64;
     let later_share = 1.0 - (epoch_tokens / (tokens as f64).max(1.0)).min(1.0);
     let memory = sft_memory(
@@ -240,7 +226,7 @@ fn sft_stage(config: &TrainConfig, input: &PlanInput) -> Result<StagePlan> {
     );
     Ok(stage(
         "sft",
-        steps,
+        schedule.steps,
         tokens,
         costs,
         later_share,
@@ -314,9 +300,8 @@ fn stage(
     }
 }
 
-fn tokens(config: &TrainConfig, rows: u64, steps: u64, batch: usize, epochs: usize) -> u64 {
-    let all = rows.saturating_mul(epochs as u64);
-    let rows = steps.saturating_mul(batch as u64).min(all);
+fn tokens(config: &TrainConfig, schedule: Schedule) -> u64 {
+    let rows = schedule.rows_until(schedule.steps);
     rows.saturating_mul(config.seq_len as u64)
 }
 

@@ -1,19 +1,23 @@
 //! A whole run: from settings to a trained SAE and a tuned adapter in a run folder.
 
+use std::ops::Range;
+
 use serde::Serialize;
 
 use super::inputs::{self, Sources};
 use super::metrics::StepStage;
 use super::plan::{self, Plan, PlanInput};
 use super::row_cache::{CacheSpace, RowCache};
+use super::schedule::Schedule;
 use super::session::Session;
-use super::stage_one::{Schedule, StageOne, start_sae};
+use super::stage_one::{StageOne, start_sae};
 use super::stage_two::StageTwo;
 use super::{
     CancelFlag, DtypeSetting, Event, Method, Observer, RunDir, RunOptions, SaeGrad, SaeInit,
     TrainConfig, example,
 };
 use crate::data::records::Record;
+use crate::data::tokenizer::copy_files;
 use crate::data::{Packed, Template, Tokenizer, order};
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -69,8 +73,7 @@ pub fn run(
     };
     let sources = Sources::resolve(config, run.path())?;
     let mut session = Session::open(config, run, options.resume, observer, cancel)?;
-    let run = Run::read(config, &device, sources, &mut session)?;
-    run.train(&mut session)
+    Run::read(config, &device, sources, &mut session)?.train(&mut session)
 }
 
 /// What `config` will cost, without training; reads and packs the texts.
@@ -148,8 +151,9 @@ struct Run<'a> {
     device: &'a Device,
     sources: Sources,
     texts: Texts,
-    /// None where Stage I alone runs, on another model.
-    target: Option<Qwen2>,
+    /// The model to tune, which may be the one whose activations the SAE learns. Its weights
+    /// become f32 (where the settings say so) when a stage first uses them.
+    target: Qwen2,
     hookpoints: Vec<usize>,
 }
 
@@ -161,8 +165,8 @@ impl<'a> Run<'a> {
         session: &mut Session,
     ) -> Result<Self> {
         session.tell(Event::Note("reading and packing the texts".to_owned()));
-        let shape = huggingface::read_config(&sources.target)?;
-        let hookpoints = config.hookpoints_for(shape.num_hidden_layers)?;
+        let target = device.run(|| huggingface::load(&sources.target))?;
+        let hookpoints = config.hookpoints_for(target.layers.len())?;
         let texts = device.run(|| Texts::read(config, &sources))?;
         let note = format!(
             "{} sequences of {} tokens",
@@ -170,15 +174,8 @@ impl<'a> Run<'a> {
             texts.trigger.seq_len
         );
         session.tell(Event::Note(note));
-        let needs_target = config.runs_sft() || sources.source_is_target();
-        let target = match needs_target {
-            true => Some(device.run(|| sources.load_target(config.dtype))?),
-            false => None,
-        };
-        if let Some(target) = &target {
-            inputs::check_vocabulary(target, &texts.trigger, &sources.target)?;
-            inputs::check_vocabulary(target, texts.elicitation(), &sources.target)?;
-        }
+        inputs::check_vocabulary(&target, &texts.trigger, &sources.target)?;
+        inputs::check_vocabulary(&target, texts.elicitation(), &sources.target)?;
         Ok(Self {
             config,
             device,
@@ -189,7 +186,7 @@ impl<'a> Run<'a> {
         })
     }
 
-    fn train(&self, session: &mut Session) -> Result<Summary> {
+    fn train(mut self, session: &mut Session) -> Result<Summary> {
         let config = self.config;
         let mut summary = Summary {
             out: session.run.path().to_owned(),
@@ -198,21 +195,23 @@ impl<'a> Run<'a> {
         let mut sae = None;
         let mut activations = None;
         if config.runs_sae() {
+            let last = *self.hookpoints.iter().max().unwrap_or(&0);
+            if self.sources.source_is_target() {
+                self.widen_target(0..last + 1, false)?;
+            }
             let (trained, fvu, cache) = self.stage_one(session)?;
             (summary.fvu, activations) = (fvu, cache);
             sae = trained;
         }
         self.device.release_memory();
         if config.runs_sft() {
+            self.widen_target(0..self.target.layers.len(), true)?;
             if config.method == Method::SaeTuning && sae.is_none() {
                 let layer = self.hookpoints[0];
                 let root = config.sae.as_ref().ok_or_else(|| {
                     Error::setting("--sae", "Stage II alone needs the folder of a trained SAE")
                 })?;
-                sae = Some((
-                    sparsify::load_at(root, layer, &self.target()?.config)?,
-                    layer,
-                ));
+                sae = Some((sparsify::load_at(root, layer, &self.target.config)?, layer));
             }
             let sae = sae.as_ref().map(|(sae, layer)| (sae, *layer));
             let tuned = self.stage_two(session, sae, activations)?;
@@ -226,10 +225,10 @@ impl<'a> Run<'a> {
         Ok(summary)
     }
 
-    fn target(&self) -> Result<&Qwen2> {
-        self.target
-            .as_ref()
-            .ok_or_else(|| Error::setting("--target", "the model was not read"))
+    fn widen_target(&mut self, layers: Range<usize>, head: bool) -> Result<()> {
+        let (dtype, target) = (self.config.dtype, &mut self.target);
+        self.device
+            .run(|| inputs::widen(target, dtype, layers, head))
     }
 
     /// The SAE of the first hookpoint, FVU at both ends, and layer outputs that Stage II can use.
@@ -246,7 +245,7 @@ impl<'a> Run<'a> {
         let first = self.hookpoints[0];
         let last = *self.hookpoints.iter().max().unwrap_or(&first);
         if config.sae_init == SaeInit::Pretrained || session.is_past(StepStage::Sae) {
-            let shape = &self.target()?.config;
+            let shape = &self.target.config;
             let sae = match config.sae_init {
                 SaeInit::Pretrained => start_sae(self.device, config, shape, first)?,
                 _ => sparsify::load_at(&session.run.sae_dir(first), first, shape)?,
@@ -265,13 +264,13 @@ impl<'a> Run<'a> {
         };
         let model = match &own_source {
             Some(source) => source,
-            None => self.target()?,
+            None => &self.target,
         };
         let packed = &self.texts.trigger;
         let mut sorted = self.hookpoints.clone();
         sorted.sort_unstable();
         let schedule = Schedule::new(
-            packed.rows(),
+            packed.rows() as u64,
             config.sae_batch,
             config.sae_epochs,
             config.max_sae_steps,
@@ -312,7 +311,7 @@ impl<'a> Run<'a> {
         activations: Option<RowCache>,
     ) -> Result<super::stage_two::Tuned> {
         let config = self.config;
-        let model = self.target()?;
+        let model = &self.target;
         if config.sae_grad == SaeGrad::Through && sae.is_some() {
             session.tell(Event::Note(
                 "gradients pass the SAE: all layers are trained, and the student shares no layer \
@@ -326,7 +325,12 @@ impl<'a> Run<'a> {
         };
         let packed = self.texts.elicitation();
         let per_step = config.sft_batch * config.grad_accum;
-        let schedule = Schedule::new(packed.rows(), per_step, config.epochs, config.max_sft_steps);
+        let schedule = Schedule::new(
+            packed.rows() as u64,
+            per_step,
+            config.epochs,
+            config.max_sft_steps,
+        );
         let stage = StageTwo {
             device: self.device,
             model,
@@ -336,7 +340,7 @@ impl<'a> Run<'a> {
             adapter,
         };
         let tuned = stage.run(session, activations)?;
-        huggingface::copy_tokenizer(&self.sources.target, &session.run.adapter_dir())?;
+        copy_files(&self.sources.target, session.run.adapter_dir())?;
         Ok(tuned)
     }
 
@@ -348,7 +352,7 @@ impl<'a> Run<'a> {
             steps: 4,
             done: 0,
         });
-        let model = self.target()?;
+        let model = &self.target;
         let source = self
             .sources
             .source

@@ -8,6 +8,7 @@ use super::config::TrainConfig;
 use super::settings::hookpoint_name;
 use super::{checkpoint, metrics::MetricsLog};
 use crate::error::{Error, Result};
+use crate::formats::atomic::sync_dir;
 
 const LOCK: &str = ".lock";
 const CONFIG: &str = "config.toml";
@@ -146,17 +147,11 @@ fn check_is_free(path: &Path) -> Result<()> {
 }
 
 /// Writes a file and brings it to the disk.
-pub(super) fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
+fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
     let write = || {
         let mut file = File::create(path)?;
         file.write_all(bytes)?;
         file.sync_all()
     };
     write().map_err(|e| Error::io(path, e))
-}
-
-/// Brings a folder's entries (new names, renames) to the disk.
-pub(super) fn sync_dir(path: &Path) -> Result<()> {
-    let sync = || File::open(path)?.sync_all();
-    sync().map_err(|e| Error::io(path, e))
 }

@@ -43,10 +43,23 @@ pub enum SaeInit {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum SaeOptimizer {
-    /// Sign descent under schedule-free averaging.
+    /// Sign descent under schedule-free averaging, constant learning rate.
     Signum,
-    /// Adam with linear warm-up and decay.
+    /// Adam; the learning rate rises linearly for 1000 steps (a fifth of all steps, where that
+    /// is less) and falls linearly to zero at the last.
     Adam,
+}
+
+impl SaeOptimizer {
+    /// The learning rate for an autoencoder of that number of latents: 5e-3 (signum) or 2e-4
+    /// (Adam), divided by √(latents / 2^14).
+    pub fn default_lr(self, latents: usize) -> f64 {
+        let base = match self {
+            Self::Signum => 5e-3,
+            Self::Adam => 2e-4,
+        };
+        base / (latents as f64 / f64::from(1u32 << 14)).sqrt()
+    }
 }
 
 /// What Stage II's gradient does at the SAE.

@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::model::{Adapters, Layout, Lora, Module, Qwen2, Sae, StepDropout};
 use crate::ops::cross_entropy::CrossEntropy;
 use crate::ops::kl_div::KlDiv;
-use crate::optim::{AdamW, AdamWConfig, clip_grad_norm};
+use crate::optim::{AdamW, AdamWConfig, Update, clip_grad_norm};
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
 
@@ -113,7 +113,7 @@ impl SftTrainer {
 
     /// Steps taken.
     pub fn step_count(&self) -> u64 {
-        self.optimizer.step_count()
+        self.optimizer.steps()
     }
 
     /// One optimizer step over `count` micro-batches, made one after another by `micro_batch`.
@@ -150,7 +150,7 @@ impl SftTrainer {
                 what: format!("the gradient norm is {grad_norm}"),
             });
         }
-        self.update(&sums)?;
+        self.update(device, sums)?;
         Ok(SftStep { loss, grad_norm })
     }
 
@@ -203,17 +203,21 @@ impl SftTrainer {
         Ok((value, factors))
     }
 
-    fn update(&mut self, grads: &[Tensor]) -> Result<()> {
+    fn update(&mut self, device: &Device, grads: Vec<Tensor>) -> Result<()> {
         let trained = &self.trained;
-        let mut factors: Vec<&mut Tensor> = self
+        let factors = self
             .lora
             .pairs
             .iter_mut()
             .filter(|(key, _)| trained.binary_search(key).is_ok())
-            .flat_map(|(_, pair)| [&mut pair.a, &mut pair.b])
-            .collect();
-        let grads: Vec<&Tensor> = grads.iter().collect();
-        self.optimizer.step(self.options.lr, &mut factors, &grads)
+            .flat_map(|(_, pair)| [&mut pair.a, &mut pair.b]);
+        let updates = factors.zip(grads).map(|(value, grad)| Update {
+            value,
+            grad,
+            unit_rows: false,
+        });
+        self.optimizer
+            .step(device, self.options.lr, updates.collect())
     }
 
     /// The adapters and the optimizer's moments by name; with the step count all that a
@@ -224,7 +228,8 @@ impl SftTrainer {
             tensors.push((format!("lora.{layer}.{}.a", module.name()), pair.a.clone()));
             tensors.push((format!("lora.{layer}.{}.b", module.name()), pair.b.clone()));
         }
-        for (i, (first, second)) in self.optimizer.moments().iter().enumerate() {
+        let (first, second) = self.optimizer.moments();
+        for (i, (first, second)) in first.iter().zip(second).enumerate() {
             tensors.push((format!("adamw.{i}.first"), first.clone()));
             tensors.push((format!("adamw.{i}.second"), second.clone()));
         }
@@ -244,15 +249,12 @@ impl SftTrainer {
                 *factor = saved;
             }
         }
-        let moments = (0..2 * self.trained.len())
-            .map(|i| {
-                Ok((
-                    take(&format!("adamw.{i}.first"))?,
-                    take(&format!("adamw.{i}.second"))?,
-                ))
-            })
-            .collect::<Result<_>>()?;
-        self.optimizer.restore(steps, moments)
+        let mut moments = |which: &str| {
+            let names = (0..2 * self.trained.len()).map(|i| format!("adamw.{i}.{which}"));
+            names.map(|name| take(&name)).collect::<Result<Vec<_>>>()
+        };
+        let (first, second) = (moments("first")?, moments("second")?);
+        self.optimizer.restore(steps, first, second)
     }
 }
 

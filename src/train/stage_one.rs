@@ -8,7 +8,8 @@ use serde_json::{Value, json};
 use super::inputs::batch;
 use super::metrics::{StepMetrics, StepStage};
 use super::row_cache::RowCache;
-use super::sae_trainer::{SaeOptimizer, SaeTrainOptions, SaeTrainer};
+use super::sae_trainer::{SaeTrainOptions, SaeTrainer};
+use super::schedule::Schedule;
 use super::session::{Session, StageState};
 use super::settings::hookpoint_name;
 use super::{Event, SaeInit, TrainConfig};
@@ -19,41 +20,6 @@ use crate::formats::sparsify;
 use crate::model::{Layout, Qwen2, Sae, SaeConfig};
 use crate::tape::Tape;
 use crate::tensor::Tensor;
-
-/// Steps of Stage I, or of Stage II with its micro-batches.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Schedule {
-    pub steps_per_epoch: u64,
-    pub steps: u64,
-}
-
-impl Schedule {
-    /// `rows` sequences in steps of `per_step`, the last of an epoch with what is left.
-    pub fn new(rows: usize, per_step: usize, epochs: usize, max_steps: Option<usize>) -> Self {
-        let steps_per_epoch = rows.div_ceil(per_step) as u64;
-        let all = steps_per_epoch * epochs as u64;
-        Self {
-            steps_per_epoch,
-            steps: max_steps.map_or(all, |max| all.min(max as u64)),
-        }
-    }
-
-    /// Whether any row is used twice.
-    pub fn repeats(&self) -> bool {
-        self.steps > self.steps_per_epoch
-    }
-}
-
-/// The rows of each step, in the order of its epoch.
-pub(super) fn rows_of_step(
-    order: &[usize],
-    step: u64,
-    schedule: Schedule,
-    per_step: usize,
-) -> &[usize] {
-    let start = (step % schedule.steps_per_epoch) as usize * per_step;
-    &order[start..(start + per_step).min(order.len())]
-}
 
 pub(super) struct StageOne<'a> {
     pub device: &'a Device,
@@ -108,7 +74,7 @@ impl StageOne<'_> {
                 epoch = step / self.schedule.steps_per_epoch;
                 rows = order(self.packed.rows(), seed, epoch);
             }
-            let rows = rows_of_step(&rows, step, self.schedule, config.sae_batch);
+            let rows = self.schedule.rows_of(step, &rows);
             let outputs = self
                 .device
                 .run(|| activations.get(rows, |rows| self.layer_outputs(rows, &layout)))?;
@@ -128,7 +94,7 @@ impl StageOne<'_> {
                 fvu[i].2 = m.fvu;
                 session.record(StepMetrics {
                     epoch: (step + 1) as f64 / self.schedule.steps_per_epoch as f64,
-                    tokens: self.tokens_until(step + 1, config.sae_batch),
+                    tokens: self.schedule.rows_until(step + 1) * self.packed.seq_len as u64,
                     seconds,
                     tokens_per_s: tokens as f64 / seconds,
                     lr: m.lr,
@@ -165,17 +131,10 @@ impl StageOne<'_> {
     fn hooks(&self, config: &TrainConfig) -> Result<Vec<Hook>> {
         let hooks = self.hookpoints.iter().map(|&layer| {
             let sae = start_sae(self.device, config, &self.model.config, layer)?;
-            let total = self.schedule.steps;
-            let optimizer = match config.sae_optimizer {
-                super::SaeOptimizer::Signum => SaeOptimizer::Signum,
-                super::SaeOptimizer::Adam => SaeOptimizer::Adam {
-                    warmup: 1000.min(total / 5),
-                    total,
-                },
-            };
             let options = SaeTrainOptions {
-                optimizer,
-                lr: Some(config.sae_lr_for(sae.config.num_latents)),
+                optimizer: config.sae_optimizer,
+                total_steps: self.schedule.steps,
+                lr: config.sae_lr,
                 exclude_sinks: config.exclude_sinks,
                 auxk_alpha: config.auxk_alpha as f32,
                 ..SaeTrainOptions::default()
@@ -202,19 +161,6 @@ impl StageOne<'_> {
         }
         Ok(saes)
     }
-
-    fn tokens_until(&self, steps: u64, batch: usize) -> u64 {
-        tokens_until(steps, self.schedule, batch, self.packed)
-    }
-}
-
-/// Tokens of the first `steps` steps.
-pub(super) fn tokens_until(steps: u64, schedule: Schedule, batch: usize, packed: &Packed) -> u64 {
-    let (epochs, rest) = (
-        steps / schedule.steps_per_epoch,
-        steps % schedule.steps_per_epoch,
-    );
-    (epochs * packed.rows() as u64 + rest * batch as u64) * packed.seq_len as u64
 }
 
 /// The outputs of `layers` (ascending) for rows of tokens, in one pass that ends at the last.

@@ -9,9 +9,10 @@ use std::time::Instant;
 use super::inputs::batch;
 use super::metrics::{StepMetrics, StepStage};
 use super::row_cache::{CacheSpace, RowCache};
+use super::schedule::Schedule;
 use super::session::{Session, StageState};
 use super::sft_trainer::{MicroBatch, SftOptions, SftStep, SftTrainer, Student, Target};
-use super::stage_one::{Schedule, layer_outputs, rows_of_step, tokens_until};
+use super::stage_one::layer_outputs;
 use super::{Event, Method, SaeGrad, TrainConfig};
 use crate::data::{Packed, order};
 use crate::device::Device;
@@ -203,8 +204,7 @@ impl StageTwo<'_> {
             config.shuffle.then_some(config.seed),
             epoch,
         );
-        let per_step = config.sft_batch * config.grad_accum;
-        rows_of_step(&order, step, self.schedule, per_step).to_vec()
+        self.schedule.rows_of(step, &order).to_vec()
     }
 
     fn supervised(&self, rows: &[usize], layout: &Layout) -> Result<MicroBatch<'static>> {
@@ -234,10 +234,9 @@ impl StageTwo<'_> {
         teacher: Option<&Teacher>,
     ) -> StepMetrics {
         let tokens = rows.len() * self.packed.seq_len;
-        let per_step = config.sft_batch * config.grad_accum;
         let common = StepMetrics {
             epoch: (step + 1) as f64 / self.schedule.steps_per_epoch as f64,
-            tokens: tokens_until(step + 1, self.schedule, per_step, self.packed),
+            tokens: self.schedule.rows_until(step + 1) * self.packed.seq_len as u64,
             seconds,
             tokens_per_s: tokens as f64 / seconds,
             lr: config.lr,

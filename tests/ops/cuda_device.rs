@@ -89,6 +89,28 @@ fn more_memory_than_there_is_gives_the_sizes_and_the_options_that_help() {
 }
 
 #[test]
+fn memory_that_was_freed_serves_the_next_request_of_its_size() {
+    let Some(gpu) = gpu() else { return };
+    let device = Device::cuda(gpu.ordinal(), 1).unwrap();
+    let Device::Cuda(own) = &device else {
+        panic!("not a GPU");
+    };
+    assert_eq!(own.reserved_memory(), 0);
+    let values = random(1, &[5000], 1.0);
+    let kept = own.resident(&values, DType::F32).unwrap();
+    for _ in 0..5 {
+        drop(own.resident(&values, DType::F32).unwrap());
+    }
+    assert_eq!(own.reserved_memory(), 2 * 20_480);
+    device.release_memory();
+    assert_eq!(own.reserved_memory(), 20_480);
+    assert_eq!(
+        kept.to_f32().unwrap().f32s().unwrap(),
+        values.f32s().unwrap()
+    );
+}
+
+#[test]
 fn gradients_that_meet_are_added() {
     let Some(device) = cuda() else { return };
     for n in [1, 8, 2051] {

@@ -26,20 +26,23 @@ const WITHOUT_CUDA: [&str; 9] = [
     "weighted_sum",
 ];
 
-/// Every device that tests run on: the CPU with different thread counts, and a GPU where the
-/// build has kernels and a CUDA driver can be loaded (`RESA_TEST_CUDA=1` makes it an error
-/// where there is none).
+/// Every device that tests run on: the CPU with different thread counts and, where the build
+/// has kernels, a GPU or the emulator in its place.
 pub fn devices() -> Vec<Device> {
     let cpus = [1, 3].map(|threads| Device::cpu(threads).unwrap());
     cpus.into_iter().chain(cuda().cloned()).collect()
 }
 
-/// The GPU that the tests share.
+/// The GPU that the tests share; `None`, said once, in a build without kernels.
 pub fn cuda() -> Option<&'static Device> {
     static CUDA: OnceLock<Option<Device>> = OnceLock::new();
     let device = CUDA.get_or_init(|| {
-        let wanted = std::env::var("RESA_TEST_CUDA").is_ok_and(|v| v == "1");
-        (wanted || CudaDevice::is_available()).then(|| Device::cuda(0, 2).unwrap())
+        cuda_emulator::install().unwrap();
+        if CudaDevice::is_available() {
+            return Some(Device::cuda(0, 2).unwrap());
+        }
+        println!("built without nvcc: CUDA is not tested");
+        None
     });
     device.as_ref()
 }
@@ -96,6 +99,25 @@ pub fn half_tensor(values: &Tensor, encode: impl Fn(f32) -> [u8; 2], dtype: DTyp
 pub fn to_f64(tensor: &Tensor) -> Vec<f64> {
     let tensor = tensor.to_f32().unwrap();
     tensor.f32s().unwrap().iter().map(|&v| v.into()).collect()
+}
+
+/// Takes out of `g` the component along each row of `w`, whose rows are unit vectors of length
+/// `cols`.
+pub fn remove_parallel(g: &mut [f64], w: &[f64], cols: usize) {
+    for (g, w) in g.chunks_mut(cols).zip(w.chunks(cols)) {
+        let parallel: f64 = g.iter().zip(w).map(|(g, w)| g * w).sum();
+        g.iter_mut().zip(w).for_each(|(g, w)| *g -= parallel * w);
+    }
+}
+
+/// A random matrix with rows of norm 1.
+pub fn unit_rows(seed: u64, rows: usize, cols: usize) -> Tensor {
+    let mut w = random(seed, &[rows, cols], 1.0);
+    for row in w.f32s_mut().unwrap().chunks_mut(cols) {
+        let norm = row.iter().map(|v| v * v).sum::<f32>().sqrt();
+        row.iter_mut().for_each(|v| *v /= norm);
+    }
+    w
 }
 
 /// log softmax of one row.

@@ -1,5 +1,7 @@
 //! Every operator against float64, on every device: one file per stem.
 
+mod adamw;
+mod clip;
 mod cross_entropy;
 mod cuda_device;
 mod embedding;

@@ -1,28 +1,11 @@
-use resa_engine::optim::{Update, adam::Adam, signum::Signum};
+use resa_engine::optim::{Update, signum::Signum};
 use resa_engine::tensor::Tensor;
 
-use crate::harness::{devices, random, relative_error, to_f64};
+use crate::harness::{devices, random, relative_error, remove_parallel, to_f64, unit_rows};
 
 const ROWS: usize = 37;
 const COLS: usize = 45;
 const LR: f64 = 0.01;
-
-/// Takes out of `g` the component along each row of `w`.
-fn remove_parallel(g: &mut [f64], w: &[f64]) {
-    for (g, w) in g.chunks_mut(COLS).zip(w.chunks(COLS)) {
-        let parallel: f64 = g.iter().zip(w).map(|(g, w)| g * w).sum();
-        g.iter_mut().zip(w).for_each(|(g, w)| *g -= parallel * w);
-    }
-}
-
-fn unit_rows(seed: u64) -> Tensor {
-    let mut w = random(seed, &[ROWS, COLS], 1.0);
-    for row in w.f32s_mut().unwrap().chunks_mut(COLS) {
-        let norm = row.iter().map(|v| v * v).sum::<f32>().sqrt();
-        row.iter_mut().for_each(|v| *v /= norm);
-    }
-    w
-}
 
 fn sign(v: f64) -> f64 {
     if v == 0.0 { 0.0 } else { v.signum() }
@@ -40,14 +23,14 @@ fn steps_follow_the_schedule_free_equations_in_float64() {
     let beta = f64::from(Signum::BETA);
     for device in devices() {
         for unit in [false, true] {
-            let mut value = unit_rows(7);
+            let mut value = unit_rows(7, ROWS, COLS);
             let mut signum = Signum::new(LR as f32);
             let mut y = to_f64(&value);
             let mut z = y.clone();
             for n in 0..5u64 {
                 let mut g = to_f64(&gradient(n));
                 if unit {
-                    remove_parallel(&mut g, &y);
+                    remove_parallel(&mut g, &y, COLS);
                 }
                 for i in 0..y.len() {
                     let mut x = (y[i] - (1.0 - beta) * z[i]) / beta;
@@ -80,39 +63,10 @@ fn steps_follow_the_schedule_free_equations_in_float64() {
 }
 
 #[test]
-fn adam_follows_its_equations_in_float64() {
-    for device in devices() {
-        let mut value = unit_rows(7);
-        let mut adam = Adam::default();
-        let mut w = to_f64(&value);
-        let (mut first, mut second) = (vec![0.0; w.len()], vec![0.0; w.len()]);
-        for n in 1..6 {
-            let mut g = to_f64(&gradient(n));
-            remove_parallel(&mut g, &w);
-            for i in 0..w.len() {
-                first[i] = 0.9 * first[i] + 0.1 * g[i];
-                second[i] = 0.999 * second[i] + 0.001 * g[i] * g[i];
-                let mean = first[i] / (1.0 - 0.9f64.powi(n as i32));
-                let square = second[i] / (1.0 - 0.999f64.powi(n as i32));
-                w[i] -= LR * mean / (square.sqrt() + 1e-8);
-            }
-            let update = Update {
-                value: &mut value,
-                grad: gradient(n),
-                unit_rows: true,
-            };
-            let step = || adam.step(&device, LR, vec![update]);
-            device.run(step).unwrap();
-        }
-        assert!(relative_error(&to_f64(&value), &w) < 1e-5);
-    }
-}
-
-#[test]
 fn gradients_of_another_shape_or_number_are_errors() {
     let device = resa_engine::Device::cpu(1).unwrap();
     let mut signum = Signum::new(0.1);
-    let mut value = unit_rows(1);
+    let mut value = unit_rows(1, ROWS, COLS);
     let mut step = |grads: Vec<Tensor>| {
         let mut values = vec![value.clone(); grads.len()];
         let pairs = values.iter_mut().zip(grads);

@@ -1,6 +1,6 @@
 use resa_engine::model::Qwen2Config;
-use resa_engine::train::plan::{Plan, PlanInput, steps};
-use resa_engine::train::{Method, SaeInit, Stage, TrainConfig};
+use resa_engine::train::plan::{Plan, PlanInput};
+use resa_engine::train::{Method, SaeInit, Schedule, Stage, TrainConfig};
 
 /// DeepSeek-R1-Distill-Qwen-1.5B.
 fn qwen() -> Qwen2Config {
@@ -88,11 +88,16 @@ fn attention_grows_with_the_length_of_a_sequence() {
 
 #[test]
 fn steps_and_tokens_follow_epochs_batches_and_limits() {
-    assert_eq!(steps(33, 16, 2, None), 6);
-    assert_eq!(steps(32, 16, 2, None), 4);
-    assert_eq!(steps(33, 16, 2, Some(5)), 5);
-    assert_eq!(steps(0, 16, 2, None), 0);
-    assert_eq!(steps(u64::MAX, 1, usize::MAX, None), u64::MAX);
+    let counts = |rows, per_step, epochs, max| {
+        let schedule = Schedule::new(rows, per_step, epochs, max);
+        (schedule.steps, schedule.rows_until(schedule.steps))
+    };
+    assert_eq!(counts(33, 16, 2, None), (6, 66));
+    assert_eq!(counts(32, 16, 2, None), (4, 64));
+    // An epoch of 16, 16 and 1 rows, and two steps of the next.
+    assert_eq!(counts(33, 16, 2, Some(5)), (5, 65));
+    assert_eq!(counts(0, 16, 2, None), (0, 0));
+    assert_eq!(counts(u64::MAX, 1, usize::MAX, None), (u64::MAX, u64::MAX));
 
     let config = TrainConfig {
         grad_accum: 4,

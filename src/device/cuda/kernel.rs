@@ -5,9 +5,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule, LaunchConfig, PushKernelArg};
 use cudarc::nvrtc::Ptx;
 
-use super::{CudaBuffer, CudaDevice, cannot, name};
+use super::CudaDevice;
 use crate::error::{Error, Result};
-use crate::tensor::Tensor;
+use crate::tensor::cuda::error_name;
+use crate::tensor::{CudaBuffer, Tensor};
 
 /// Stem and compiled image of every file of `kernels/`; empty in a CPU-only build.
 const IMAGES: &[(&str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/kernel_images.rs"));
@@ -136,7 +137,7 @@ impl Kernels {
             }
         };
         let function = module.load_function(kernel.function);
-        let function = function.map_err(|e| self.failed(kernel.function, &name(e)))?;
+        let function = function.map_err(|e| self.failed(kernel.function, &error_name(e)))?;
         loaded.functions.insert(kernel.function, function.clone());
         Ok(function)
     }
@@ -145,11 +146,11 @@ impl Kernels {
         let image = IMAGES.iter().find(|(name, _)| *name == stem);
         let (_, image) = image.ok_or_else(|| self.failed(stem, "not part of this build"))?;
         let module = self.context.load_module(Ptx::from_binary(image.to_vec()));
-        module.map_err(|e| self.failed(stem, &name(e)))
+        module.map_err(|e| self.failed(stem, &error_name(e)))
     }
 
     fn failed(&self, kernel: &str, what: &str) -> Error {
-        cannot(self.context.ordinal(), format!("loading {kernel}: {what}"))
+        Error::cuda(self.context.ordinal(), format!("loading {kernel}: {what}"))
     }
 }
 
@@ -177,7 +178,7 @@ impl CudaDevice {
                 shared,
             } = grid;
             let shape = format!("{blocks} blocks of {threads} threads, {shared} bytes shared");
-            cannot(
+            Error::cuda(
                 self.ordinal(),
                 format!("launching {name}({args}), {shape}: {what}"),
             )
@@ -206,6 +207,6 @@ impl CudaDevice {
         };
         // SAFETY: the caller vouches for the arguments.
         let launched = unsafe { launch.launch(config) };
-        launched.map(drop).map_err(|e| failed(&name(e)))
+        launched.map(drop).map_err(|e| failed(&error_name(e)))
     }
 }

@@ -3,22 +3,19 @@
 //! the next needs no synchronisation.
 
 mod kernel;
-mod memory;
 
 use std::sync::Arc;
 
-use cudarc::driver::sys::CUresult;
 use cudarc::driver::{CudaContext, CudaStream, DriverError};
 use half::bf16;
 
 pub(crate) use kernel::{Arg, Grid, Kernel};
-pub use memory::CudaBuffer;
 
 use super::CpuDevice;
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::cuda::{Memory, error_name};
+use crate::tensor::{CudaBuffer, DType, Tensor};
 use kernel::Kernels;
-use memory::Memory;
 
 /// The oldest compute capability that the kernels run on: Ampere.
 const OLDEST: (i32, i32) = (8, 0);
@@ -43,23 +40,24 @@ impl CudaDevice {
     /// capability 8.0.
     pub fn new(ordinal: usize, threads: usize) -> Result<Self> {
         if !kernel::built() {
-            return Err(cannot(
+            return Err(Error::cuda(
                 ordinal,
                 "this build holds no CUDA kernels because nvcc was not found when it was made; \
                  install the CUDA toolkit 13 (or set NVCC to its nvcc) and build again",
             ));
         }
         if !Self::driver_present() {
-            return Err(cannot(
+            return Err(Error::cuda(
                 ordinal,
                 "no CUDA driver (libcuda) is installed; install NVIDIA's driver for CUDA 13",
             ));
         }
-        let failed = |what: &str, e: DriverError| cannot(ordinal, format!("{what}: {}", name(e)));
+        let failed =
+            |what: &str, e: DriverError| Error::cuda(ordinal, format!("{what}: {}", error_name(e)));
         cudarc::driver::result::init().map_err(|e| failed("the CUDA driver did not start", e))?;
         let count = CudaContext::device_count().map_err(|e| failed("counting devices", e))?;
         if i64::try_from(ordinal).map_or(true, |n| n >= count.into()) {
-            return Err(cannot(
+            return Err(Error::cuda(
                 ordinal,
                 format!("the driver has {count} devices, numbered from 0"),
             ));
@@ -68,7 +66,7 @@ impl CudaDevice {
         let capability = context.compute_capability();
         let (major, minor) = capability.map_err(|e| failed("no compute capability", e))?;
         if (major, minor) < OLDEST {
-            return Err(cannot(
+            return Err(Error::cuda(
                 ordinal,
                 format!(
                     "expected compute capability {}.{} or later, found {major}.{minor}",
@@ -109,7 +107,7 @@ impl CudaDevice {
 
     /// The error of an operator that has no kernel.
     pub(crate) fn no_kernel(&self, op: &str) -> Error {
-        cannot(
+        Error::cuda(
             self.ordinal(),
             format!("{op} has no CUDA kernel yet; use the CPU"),
         )
@@ -118,6 +116,11 @@ impl CudaDevice {
     /// Memory for `len` elements, with unspecified contents.
     pub(crate) fn alloc(&self, dtype: DType, len: usize) -> Result<CudaBuffer> {
         CudaBuffer::new(&self.memory, len, dtype)
+    }
+
+    /// Bytes of device memory taken from the driver, in use or kept for reuse.
+    pub fn reserved_memory(&self) -> usize {
+        self.memory.reserved()
     }
 
     /// Whether the tensor is in this device's memory.
@@ -181,21 +184,4 @@ impl CudaDevice {
     pub(super) fn release_memory(&self) {
         self.memory.release();
     }
-}
-
-fn cannot(ordinal: usize, what: impl Into<String>) -> Error {
-    Error::cuda(ordinal, what)
-}
-
-/// The driver's name of an error and what it says about it.
-fn name(error: DriverError) -> String {
-    // Names are constants of the driver; an error it does not know has none.
-    match (error.error_name(), error.error_string()) {
-        (Ok(name), Ok(text)) => format!("{} ({})", name.to_string_lossy(), text.to_string_lossy()),
-        _ => format!("CUDA error {}", error.0 as u32),
-    }
-}
-
-fn is_out_of_memory(error: DriverError) -> bool {
-    error.0 == CUresult::CUDA_ERROR_OUT_OF_MEMORY
 }

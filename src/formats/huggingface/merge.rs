@@ -10,6 +10,7 @@ use serde_json::json;
 
 use super::checkpoint::Checkpoint;
 use super::load::{EMBED_TOKENS, LM_HEAD, NORM, has_bias, load, module_tensor, norm_tensor};
+use crate::data::tokenizer::copy_files;
 use crate::error::{Error, Result};
 use crate::formats::atomic;
 use crate::formats::safetensors::{self, Entry};
@@ -18,18 +19,6 @@ use crate::tensor::Tensor;
 
 /// Largest file of a saved model, in bytes.
 const MAX_SHARD: usize = 5_000_000_000;
-
-/// The files a tokenizer can consist of.
-const TOKENIZER: [&str; 8] = [
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-];
 
 /// Merges an adapter into a loaded model; the weights it sits on become f32 tensors in memory.
 ///
@@ -69,17 +58,9 @@ fn save_merged_in_shards(
     check_fit(&config, lora)?;
     atomic::create_dir(out_dir, |dir| {
         copy_present(model_dir, dir, &["config.json", "generation_config.json"])?;
-        copy_tokenizer(model_dir, dir)?;
+        copy_files(model_dir, dir)?;
         write_weights(&files, &config, lora, dir, max_shard)
     })
-}
-
-/// Copies the files of the tokenizer in `from` to the existing folder `to`.
-///
-/// # Errors
-/// The operating system's.
-pub fn copy_tokenizer(from: &Path, to: &Path) -> Result<()> {
-    copy_present(from, to, &TOKENIZER)
 }
 
 /// Copies those of the named files that exist.

@@ -8,4 +8,4 @@ mod merge;
 
 pub use config::read_config;
 pub use load::load;
-pub use merge::{copy_tokenizer, merge_into, save_merged};
+pub use merge::{merge_into, save_merged};

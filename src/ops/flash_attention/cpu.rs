@@ -16,7 +16,7 @@ use super::softmax::{Visible, finish_softmax, online_softmax, softmax_backward};
 use crate::device::Device;
 use crate::device::simd::vectorized;
 use crate::error::Result;
-use crate::ops::math::sum_products;
+use crate::ops::math::dot;
 use crate::tensor::{Buffer, Tensor};
 
 /// Stacked rows of a query tile (more only where the group alone is larger).
@@ -92,20 +92,20 @@ impl<'a> Operands<'a> {
         let (cols, width) = (self.op.heads * d, self.op.group() * d);
         let first = tile.seq * self.op.seq_len + tile.queries.start;
         let from = &from[first * cols + tile.kv_head * width..];
-        copy_scaled(from, cols, to, width, width, scale);
+        vectorized!(copy_scaled(from, cols, to, width, width, scale));
     }
 
     /// Writes the tile of one group of heads, times `scale`, into a block of rows [_, heads * d].
     fn unpack(&self, from: &[f32], d: usize, kv_head: usize, scale: f32, rows: &mut [f32]) {
         let (cols, width) = (self.op.heads * d, self.op.group() * d);
-        copy_scaled(
+        vectorized!(copy_scaled(
             from,
             width,
             &mut rows[kv_head * width..],
             cols,
             width,
             scale,
-        );
+        ));
     }
 
     /// What q is multiplied by so that scores come out in base 2.
@@ -147,7 +147,7 @@ impl<'a> Upstream<'a> {
         delta
             .par_chunks_mut(KEYS)
             .zip(o.par_chunks(KEYS * d).zip(grad.par_chunks(KEYS * d)))
-            .for_each(|(delta, (o, grad))| row_products(delta, o, grad));
+            .for_each(|(delta, (o, grad))| vectorized!(row_products(delta, o, grad)));
         Self {
             grad,
             log_sum,
@@ -156,30 +156,28 @@ impl<'a> Upstream<'a> {
     }
 }
 
-vectorized! {
-    /// out[i] = Σ a[i] b[i] for matrices of as many rows as `out` is long.
-    fn row_products(out: &mut [f32], a: &[f32], b: &[f32]) {
-        let d = a.len() / out.len();
-        for (out, (a, b)) in out.iter_mut().zip(a.chunks_exact(d).zip(b.chunks_exact(d))) {
-            *out = sum_products([a, b]);
-        }
+/// out[i] = Σ a[i] b[i] for matrices of as many rows as `out` is long.
+#[inline(always)]
+fn row_products(out: &mut [f32], a: &[f32], b: &[f32]) {
+    let d = a.len() / out.len();
+    for (out, (a, b)) in out.iter_mut().zip(a.chunks_exact(d).zip(b.chunks_exact(d))) {
+        *out = dot(a, b);
     }
 }
 
-vectorized! {
-    /// `to = scale * from` for matrices of `width` columns with rows of different lengths.
-    fn copy_scaled(
-        from: &[f32],
-        from_stride: usize,
-        to: &mut [f32],
-        to_stride: usize,
-        width: usize,
-        scale: f32,
-    ) {
-        for (to, from) in to.chunks_mut(to_stride).zip(from.chunks(from_stride)) {
-            for (to, from) in to[..width].iter_mut().zip(&from[..width]) {
-                *to = from * scale;
-            }
+/// `to = scale * from` for matrices of `width` columns with rows of different lengths.
+#[inline(always)]
+fn copy_scaled(
+    from: &[f32],
+    from_stride: usize,
+    to: &mut [f32],
+    to_stride: usize,
+    width: usize,
+    scale: f32,
+) {
+    for (to, from) in to.chunks_mut(to_stride).zip(from.chunks(from_stride)) {
+        for (to, from) in to[..width].iter_mut().zip(&from[..width]) {
+            *to = from * scale;
         }
     }
 }
@@ -316,10 +314,10 @@ fn forward_tile(x: &Operands<'_>, tile: &TileOf, scratch: &mut Scratch) {
             mat(q, rows, d, d),
             k.transpose(),
         );
-        online_softmax(scores, &x.visible(tile, &keys), max, sum, o);
+        vectorized!(online_softmax(scores, &x.visible(tile, &keys), max, sum, o));
         product(o, d, Accum::Add, mat(scores, rows, keys.len(), KEYS), v);
     }
-    finish_softmax(max, sum, o);
+    vectorized!(finish_softmax(max, sum, o));
 }
 
 /// Computes dQ: a task owns a block of queries.
@@ -427,11 +425,11 @@ fn score_grads(
     product(&mut scratch.scores, KEYS, Accum::Replace, q, k.transpose());
     let grad = mat(&grads.grad, rows, d, d);
     product(&mut grads.grads, KEYS, Accum::Replace, grad, v.transpose());
-    softmax_backward(
+    vectorized!(softmax_backward(
         &mut scratch.scores,
         &mut grads.grads,
         &x.visible(tile, keys),
         &scratch.log_sum[..rows],
         &scratch.sum[..rows],
-    );
+    ));
 }

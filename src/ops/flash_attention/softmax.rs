@@ -4,7 +4,6 @@
 use std::ops::Range;
 
 use super::cpu::KEYS;
-use crate::device::simd::vectorized;
 use crate::ops::math::{LANES, add_up, exp2_of_negative};
 
 /// Which keys of a block the stacked rows of a query tile see.
@@ -49,87 +48,86 @@ fn cover(row: &mut [f32], columns: Range<usize>, width: usize) -> Range<usize> {
     vectors
 }
 
-vectorized! {
-    /// One step of the online softmax: scores become 2^(score - maximum), and what `sum` and
-    /// `o` ([rows, D]) hold from earlier blocks is brought to the new maximum.
-    pub(super) fn online_softmax(
-        scores: &mut [f32],
-        visible: &Visible<'_>,
-        max: &mut [f32],
-        sum: &mut [f32],
-        o: &mut [f32],
-    ) {
-        let d = o.len() / max.len();
-        let rows = scores.chunks_exact_mut(KEYS).zip(o.chunks_exact_mut(d));
-        for (r, ((row, o), (max, sum))) in rows.zip(max.iter_mut().zip(sum)).enumerate() {
-            let vectors = cover(row, visible.columns(r), visible.keys.len());
-            let vectors = &mut row.as_chunks_mut::<LANES>().0[vectors];
-            let mut largest = [*max; LANES];
-            for vector in vectors.iter() {
-                for (l, s) in largest.iter_mut().zip(vector) {
-                    *l = if *s > *l { *s } else { *l };
-                }
+/// One step of the online softmax: scores become 2^(score - maximum), and what `sum` and
+/// `o` ([rows, D]) hold from earlier blocks is brought to the new maximum.
+#[inline(always)]
+pub(super) fn online_softmax(
+    scores: &mut [f32],
+    visible: &Visible<'_>,
+    max: &mut [f32],
+    sum: &mut [f32],
+    o: &mut [f32],
+) {
+    let d = o.len() / max.len();
+    let rows = scores.chunks_exact_mut(KEYS).zip(o.chunks_exact_mut(d));
+    for (r, ((row, o), (max, sum))) in rows.zip(max.iter_mut().zip(sum)).enumerate() {
+        let vectors = cover(row, visible.columns(r), visible.keys.len());
+        let vectors = &mut row.as_chunks_mut::<LANES>().0[vectors];
+        let mut largest = [*max; LANES];
+        for vector in vectors.iter() {
+            for (l, s) in largest.iter_mut().zip(vector) {
+                *l = if *s > *l { *s } else { *l };
             }
-            let new = largest.iter().fold(*max, |a, &b| if b > a { b } else { a });
-            let mut sums = [0.0f32; LANES];
-            for vector in vectors {
-                for (total, s) in sums.iter_mut().zip(vector) {
-                    *s = exp2_of_negative(*s - new);
-                    *total += *s;
-                }
-            }
-            if new > *max {
-                let shrink = exp2_of_negative(*max - new);
-                *sum *= shrink;
-                o.iter_mut().for_each(|o| *o *= shrink);
-                *max = new;
-            }
-            *sum += add_up(sums);
         }
+        let new = largest.iter().fold(*max, |a, &b| if b > a { b } else { a });
+        let mut sums = [0.0f32; LANES];
+        for vector in vectors {
+            for (total, s) in sums.iter_mut().zip(vector) {
+                *s = exp2_of_negative(*s - new);
+                *total += *s;
+            }
+        }
+        if new > *max {
+            let shrink = exp2_of_negative(*max - new);
+            *sum *= shrink;
+            o.iter_mut().for_each(|o| *o *= shrink);
+            *max = new;
+        }
+        *sum += add_up(sums);
     }
 }
 
-vectorized! {
-    /// Ends the online softmax: `o` is divided by the sums, `max` becomes the base-2 logarithm
-    /// of the softmax's denominator.
-    pub(super) fn finish_softmax(max: &mut [f32], sum: &[f32], o: &mut [f32]) {
-        let d = o.len() / max.len();
-        for ((o, max), sum) in o.chunks_exact_mut(d).zip(max).zip(sum) {
-            o.iter_mut().for_each(|o| *o *= 1.0 / sum);
-            *max += sum.log2();
-        }
+/// Ends the online softmax: `o` is divided by the sums, `max` becomes the base-2 logarithm
+/// of the softmax's denominator.
+#[inline(always)]
+pub(super) fn finish_softmax(max: &mut [f32], sum: &[f32], o: &mut [f32]) {
+    let d = o.len() / max.len();
+    for ((o, max), sum) in o.chunks_exact_mut(d).zip(max).zip(sum) {
+        o.iter_mut().for_each(|o| *o *= 1.0 / sum);
+        *max += sum.log2();
     }
 }
 
-vectorized! {
-    /// Scores become probabilities P, and the products dO V^T in `grads` become
-    /// dS = P (dO V^T - delta).
-    pub(super) fn softmax_backward(
-        scores: &mut [f32],
-        grads: &mut [f32],
-        visible: &Visible<'_>,
-        log_sum: &[f32],
-        delta: &[f32],
-    ) {
-        let rows = scores.chunks_exact_mut(KEYS).zip(grads.chunks_exact_mut(KEYS));
-        let width = visible.keys.len();
-        for (r, ((row, grad), (&log_sum, &delta))) in rows.zip(log_sum.iter().zip(delta)).enumerate() {
-            let vectors = cover(row, visible.columns(r), width);
-            grad[..width.min(vectors.start * LANES)].fill(0.0);
-            grad[width.min(vectors.end * LANES)..width].fill(0.0);
-            let row = &mut row.as_chunks_mut::<LANES>().0[vectors.clone()];
-            let grad = &mut grad.as_chunks_mut::<LANES>().0[vectors];
-            for (row, grad) in row.iter_mut().zip(grad) {
-                // Copies, so that the compiler sees that the two do not overlap.
-                let (mut p, mut g) = (*row, *grad);
-                for p in &mut p {
-                    *p = exp2_of_negative(*p - log_sum);
-                }
-                for (g, p) in g.iter_mut().zip(&p) {
-                    *g = p * (*g - delta);
-                }
-                (*row, *grad) = (p, g);
+/// Scores become probabilities P, and the products dO V^T in `grads` become
+/// dS = P (dO V^T - delta).
+#[inline(always)]
+pub(super) fn softmax_backward(
+    scores: &mut [f32],
+    grads: &mut [f32],
+    visible: &Visible<'_>,
+    log_sum: &[f32],
+    delta: &[f32],
+) {
+    let rows = scores
+        .chunks_exact_mut(KEYS)
+        .zip(grads.chunks_exact_mut(KEYS));
+    let width = visible.keys.len();
+    for (r, ((row, grad), (&log_sum, &delta))) in rows.zip(log_sum.iter().zip(delta)).enumerate() {
+        let vectors = cover(row, visible.columns(r), width);
+        grad[..width.min(vectors.start * LANES)].fill(0.0);
+        grad[width.min(vectors.end * LANES)..width].fill(0.0);
+        let row = &mut row.as_chunks_mut::<LANES>().0[vectors.clone()];
+        let grad = &mut grad.as_chunks_mut::<LANES>().0[vectors];
+        for (row, grad) in row.iter_mut().zip(grad) {
+            // Copies, so that the compiler sees that the two do not overlap.
+            let (mut p, mut g) = (*row, *grad);
+            for p in &mut p {
+                *p = exp2_of_negative(*p - log_sum);
             }
+            for (g, p) in g.iter_mut().zip(&p) {
+                *g = p * (*g - delta);
+            }
+            (*row, *grad) = (p, g);
         }
     }
 }

@@ -9,9 +9,11 @@ pub(crate) mod rows;
 
 use rayon::prelude::*;
 
+use super::math::{add_scaled, dot};
+use crate::device::simd::vectorized;
 pub(crate) use groups::check_indices;
 pub use groups::{LatentGroups, SharedGroups};
-use rows::{add_gathered, add_scaled, dot, vectorized, weighted_row_sum};
+use rows::{add_gathered, weighted_row_sum};
 
 use super::{Operator, expect_cols, expect_inputs, expect_shape, only_grad};
 use crate::device::Device;
@@ -114,19 +116,16 @@ pub(crate) fn gather(
         .zip(scales.par_chunks(TOKEN_BLOCK * k))
         .zip(indices.par_chunks(TOKEN_BLOCK * k))
         .for_each(|((out, scales), indices)| {
-            vectorized(
-                #[inline(always)]
-                || {
-                    let pairs = scales.chunks_exact(k).zip(indices.chunks_exact(k));
-                    for (out, (scales, indices)) in out.chunks_exact_mut(d).zip(pairs) {
-                        match bias {
-                            Some(bias) => out.copy_from_slice(bias),
-                            None => out.fill(0.0),
-                        }
-                        add_gathered(out, scales, indices, matrix);
+            vectorized!({
+                let pairs = scales.chunks_exact(k).zip(indices.chunks_exact(k));
+                for (out, (scales, indices)) in out.chunks_exact_mut(d).zip(pairs) {
+                    match bias {
+                        Some(bias) => out.copy_from_slice(bias),
+                        None => out.fill(0.0),
                     }
-                },
-            );
+                    add_gathered(out, scales, indices, matrix);
+                }
+            });
         });
 }
 
@@ -148,23 +147,19 @@ fn by_latent(
         .zip(groups.split_blocks(LATENT_BLOCK, &mut sorted))
         .enumerate()
         .for_each(|(block, (grad_w, grad_acts))| {
-            vectorized(
-                #[inline(always)]
-                || {
-                    let mut grad_acts = grad_acts.iter_mut();
-                    for (i, grad_row) in grad_w.chunks_exact_mut(d).enumerate() {
-                        let latent = block * LATENT_BLOCK + i;
-                        let row = &w[latent * d..][..d];
-                        grad_row.fill(0.0);
-                        for (&pair, grad_act) in groups.pairs_of(latent).iter().zip(&mut grad_acts)
-                        {
-                            let token = &grad[pair as usize / k * d..][..d];
-                            *grad_act = dot(token, row);
-                            add_scaled(grad_row, a[pair as usize], token);
-                        }
+            vectorized!({
+                let mut grad_acts = grad_acts.iter_mut();
+                for (i, grad_row) in grad_w.chunks_exact_mut(d).enumerate() {
+                    let latent = block * LATENT_BLOCK + i;
+                    let row = &w[latent * d..][..d];
+                    grad_row.fill(0.0);
+                    for (&pair, grad_act) in groups.pairs_of(latent).iter().zip(&mut grad_acts) {
+                        let token = &grad[pair as usize / k * d..][..d];
+                        *grad_act = dot(token, row);
+                        add_scaled(grad_row, a[pair as usize], token);
                     }
-                },
-            );
+                }
+            });
         });
     let mut grad_acts = device.buffer(acts.len());
     for (&pair, &value) in groups.pairs().iter().zip(sorted.iter()) {
@@ -193,14 +188,11 @@ fn by_token(
         .zip(indices.par_chunks(k))
         .zip(grad.par_chunks(d))
         .for_each(|((out, indices), token)| {
-            vectorized(
-                #[inline(always)]
-                || {
-                    for (o, &i) in out.iter_mut().zip(indices) {
-                        *o = dot(token, &w[i as usize * d..][..d]);
-                    }
-                },
-            );
+            vectorized!({
+                for (o, &i) in out.iter_mut().zip(indices) {
+                    *o = dot(token, &w[i as usize * d..][..d]);
+                }
+            });
         });
     Tensor::from_buffer(grad_acts, acts.shape())
 }

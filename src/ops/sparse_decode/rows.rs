@@ -4,61 +4,11 @@
 
 use rayon::prelude::*;
 
-const LANES: usize = 32;
+use crate::device::simd::vectorized;
+use crate::ops::math::add_scaled;
 
 /// Rows that one task sums up before the partial sums are added in order.
 const SUM_BLOCK: usize = 64;
-
-/// Runs `work` with the loops inlined into it compiled for this processor's vectors. `work` must
-/// itself be `#[inline(always)]`: a function of its own would be compiled for the baseline.
-#[inline(always)]
-pub(crate) fn vectorized<R>(work: impl FnOnce() -> R) -> R {
-    pulp::Arch::new().dispatch(work)
-}
-
-/// ⟨a, b⟩ in 32 partial sums.
-#[inline(always)]
-pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
-    sum_of(a, b, |a, b| a * b)
-}
-
-/// ‖a − b‖² in 32 partial sums.
-#[inline(always)]
-pub(crate) fn squared_distance(a: &[f32], b: &[f32]) -> f32 {
-    sum_of(a, b, |a, b| (a - b) * (a - b))
-}
-
-/// Σ_i term(a_i, b_i). Every index into the partial sums is a constant, so that they stay in
-/// vector registers.
-#[inline(always)]
-fn sum_of(a: &[f32], b: &[f32], term: impl Fn(f32, f32) -> f32) -> f32 {
-    let (a_chunks, a_rest) = a.as_chunks::<LANES>();
-    let (b_chunks, b_rest) = b.as_chunks::<LANES>();
-    let mut lanes = [0.0f32; LANES];
-    for (a, b) in a_chunks.iter().zip(b_chunks) {
-        for i in 0..LANES {
-            lanes[i] += term(a[i], b[i]);
-        }
-    }
-    let mut rest = 0.0;
-    for (&a, &b) in a_rest.iter().zip(b_rest) {
-        rest += term(a, b);
-    }
-    let mut eight = [0.0f32; 8];
-    for i in 0..8 {
-        eight[i] = (lanes[i] + lanes[i + 8]) + (lanes[i + 16] + lanes[i + 24]);
-    }
-    let [a, b, c, d, e, f, g, h] = eight;
-    (((a + b) + (c + d)) + ((e + f) + (g + h))) + rest
-}
-
-/// `out += scale * row`.
-#[inline(always)]
-pub(crate) fn add_scaled(out: &mut [f32], scale: f32, row: &[f32]) {
-    for (o, r) in out.iter_mut().zip(row) {
-        *o += scale * r;
-    }
-}
 
 /// `out += Σ_j scales[j] * matrix[indices[j]]`, in the order of j.
 #[inline(always)]
@@ -91,18 +41,15 @@ pub(crate) fn weighted_row_sum(matrix: &[f32], d: usize, weights: Option<&[f32]>
         .enumerate()
         .map(|(block, rows)| {
             let mut sum = vec![0.0; d];
-            vectorized(
-                #[inline(always)]
-                || {
-                    for (r, row) in rows.chunks_exact(d).enumerate() {
-                        add_scaled(
-                            &mut sum,
-                            weights.map_or(1.0, |w| w[block * SUM_BLOCK + r]),
-                            row,
-                        );
-                    }
-                },
-            );
+            vectorized!({
+                for (r, row) in rows.chunks_exact(d).enumerate() {
+                    add_scaled(
+                        &mut sum,
+                        weights.map_or(1.0, |w| w[block * SUM_BLOCK + r]),
+                        row,
+                    );
+                }
+            });
             sum
         })
         .collect();

@@ -14,10 +14,11 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
-use super::sparse_decode::rows::{vectorized, weighted_row_sum};
+use super::sparse_decode::rows::weighted_row_sum;
 use super::sparse_decode::{LatentGroups, SharedGroups, check_indices, gather, to_f32_row};
 use super::{Operator, expect_cols, expect_inputs, expect_shape, only_grad};
 use crate::device::Device;
+use crate::device::simd::vectorized;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 use select::RowSelection;
@@ -205,16 +206,13 @@ fn select_tile(
     let d = encoder.centre.len();
     let tokens = x.len() / d;
     let mut centred = device.buffer(tokens * d);
-    vectorized(
-        #[inline(always)]
-        || {
-            for (out, row) in centred.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
-                for ((o, x), c) in out.iter_mut().zip(row).zip(encoder.centre) {
-                    *o = x - c;
-                }
+    vectorized!({
+        for (out, row) in centred.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
+            for ((o, x), c) in out.iter_mut().zip(row).zip(encoder.centre) {
+                *o = x - c;
             }
-        },
-    );
+        }
+    });
     let mut selections: Vec<_> = (0..tokens).map(|_| RowSelection::new(k)).collect();
     let mut products = device.buffer(tokens * TILE_LATENTS);
     let blocks = encoder.w.chunks(TILE_LATENTS * d);
@@ -285,21 +283,18 @@ fn encoder_gradient(
     out.par_chunks_mut(LATENT_BLOCK * d)
         .enumerate()
         .for_each(|(block, out)| {
-            vectorized(
-                #[inline(always)]
-                || {
-                    for (i, out) in out.chunks_exact_mut(d).enumerate() {
-                        out.fill(0.0);
-                        for &pair in groups.pairs_of(block * LATENT_BLOCK + i) {
-                            let g = grad[pair as usize];
-                            let token = &x[pair as usize / k * d..][..d];
-                            for ((o, x), c) in out.iter_mut().zip(token).zip(centre) {
-                                *o += g * (x - c);
-                            }
+            vectorized!({
+                for (i, out) in out.chunks_exact_mut(d).enumerate() {
+                    out.fill(0.0);
+                    for &pair in groups.pairs_of(block * LATENT_BLOCK + i) {
+                        let g = grad[pair as usize];
+                        let token = &x[pair as usize / k * d..][..d];
+                        for ((o, x), c) in out.iter_mut().zip(token).zip(centre) {
+                            *o += g * (x - c);
                         }
                     }
-                },
-            );
+                }
+            });
         });
     Tensor::from_buffer(out, [m, d])
 }

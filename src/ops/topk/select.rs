@@ -1,4 +1,4 @@
-use crate::ops::sparse_decode::rows::vectorized;
+use crate::device::simd::vectorized;
 
 /// Values tested at once against the threshold.
 const BLOCK: usize = 32;
@@ -29,22 +29,17 @@ impl RowSelection {
 
     /// Offers `products[i] + bias[i]` as latent `first + i`. False when a value is NaN or +inf.
     pub(super) fn offer(&mut self, first: u32, products: &[f32], bias: &[f32]) -> bool {
-        vectorized(
-            #[inline(always)]
-            || {
-                let mut first = first;
-                let blocks = products.chunks(BLOCK).zip(bias.chunks(BLOCK));
-                for (products, bias) in blocks {
-                    if any_above(products, bias, self.threshold)
-                        && !self.keep(first, products, bias)
-                    {
-                        return false;
-                    }
-                    first += BLOCK as u32;
+        vectorized!({
+            let mut first = first;
+            let blocks = products.chunks(BLOCK).zip(bias.chunks(BLOCK));
+            for (products, bias) in blocks {
+                if any_above(products, bias, self.threshold) && !self.keep(first, products, bias) {
+                    return false;
                 }
-                true
-            },
-        )
+                first += BLOCK as u32;
+            }
+            true
+        })
     }
 
     fn keep(&mut self, first: u32, products: &[f32], bias: &[f32]) -> bool {

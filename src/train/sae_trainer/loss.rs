@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::model::Sae;
+use crate::model::{Sae, reconstruct};
 use crate::ops::Operator;
 use crate::ops::fvu::Fvu;
-use crate::ops::sparse_decode::{SharedGroups, SparseDecode};
+use crate::ops::sparse_decode::SharedGroups;
 use crate::ops::topk::TopK;
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
@@ -42,7 +42,9 @@ pub(super) fn gradients(
     let parameters = sae.tensors().map(|t| tape.parameter(t.clone()));
     let input = Var::constant(x.clone());
     let k = sae.config.k;
-    let main = reconstruct(&mut tape, &input, &parameters, k)?;
+    let encoder = |k| TopK::new(k, SharedGroups::default());
+    let bias = &parameters[3];
+    let main = reconstruct(&mut tape, &input, &parameters, encoder(k), bias)?;
     let loss = tape.apply(objective, &[&main.x_hat])?;
     let fvu = scalar(&loss)?;
     let mut terms = vec![(loss, 1.0)];
@@ -60,7 +62,7 @@ pub(super) fn gradients(
 
     let mut multi_topk_fvu = None;
     if sae.config.multi_topk {
-        let wide = reconstruct(&mut tape, &input, &parameters, 4 * k)?;
+        let wide = reconstruct(&mut tape, &input, &parameters, encoder(4 * k), bias)?;
         let loss = tape.apply(Fvu::with_variance(x.clone(), variance)?, &[&wide.x_hat])?;
         multi_topk_fvu = Some(scalar(&loss)?);
         terms.push((loss, MULTI_TOPK_WEIGHT));
@@ -91,59 +93,23 @@ pub(super) fn gradients(
     })
 }
 
-struct Reconstruction {
-    x_hat: Var,
-    acts: Tensor,
-    indices: Tensor,
-}
-
-fn reconstruct(
-    tape: &mut Tape,
-    x: &Var,
-    [w_enc, b_enc, w_dec, b_dec]: &[Var; 4],
-    k: usize,
-) -> Result<Reconstruction> {
-    let groups = SharedGroups::default();
-    let encoder = TopK::new(k, groups.clone());
-    let [acts, indices] = pair(tape.apply_all(encoder, &[x, w_enc, b_enc, b_dec])?)?;
-    let indices = indices.into_value();
-    let decoder = SparseDecode {
-        indices: indices.clone(),
-        groups,
-    };
-    let x_hat = tape.apply(decoder, &[&acts, w_dec, b_dec])?;
-    Ok(Reconstruction {
-        x_hat,
-        acts: acts.into_value(),
-        indices,
-    })
-}
-
 /// What the k_aux strongest dead latents of each token make of the residual; without b_dec,
 /// which is no part of the residual any more.
 fn reconstruct_dead(
     tape: &mut Tape,
     x: &Var,
-    [w_enc, b_enc, w_dec, b_dec]: &[Var; 4],
+    parameters: &[Var; 4],
     k_aux: usize,
     dead: Vec<u32>,
 ) -> Result<Var> {
-    let groups = SharedGroups::default();
     let encoder = TopK {
         k: k_aux.min(dead.len()),
         among: Some(Arc::from(dead)),
-        groups: groups.clone(),
+        groups: SharedGroups::default(),
     };
-    let [acts, indices] = pair(tape.apply_all(encoder, &[x, w_enc, b_enc, b_dec])?)?;
-    let d = b_dec.value().len();
+    let d = parameters[3].value().len();
     let no_bias = Var::constant(Tensor::from_vec(vec![0.0; d], [d])?);
-    let indices = indices.into_value();
-    tape.apply(SparseDecode { indices, groups }, &[&acts, w_dec, &no_bias])
-}
-
-fn pair(outputs: Vec<Var>) -> Result<[Var; 2]> {
-    let wrong = |_| Error::operand(TopK::NAME, "two outputs", "another number");
-    outputs.try_into().map_err(wrong)
+    Ok(reconstruct(tape, x, parameters, encoder, &no_bias)?.x_hat)
 }
 
 fn scalar(value: &Var) -> Result<f64> {

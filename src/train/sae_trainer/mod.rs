@@ -6,32 +6,25 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
+use super::settings::SaeOptimizer;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::model::Sae;
 use crate::ops::fvu::{fvu_without, sinks, token_mean};
-use crate::optim::{Update, adam::Adam, signum::Signum};
+use crate::optim::{AdamW, AdamWConfig, Update, signum::Signum};
 use crate::tensor::Tensor;
 
-/// Latents at which the default learning rates hold; others scale them by 1/√(m / 2^14).
-const LR_LATENTS: f64 = 16384.0;
+/// Longest warm-up of Adam's learning rate, in steps.
+const ADAM_WARMUP: u64 = 1000;
 const FIRED: &str = "tokens_since_fired";
-
-/// How the autoencoder's parameters are moved.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SaeOptimizer {
-    /// Sign descent under schedule-free averaging, constant learning rate.
-    Signum,
-    /// Adam; the learning rate rises linearly for `warmup` steps and falls linearly to zero at
-    /// step `total`.
-    Adam { warmup: u64, total: u64 },
-}
 
 /// Settings of Stage I training that are not part of the autoencoder itself.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SaeTrainOptions {
     pub optimizer: SaeOptimizer,
-    /// Learning rate; where `None`, 5e-3 (signum) or 2e-4 (Adam) divided by √(m / 2^14).
+    /// Steps in all, which Adam's learning rate falls to zero at; signum does without.
+    pub total_steps: u64,
+    /// Learning rate; where `None`, [`SaeOptimizer::default_lr`].
     pub lr: Option<f64>,
     /// Sets b_dec to the first batch's mean before the first step (`scratch` and `finetune`).
     pub center: bool,
@@ -47,6 +40,7 @@ impl Default for SaeTrainOptions {
     fn default() -> Self {
         Self {
             optimizer: SaeOptimizer::Signum,
+            total_steps: 0,
             lr: None,
             center: true,
             exclude_sinks: false,
@@ -77,7 +71,7 @@ pub struct SaeStepMetrics {
 
 enum Optimizer {
     Signum(Signum),
-    Adam(Adam),
+    Adam(AdamW),
 }
 
 /// Trains one autoencoder. The same calls give the same bits on any number of threads.
@@ -96,14 +90,14 @@ impl SaeTrainer {
     pub fn new(sae: Sae, options: SaeTrainOptions) -> Result<Self> {
         sae.check()?;
         let m = sae.config.num_latents;
-        let scale = 1.0 / (m as f64 / LR_LATENTS).sqrt();
-        let default_lr = match options.optimizer {
-            SaeOptimizer::Signum => 5e-3,
-            SaeOptimizer::Adam { .. } => 2e-4,
-        };
-        let lr = options.lr.unwrap_or(default_lr * scale);
+        let default_lr = options.optimizer.default_lr(m);
+        let lr = options.lr.unwrap_or(default_lr);
         if !(lr > 0.0 && lr.is_finite()) {
             return Err(Error::setting("--lr", format!("{lr} is not above zero")));
+        }
+        if options.optimizer == SaeOptimizer::Adam && options.total_steps == 0 {
+            let what = "adam's schedule needs the number of steps, found 0";
+            return Err(Error::setting("--sae-optimizer", what));
         }
         if !(options.auxk_alpha >= 0.0 && options.auxk_alpha.is_finite()) {
             let what = format!("{} is not zero or above", options.auxk_alpha);
@@ -115,7 +109,13 @@ impl SaeTrainer {
         }
         let optimizer = match options.optimizer {
             SaeOptimizer::Signum => Optimizer::Signum(Signum::new(lr as f32)),
-            SaeOptimizer::Adam { .. } => Optimizer::Adam(Adam::default()),
+            SaeOptimizer::Adam => {
+                let config = AdamWConfig {
+                    weight_decay: 0.0,
+                    ..AdamWConfig::default()
+                };
+                Optimizer::Adam(AdamW::new(config, sae.tensors())?)
+            }
         };
         Ok(Self {
             sae,
@@ -200,14 +200,16 @@ impl SaeTrainer {
 
     /// Learning rate of the next step.
     fn current_lr(&self) -> f64 {
+        let total = self.options.total_steps;
+        let warmup = ADAM_WARMUP.min(total / 5);
         match self.options.optimizer {
             SaeOptimizer::Signum => self.lr,
-            SaeOptimizer::Adam { warmup, .. } if self.steps < warmup => {
+            SaeOptimizer::Adam if self.steps < warmup => {
                 self.lr * self.steps as f64 / warmup as f64
             }
-            SaeOptimizer::Adam { warmup, total } => {
+            SaeOptimizer::Adam => {
                 let left = total.saturating_sub(self.steps) as f64;
-                self.lr * left / total.saturating_sub(warmup).max(1) as f64
+                self.lr * left / (total - warmup).max(1) as f64
             }
         }
     }
@@ -295,20 +297,17 @@ impl SaeTrainer {
             return Err(mismatch(&expected, format!("{}", fired.len())));
         }
         let fired = fired.u32s()?.to_vec();
-        let mut group = |prefix: &str| match steps {
-            0 => Ok(Vec::new()),
-            _ => like(&mut tensors, prefix, &sae),
-        };
-        self.optimizer = match &self.optimizer {
-            Optimizer::Signum(_) => {
-                Optimizer::Signum(Signum::restored(self.lr as f32, steps, group("z")?))
+        let mut group = |prefix: &str| like(&mut tensors, prefix, &sae);
+        match &mut self.optimizer {
+            Optimizer::Signum(signum) => {
+                // z begins with the first step.
+                let z = if steps == 0 { Vec::new() } else { group("z")? };
+                *signum = Signum::restored(self.lr as f32, steps, z);
             }
-            Optimizer::Adam(_) => Optimizer::Adam(Adam::restored(
-                steps,
-                group("first_moment")?,
-                group("second_moment")?,
-            )),
-        };
+            Optimizer::Adam(adam) => {
+                adam.restore(steps, group("first_moment")?, group("second_moment")?)?;
+            }
+        }
         self.sae = sae;
         self.since_fired = fired;
         self.steps = steps;

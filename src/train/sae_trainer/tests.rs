@@ -113,6 +113,7 @@ fn gradients_with_auxk_and_multi_topk_match_finite_differences() {
 fn options(optimizer: SaeOptimizer) -> SaeTrainOptions {
     SaeTrainOptions {
         optimizer,
+        total_steps: 20,
         auxk_alpha: 0.1,
         dead_after: 3 * TOKENS as u32,
         ..SaeTrainOptions::default()
@@ -128,11 +129,7 @@ fn bits(sae: &Sae) -> Vec<u32> {
 #[test]
 fn a_restored_trainer_goes_on_to_the_same_bits() {
     let (one, three) = (Device::cpu(1).unwrap(), Device::cpu(3).unwrap());
-    let adam = SaeOptimizer::Adam {
-        warmup: 3,
-        total: 20,
-    };
-    for optimizer in [SaeOptimizer::Signum, adam] {
+    for optimizer in [SaeOptimizer::Signum, SaeOptimizer::Adam] {
         let mut left_alone = SaeTrainer::new(sae(&one, true), options(optimizer)).unwrap();
         let mut stopped = SaeTrainer::new(sae(&one, true), options(optimizer)).unwrap();
         for step in 0..12 {
@@ -280,6 +277,11 @@ fn settings_out_of_range_are_errors_that_name_the_option() {
         ..SaeTrainOptions::default()
     };
     assert!(error(sae(&device, false), lr).contains("--lr"));
+    let endless = SaeTrainOptions {
+        optimizer: SaeOptimizer::Adam,
+        ..SaeTrainOptions::default()
+    };
+    assert!(error(sae(&device, false), endless).contains("--sae-optimizer"));
     let alpha = SaeTrainOptions {
         auxk_alpha: f32::NAN,
         ..SaeTrainOptions::default()
