@@ -101,7 +101,7 @@ pub struct TrainSettings {
     #[serde(skip_serializing_if = "Option::is_none")]
     target: Option<String>,
 
-    /// Trigger data for Stage I: JSON, JSON Lines or or Parquet file
+    /// Trigger data for Stage I: JSON, JSON Lines or Parquet file
     #[arg(long, value_name = "FILE", help_heading = "Data")]
     #[serde(skip_serializing_if = "Option::is_none")]
     data: Option<String>,
@@ -317,7 +317,7 @@ pub struct EvalArgs {
     /// Layer (0-based) whose output --sae replaces: N or model.layers.N
     #[arg(long, value_name = "N", value_parser = parse_hookpoint, requires = "sae")]
     pub layer: Option<usize>,
-    /// Problems with answers: JSON, JSON Lines or or Parquet file
+    /// Problems with answers: JSON, JSON Lines or Parquet file
     #[arg(long, value_name = "FILE")]
     pub data: String,
     /// Jinja file that turns a record into text; built in where not given
