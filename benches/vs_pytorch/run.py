@@ -58,7 +58,7 @@ class Bench:
             n, found = 1, 0
             while found < rows:  # a row of length exactly seq_len each, the last short one dropped
                 n += 1
-                found = (len(tok(tok.eos_token.join(["", *texts[:n]]))["input_ids"]) - 1) // seq_len
+                found = (len(tok(tok.eos_token.join(["", *texts[:n]]), verbose=False)["input_ids"]) - 1) // seq_len
             out.write_text("".join(self.lines[:n]))
         return out
 
@@ -74,19 +74,21 @@ class Bench:
             raise SystemExit(f"{' '.join(map(str, call))}\nfailed with status {status}:\n{log.read_text()[-3000:]}")
         return usage.ru_maxrss / 1024
 
-    def engine(self, case, steps, epochs=1, sae=None):
+    def engine(self, case, steps, epochs=1, sae=None, layer=LAYER):
         stage, rows, seq_len = case
         out = self.work / f"run{self.n}"
         per = ["--sae-batch", rows, "--sae-epochs", epochs] if stage == "sae" else ["--sft-batch", rows, "--epochs", epochs]
         rss = self.measured([
             self.a.bin, "train", "--stage", stage, "--source", self.model, "--target", self.model,
-            "--data", self.data(rows * steps, seq_len), "--template", self.template, "--layer", LAYER,
+            "--data", self.data(rows * steps, seq_len), "--template", self.template, "--layer", layer,
             *(["--latents", LATENTS, "--k", K] if sae is None else ["--sae", sae]),
             "--seq-len", seq_len, *per, "--lora-dropout", 0, "--lr", "1e-6", "--dtype", "f32", "--device", "cpu",
             "--threads", self.a.threads, "--out", out,
         ])
-        steps_ = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        return [(m["epoch"], m["tokens_per_s"]) for m in steps_ if m["stage"] == stage], rss
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        speeds = [m["tokens_per_s"] for m in lines if m["stage"] == stage]
+        assert len(speeds) == steps * epochs, f"{len(speeds)} steps, expected {steps * epochs}"
+        return speeds, rss
 
     def torch(self, case, steps, kept, truncated=False, sae=None, save=None):
         stage, rows, seq_len = case
@@ -102,7 +104,7 @@ class Bench:
             *(["--save-sae", save] if save else []),
         ], KEPT if kept else {})
         r = json.loads(out.read_text())["stage1" if stage == "sae" else "stage2"]
-        return [(0, r["tokens_per_step"] / s) for s in r["seconds_per_step"]], rss
+        return [r["tokens_per_step"] / s for s in r["seconds_per_step"]], rss
 
 
 def opponents(stage):
@@ -125,16 +127,15 @@ def compare(bench, name, sae):
 
     for _ in range(a.repeat):
         if case[0] == "sae":
-            steps, rss = bench.engine(case, a.steps)
-            add("engine", [v for _, v in steps[1:]], rss)
+            speeds, rss = bench.engine(case, a.steps)
+            add("engine", speeds[1:], rss)
         else:
-            steps, rss = bench.engine(case, a.steps, epochs=2, sae=sae)
-            first = min(e for e, _ in steps)
-            add("engine, first epoch", [v for e, v in steps if e == first][1:], rss)
-            add("engine, from cache", [v for e, v in steps if e != first], rss)
+            speeds, rss = bench.engine(case, a.steps, epochs=2, sae=sae)
+            add("engine, first epoch", speeds[1 : a.steps], rss)
+            add("engine, from cache", speeds[a.steps :], rss)
         for program, how in opponents(case[0]):
-            steps, rss = bench.torch(case, a.steps, sae=sae, **how)
-            add(program, [v for _, v in steps[1:]], rss)
+            speeds, rss = bench.torch(case, a.steps, sae=sae, **how)
+            add(program, speeds[1:], rss)
         print(f"{name}: {found}", file=sys.stderr, flush=True)
     return found
 
@@ -159,9 +160,12 @@ def scaling(bench, sae):
     for seq_len in (256, 512, 1024, 2048):
         one, _ = bench.engine(("sae", 1, seq_len), bench.a.steps)
         two, _ = bench.engine(("sft", 1, seq_len), bench.a.steps, epochs=2, sae=sae)
-        first = min(e for e, _ in two)
-        parts = [[v for _, v in one[1:]], [v for e, v in two if e == first][1:], [v for e, v in two if e != first]]
+        parts = [one[1:], two[1 : bench.a.steps], two[bench.a.steps :]]
         print(f"| {seq_len} | " + " | ".join(f"{1e3 / statistics.median(p):.2f}" for p in parts) + " |", flush=True)
+    print("\n| layers of the model | Stage I, ms a token |\n|---|---|")
+    for layers in (4, 8, 16, 24):
+        speeds, _ = bench.engine(("sae", 1, 1024), bench.a.steps, layer=layers - 1)
+        print(f"| {layers} | {1e3 / statistics.median(speeds[1:]):.3f} |", flush=True)
 
 
 def machine():
@@ -181,7 +185,7 @@ def main():
     ap.add_argument("--steps", type=int, default=6, help="steps of a run, the first of them warm-up")
     ap.add_argument("--cases", default=",".join(CASES), help=f"default: {','.join(CASES)}")
     ap.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    ap.add_argument("--scaling", action="store_true", help="also time the engine for 256 to 2048 tokens a step")
+    ap.add_argument("--scaling", action="store_true", help="also time the engine for 256 to 2048 tokens a step and 4 to 24 layers")
     ap.add_argument("--bin", type=Path, default=Path(env("RESA_BIN", REPO / "target/release/resa-engine")))
     ap.add_argument("--assets", type=Path, default=Path(env("RESA_ASSETS", REPO / "target/assets")))
     a = ap.parse_args()

@@ -1,6 +1,6 @@
 //! Where settings come from: options win over the file given by `--config`, the file over the
-//! run that is resumed, and that over the defaults, which are the embedded example's where no
-//! target is named.
+//! run that is resumed, and that over the defaults, which are the embedded example's where
+//! neither model nor data are named.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -35,7 +35,7 @@ pub fn resolve(args: &TrainArgs) -> Result<TrainConfig, Failure> {
     };
     let mut table = match &stored {
         Some(stored) => stored.to_table()?,
-        None if !given.contains_key("target") => train::example::config().to_table()?,
+        None if !names_input(&given) => train::example::config().to_table()?,
         None => Table::new(),
     };
     overlay(&mut table, given);
@@ -54,6 +54,13 @@ fn read(path: &Path) -> Result<Table, Error> {
     TrainConfig::from_toml(&text, path)?;
     text.parse()
         .map_err(|e: toml::de::Error| Error::file(path, e.message()))
+}
+
+/// Whether a model or data are named; where none is, the embedded example is trained.
+fn names_input(given: &Table) -> bool {
+    ["target", "source", "data"]
+        .iter()
+        .any(|key| given.contains_key(*key))
 }
 
 fn overlay(below: &mut Table, above: Table) {

@@ -140,14 +140,7 @@ pub(crate) fn product_nt(
     for_each_panel(device, w, |start, panel| {
         let rows = panel.nrows();
         let out = strided_mut(&mut out[start..], m, rows, n);
-        matmul(
-            out,
-            accum,
-            x,
-            panel.transpose(),
-            alpha,
-            parallelism(m * rows * k),
-        );
+        multiply(out, accum, x, panel.transpose(), alpha);
     })
 }
 
@@ -167,7 +160,7 @@ pub(crate) fn product_nn(
         let dy = MatRef::from_row_major_slice_with_stride(&dy[start..], m, rows, n);
         let out = MatMut::from_row_major_slice_mut(&mut *out, m, k);
         let accum = if start == 0 { accum } else { Accum::Add };
-        matmul(out, accum, dy, panel, 1.0, parallelism(m * rows * k));
+        multiply(out, accum, dy, panel, 1.0);
     })
 }
 
@@ -190,14 +183,7 @@ pub(crate) fn product_tn(
     expect_len(out, n * k)?;
     let dy = matrix(dy.f32s()?, m, n).transpose();
     let out = MatMut::from_row_major_slice_mut(out, n, k);
-    matmul(
-        out,
-        accum,
-        dy,
-        matrix(x.f32s()?, m, k),
-        alpha,
-        parallelism(m * n * k),
-    );
+    multiply(out, accum, dy, matrix(x.f32s()?, m, k), alpha);
     Ok(())
 }
 
@@ -239,14 +225,28 @@ fn expect_len(out: &[f32], len: usize) -> Result<()> {
     ))
 }
 
-/// Handing a product to other threads costs microseconds; a small one is done sooner alone.
-fn parallelism(multiplications: usize) -> Par {
-    const WORTH_SHARING: usize = 1 << 20;
-    if multiplications < WORTH_SHARING {
-        Par::Seq
-    } else {
-        Par::rayon(0)
+/// out (+)= alpha · lhs · rhs in tiles that the threads share. Tiles are of a fixed size, so the
+/// result does not depend on the number of threads, and each is a product of one thread: faer's
+/// own threads meet at spinning barriers, which wastes the time of a machine with other work.
+fn multiply(
+    out: MatMut<'_, f32>,
+    accum: Accum,
+    lhs: MatRef<'_, f32>,
+    rhs: MatRef<'_, f32>,
+    alpha: f32,
+) {
+    const COLS: usize = 96;
+    let rows = if rhs.ncols() > COLS { 512 } else { COLS };
+    if lhs.nrows() <= rows && rhs.ncols() <= COLS {
+        return matmul(out, accum, lhs, rhs, alpha, Par::Seq);
     }
+    out.par_row_chunks_mut(rows)
+        .zip(lhs.par_row_chunks(rows))
+        .for_each(|(out, lhs)| {
+            out.par_col_chunks_mut(COLS)
+                .zip(rhs.par_col_chunks(COLS))
+                .for_each(|(out, rhs)| matmul(out, accum, lhs, rhs, alpha, Par::Seq));
+        });
 }
 
 /// Calls `use_panel` with W in f32: whole where it is stored so, else in panels of rows widened

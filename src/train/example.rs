@@ -35,7 +35,7 @@ pub(super) const MAX_NEW_TOKENS: usize = 24;
 /// Settings that suit the example: a target of `None` stands for its models and data.
 pub fn config() -> TrainConfig {
     TrainConfig {
-        hookpoints: vec![2],
+        hookpoints: vec![3],
         latents: Some(1024),
         k: 16,
         seq_len: 256,
@@ -43,7 +43,7 @@ pub fn config() -> TrainConfig {
         sft_batch: 4,
         sae_epochs: 2,
         epochs: 2,
-        lr: 1e-3,
+        lr: 3e-4,
         ..TrainConfig::default()
     }
 }

@@ -34,7 +34,7 @@ pub struct Sources {
 impl Sources {
     /// The files that `config` names; for the embedded example, written below `run`.
     pub fn resolve(config: &TrainConfig, run: &Path) -> Result<Self> {
-        let Some(target) = &config.target else {
+        let Some(target) = config.target.as_ref().or(config.source.as_ref()) else {
             return example::unpack(&run.join("example"));
         };
         let data = config.data.as_ref().ok_or_else(|| {
@@ -84,14 +84,6 @@ impl Sources {
             huggingface::merge_into(&mut model, &lora)?;
         }
         widen(&mut model, dtype, 0..last + 1, false)?;
-        Ok(model)
-    }
-
-    /// The model to tune.
-    pub fn load_target(&self, dtype: DtypeSetting) -> Result<Qwen2> {
-        let mut model = huggingface::load(&self.target)?;
-        let layers = 0..model.layers.len();
-        widen(&mut model, dtype, layers, true)?;
         Ok(model)
     }
 }

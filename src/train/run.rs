@@ -1,5 +1,7 @@
 //! A whole run: from settings to a trained SAE and a tuned adapter in a run folder.
 
+use std::ops::Range;
+
 use serde::Serialize;
 
 use super::inputs::{self, Sources};
@@ -74,8 +76,7 @@ pub fn run(
     };
     let sources = Sources::resolve(config, run.path())?;
     let mut session = Session::open(config, run, options.resume, observer, cancel)?;
-    let run = Run::read(config, &device, sources, &mut session)?;
-    run.train(&mut session)
+    Run::read(config, &device, sources, &mut session)?.train(&mut session)
 }
 
 /// What `config` will cost, without training; reads and packs the texts.
@@ -153,8 +154,9 @@ struct Run<'a> {
     device: &'a Device,
     sources: Sources,
     texts: Texts,
-    /// None where Stage I alone runs, on another model.
-    target: Option<Qwen2>,
+    /// The model to tune, which may be the one whose activations the SAE learns. Its weights
+    /// become f32 (where the settings say so) when a stage first uses them.
+    target: Qwen2,
     hookpoints: Vec<usize>,
 }
 
@@ -166,8 +168,8 @@ impl<'a> Run<'a> {
         session: &mut Session,
     ) -> Result<Self> {
         session.tell(Event::Note("reading and packing the texts".to_owned()));
-        let shape = huggingface::read_config(&sources.target)?;
-        let hookpoints = config.hookpoints_for(shape.num_hidden_layers)?;
+        let target = device.run(|| huggingface::load(&sources.target))?;
+        let hookpoints = config.hookpoints_for(target.layers.len())?;
         let texts = device.run(|| Texts::read(config, &sources))?;
         let note = format!(
             "{} sequences of {} tokens",
@@ -175,15 +177,8 @@ impl<'a> Run<'a> {
             texts.trigger.seq_len
         );
         session.tell(Event::Note(note));
-        let needs_target = config.runs_sft() || sources.source_is_target();
-        let target = match needs_target {
-            true => Some(device.run(|| sources.load_target(config.dtype))?),
-            false => None,
-        };
-        if let Some(target) = &target {
-            inputs::check_vocabulary(target, &texts.trigger, &sources.target)?;
-            inputs::check_vocabulary(target, texts.elicitation(), &sources.target)?;
-        }
+        inputs::check_vocabulary(&target, &texts.trigger, &sources.target)?;
+        inputs::check_vocabulary(&target, texts.elicitation(), &sources.target)?;
         Ok(Self {
             config,
             device,
@@ -194,7 +189,7 @@ impl<'a> Run<'a> {
         })
     }
 
-    fn train(&self, session: &mut Session) -> Result<Summary> {
+    fn train(mut self, session: &mut Session) -> Result<Summary> {
         let config = self.config;
         let mut summary = Summary {
             out: session.run.path().to_owned(),
@@ -203,21 +198,23 @@ impl<'a> Run<'a> {
         let mut sae = None;
         let mut activations = None;
         if config.runs_sae() {
+            let last = *self.hookpoints.iter().max().unwrap_or(&0);
+            if self.sources.source_is_target() {
+                self.widen_target(0..last + 1, false)?;
+            }
             let (trained, fvu, cache) = self.stage_one(session)?;
             (summary.fvu, activations) = (fvu, cache);
             sae = trained;
         }
         self.device.release_memory();
         if config.runs_sft() {
+            self.widen_target(0..self.target.layers.len(), true)?;
             if config.method == Method::SaeTuning && sae.is_none() {
                 let layer = self.hookpoints[0];
                 let root = config.sae.as_ref().ok_or_else(|| {
                     Error::setting("--sae", "Stage II alone needs the folder of a trained SAE")
                 })?;
-                sae = Some((
-                    sparsify::load_at(root, layer, &self.target()?.config)?,
-                    layer,
-                ));
+                sae = Some((sparsify::load_at(root, layer, &self.target.config)?, layer));
             }
             let sae = sae.as_ref().map(|(sae, layer)| (sae, *layer));
             let tuned = self.stage_two(session, sae, activations)?;
@@ -231,10 +228,10 @@ impl<'a> Run<'a> {
         Ok(summary)
     }
 
-    fn target(&self) -> Result<&Qwen2> {
-        self.target
-            .as_ref()
-            .ok_or_else(|| Error::setting("--target", "the model was not read"))
+    fn widen_target(&mut self, layers: Range<usize>, head: bool) -> Result<()> {
+        let (dtype, target) = (self.config.dtype, &mut self.target);
+        self.device
+            .run(|| inputs::widen(target, dtype, layers, head))
     }
 
     /// The SAE of the first hookpoint, FVU at both ends, and layer outputs that Stage II can use.
@@ -251,7 +248,7 @@ impl<'a> Run<'a> {
         let first = self.hookpoints[0];
         let last = *self.hookpoints.iter().max().unwrap_or(&first);
         if config.sae_init == SaeInit::Pretrained || session.is_past(StepStage::Sae) {
-            let shape = &self.target()?.config;
+            let shape = &self.target.config;
             let sae = match config.sae_init {
                 SaeInit::Pretrained => start_sae(self.device, config, shape, first)?,
                 _ => sparsify::load_at(&session.run.sae_dir(first), first, shape)?,
@@ -270,7 +267,7 @@ impl<'a> Run<'a> {
         };
         let model = match &own_source {
             Some(source) => source,
-            None => self.target()?,
+            None => &self.target,
         };
         let packed = &self.texts.trigger;
         let mut sorted = self.hookpoints.clone();
@@ -317,7 +314,7 @@ impl<'a> Run<'a> {
         activations: Option<RowCache>,
     ) -> Result<super::stage_two::Tuned> {
         let config = self.config;
-        let model = self.target()?;
+        let model = &self.target;
         if config.sae_grad == SaeGrad::Through && sae.is_some() {
             session.tell(Event::Note(
                 "gradients pass the SAE: all layers are trained, and the student shares no layer \
@@ -358,7 +355,7 @@ impl<'a> Run<'a> {
             steps: 4,
             done: 0,
         });
-        let model = self.target()?;
+        let model = &self.target;
         let source = self
             .sources
             .source

@@ -1,4 +1,7 @@
 //! Against numbers made with PyTorch in float64.
 
 mod formats;
+mod golden;
+mod model;
 mod sae;
+mod stage_two;

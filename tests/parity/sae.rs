@@ -1,82 +1,14 @@
 //! The sparse autoencoder on one layer's output: selection, reconstruction, FVU and gradients.
 
-use std::path::PathBuf;
-
 use resa_engine::device::Device;
-use resa_engine::model::{Sae, SaeConfig};
+use resa_engine::model::Sae;
 use resa_engine::ops::fvu::Fvu;
 use resa_engine::ops::sparse_decode::{SharedGroups, SparseDecode};
 use resa_engine::ops::topk::TopK;
 use resa_engine::tape::{Tape, Var};
-use resa_engine::tensor::Tensor;
 use resa_engine::train::sae_trainer::{SaeTrainOptions, SaeTrainer};
-use safetensors::{Dtype, SafeTensors};
-use serde_json::Value;
 
-fn golden(file: &str) -> Vec<u8> {
-    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden");
-    std::fs::read(folder.join(file)).unwrap()
-}
-
-fn json(file: &str) -> Value {
-    serde_json::from_slice(&golden(file)).unwrap()
-}
-
-/// A float32 or int32 tensor of a file; the latter as u32.
-fn tensor(bytes: &[u8], name: &str) -> Tensor {
-    let file = SafeTensors::deserialize(bytes).unwrap();
-    let view = file.tensor(name).unwrap();
-    let words = view.data().as_chunks::<4>().0;
-    match view.dtype() {
-        Dtype::F32 => {
-            let data = words.iter().map(|&b| f32::from_le_bytes(b)).collect();
-            Tensor::from_vec(data, view.shape()).unwrap()
-        }
-        Dtype::I32 => {
-            let data = words.iter().map(|&b| u32::from_le_bytes(b)).collect();
-            Tensor::from_u32(data, view.shape()).unwrap()
-        }
-        other => panic!("{name}: {other:?}"),
-    }
-}
-
-fn golden_sae() -> Sae {
-    let config = json("sae/cfg.json");
-    let number = |key: &str| config[key].as_u64().unwrap() as usize;
-    let bytes = golden("sae/sae.safetensors");
-    Sae {
-        config: SaeConfig {
-            d_in: number("d_in"),
-            num_latents: number("num_latents"),
-            k: number("k"),
-            expansion_factor: number("expansion_factor"),
-            normalize_decoder: true,
-            multi_topk: false,
-        },
-        w_enc: tensor(&bytes, "encoder.weight"),
-        b_enc: tensor(&bytes, "encoder.bias"),
-        w_dec: tensor(&bytes, "W_dec"),
-        b_dec: tensor(&bytes, "b_dec"),
-    }
-}
-
-fn assert_close(name: &str, got: &Tensor, want: &Tensor, tolerance: f64) {
-    assert_eq!(got.shape(), want.shape(), "{name}");
-    let (got, want) = (got.f32s().unwrap(), want.f32s().unwrap());
-    let pairs = got.iter().zip(want);
-    let difference: f64 = pairs.map(|(g, w)| f64::from(g - w).powi(2)).sum();
-    let size: f64 = want.iter().map(|&w| f64::from(w).powi(2)).sum();
-    let error = (difference / size).sqrt();
-    assert!(error < tolerance, "{name} is off by {error:e}");
-}
-
-/// Rows 0, 8, 16, … of a matrix.
-fn every_eighth_row(matrix: &Tensor) -> Tensor {
-    let (rows, cols) = matrix.matrix_dims();
-    let data = matrix.f32s().unwrap().chunks(cols).step_by(8);
-    let data = data.flatten().copied().collect();
-    Tensor::from_vec(data, [rows.div_ceil(8), cols]).unwrap()
-}
+use crate::golden::{assert_close, every_eighth_row, golden, golden_sae, json, tensor};
 
 #[test]
 fn selection_and_reconstruction_match_pytorch() {

@@ -25,7 +25,7 @@ def test_unusual_text_is_tokenised_and_packed_as_the_python_tools_do(tmp_path):
     problems = [
         "What is 1234567 + 89?", "  two  spaces\t and a tab", "Café naïve — “quotes” … 𝔘𝔫𝔦𝔠𝔬𝔡𝔢",
         "日本語 と 한국어 и русский", "emoji 👩‍👩‍👧 🇪🇺 e\u0301", "line\nbreaks\r\n\n\nhere", "<think> inside </think>",
-        "{{ not a template }} {% raw %}", "don't can't we'll I'M", "a" * 300, "x_1 = \\frac{1}{2}", "",
+        "{{ not a template }} {% raw %}", "don't can't we'll I'M", "a" * 300, "x_1 = \\frac{1}{2}",
     ]
     lines = [json.dumps({"problem": p, "answer": str(i)}) for i, p in enumerate(problems * 8)]
     (tmp_path / "odd.jsonl").write_text("\n".join(lines) + "\n")

@@ -1,1 +1,18 @@
-//! A CUDA driver on the CPU.
+//! A `libcuda` that runs PTX on the CPU, with sanitizers always on and counters.
+//!
+//! The shared library implements the part of the CUDA driver API that cudarc uses; a program
+//! that loads it instead of NVIDIA's driver runs its kernels unchanged. See the README for what
+//! is covered. In Rust tests, [`install`] picks the installed driver or the emulator.
+
+mod api;
+pub mod async_copy;
+pub mod counters;
+pub mod driver;
+pub mod machine;
+pub mod printf;
+pub mod ptx;
+pub mod sanitize;
+pub mod tensor_core;
+
+pub use api::{Backend, Emulator, emulator, install};
+pub use counters::Counters;

@@ -1,0 +1,150 @@
+//! Stage II: the KL divergence, every adapter's gradient, and three optimizer steps. The golden
+//! adapter acts in all layers, so the student's layers up to the SAE differ from the teacher's.
+
+use resa_engine::device::Device;
+use resa_engine::eval::Inference;
+use resa_engine::formats::{huggingface, peft};
+use resa_engine::model::{Adapters, Layout, Lora, Qwen2};
+use resa_engine::ops::kl_div::KlDiv;
+use resa_engine::tape::{Tape, Var};
+use resa_engine::tensor::Tensor;
+use resa_engine::train::sft_trainer::{MicroBatch, SftOptions, SftTrainer, Student, Target};
+
+use crate::golden::{assert_close, golden, golden_sae, json, path, tensor};
+
+const LAYER: usize = 1;
+const ROWS: usize = 2;
+
+struct Golden {
+    device: Device,
+    model: Qwen2,
+    lora: Lora,
+    layout: Layout,
+    bytes: Vec<u8>,
+}
+
+impl Golden {
+    fn new() -> Self {
+        let model = huggingface::load(&path("model")).unwrap();
+        let lora = peft::load(&path("lora"), &model.config).unwrap();
+        let layout = Layout::new(&model.config, ROWS, 48).unwrap();
+        let bytes = golden("golden.safetensors");
+        Self {
+            device: Device::cpu(2).unwrap(),
+            model,
+            lora,
+            layout,
+            bytes,
+        }
+    }
+
+    /// The batches of three steps.
+    fn ids(&self) -> Vec<Tensor> {
+        let ids = tensor(&self.bytes, "stage1.ids");
+        let steps = ids.u32s().unwrap().chunks(ROWS * 48);
+        steps
+            .map(|ids| Tensor::from_u32(ids.to_vec(), [ROWS * 48]).unwrap())
+            .collect()
+    }
+
+    fn teacher(&self, ids: &Tensor) -> Tensor {
+        Inference::new(&self.model)
+            .hidden(&self.device, ids.clone(), &self.layout)
+            .unwrap()
+    }
+
+    /// The SAE's reconstruction of the student's layer 1.
+    fn reconstruction(&self, ids: &Tensor) -> Tensor {
+        let mut tape = Tape::new(&self.device);
+        let adapters = Adapters::frozen(&self.lora);
+        let x = self.model.embed(&mut tape, ids.clone()).unwrap();
+        let layers = 0..LAYER + 1;
+        let x = self
+            .model
+            .decode(&mut tape, x, layers, &self.layout, Some(&adapters))
+            .unwrap();
+        golden_sae().reconstruct(&self.device, x.value()).unwrap()
+    }
+}
+
+#[test]
+fn kl_and_every_adapter_gradient_match_pytorch() {
+    let golden = Golden::new();
+    let ids = &golden.ids()[0];
+    let mut tape = Tape::new(&golden.device);
+    let layers = LAYER + 1..golden.model.layers.len();
+    let adapters = Adapters::trained(&mut tape, &golden.lora, layers.clone(), None);
+    let x = Var::constant(golden.reconstruction(ids));
+    let x = golden
+        .model
+        .decode(&mut tape, x, layers, &golden.layout, Some(&adapters))
+        .unwrap();
+    let hidden = golden.model.final_norm(&mut tape, &x).unwrap();
+    let (teacher, head) = (golden.teacher(ids), golden.model.lm_head.clone());
+    let kl = KlDiv {
+        teacher,
+        head,
+        batch: ROWS as f32,
+    };
+    let loss = tape.apply(kl, &[&hidden]).unwrap();
+    let want = json("golden.json")["stage2.kl_batchmean"].as_f64().unwrap();
+    let got = f64::from(loss.value().f32s().unwrap()[0]);
+    assert!((got / want - 1.0).abs() < 1e-5, "{got} {want}");
+    let mut grads = tape.backward(&loss, 1.0).unwrap();
+    let mut compared = 0;
+    for ((layer, module), (a, b)) in adapters.pairs() {
+        for (factor, letter) in [(a, 'A'), (b, 'B')] {
+            let path = module.path();
+            let name = format!("stage2.grad.model.layers.{layer}.{path}.lora_{letter}.weight");
+            let got = grads.take(factor).unwrap();
+            assert_close(&name, &got, &tensor(&golden.bytes, &name), 1e-4);
+            compared += 1;
+        }
+    }
+    assert_eq!(compared, 2 * 7 * 2);
+}
+
+#[test]
+fn three_steps_of_stage_two_give_pytorchs_losses_and_norms() {
+    let golden = Golden::new();
+    let numbers = &json("golden.json")["stage2.steps"];
+    let options = SftOptions {
+        lr: 1e-3,
+        weight_decay: 0.01,
+        clip: 1.0,
+        dropout: 0.0,
+        seed: 0,
+    };
+    let layers = LAYER + 1..golden.model.layers.len();
+    let mut trainer = SftTrainer::new(golden.lora.clone(), layers, options).unwrap();
+    let mut ids = golden.ids();
+    ids.push(ids[0].clone());
+    for (step, ids) in ids.iter().enumerate() {
+        let micro_batch = |_| {
+            Ok(MicroBatch {
+                layout: golden.layout.clone(),
+                student: Student::Reconstruction {
+                    x: golden.reconstruction(ids),
+                    layer: LAYER,
+                },
+                target: Target::Teacher {
+                    hidden: golden.teacher(ids),
+                    batch: ROWS as f32,
+                },
+            })
+        };
+        let measured = trainer
+            .step(&golden.device, &golden.model, 1, micro_batch)
+            .unwrap();
+        let want = numbers["kl"][step].as_f64().unwrap();
+        assert!(
+            (measured.loss / want - 1.0).abs() < 1e-5,
+            "step {step}: {} {want}",
+            measured.loss
+        );
+        if let Some(want) = numbers["grad_norm"][step].as_f64() {
+            let got = measured.grad_norm;
+            assert!((got / want - 1.0).abs() < 1e-4, "step {step}: {got} {want}");
+        }
+    }
+}

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Runs every test: brings what they need (Python packages, a real small model and nvcc, under target/), builds in release
+# mode, runs the Rust tests, then the tests that use PyTorch, transformers, PEFT and sparsify on what the engine writes.
+# Arguments go to cargo test, for instance `tests/run.sh --test ops` (then the Python tests are left out).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if [[ $# -gt 0 ]]; then
+    exec cargo test --release --workspace "$@"
+fi
+
+tests/setup_python.sh
+NVCC=$(tests/emulator/setup_nvcc.sh)
+export NVCC
+cargo build --release
+cargo test --release --workspace
+export RESA_VENV=${RESA_VENV:-$PWD/target/venv} RESA_ASSETS=${RESA_ASSETS:-$PWD/target/assets}
+"$RESA_VENV/bin/python" -m pytest -q -p no:cacheprovider tests/python
