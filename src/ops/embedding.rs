@@ -1,6 +1,6 @@
-//! Token embedding: row t of the output is row ids[t] of the table, as f32.
+//! Token embedding: row t of the output is row ids\[t\] of the table, as f32.
 //!
-//! ids: [T] u32; table: [V, d], any float type, possibly memory-mapped; output: [T, d] f32.
+//! ids: \[T\] u32; table: \[V, d\], any float type, possibly memory-mapped; output: \[T, d\] f32.
 //! Saved: the table's shape. Backward adds each row's gradient to its table row in the order of
 //! the tokens. Least traffic: T d values in, as many out.
 
@@ -13,7 +13,7 @@ use crate::tensor::Tensor;
 
 /// Looks up the rows of the token ids: one input, the table [V, d]; one output [T, d].
 pub struct Embedding {
-    /// [T] u32, each below V.
+    /// \[T\] u32, each below V.
     pub ids: Tensor,
 }
 
