@@ -51,11 +51,7 @@ pub extern "C" fn cuEventSynchronize(event: Handle) -> CuResult {
 /// # Safety
 /// `milliseconds` is null or writable.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuEventElapsedTime_v2(
-    milliseconds: *mut f32,
-    start: Handle,
-    end: Handle,
-) -> CuResult {
+pub unsafe extern "C" fn cuEventElapsedTime_v2(milliseconds: *mut f32, start: Handle, end: Handle) -> CuResult {
     call(|| {
         let time = |event: Handle| -> Result<Instant, CuResult> {
             let at = *lock(&driver().events.get(event)?.at);
@@ -72,11 +68,7 @@ pub unsafe extern "C" fn cuEventElapsedTime_v2(
 /// # Safety
 /// `milliseconds` is null or writable.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuEventElapsedTime(
-    milliseconds: *mut f32,
-    start: Handle,
-    end: Handle,
-) -> CuResult {
+pub unsafe extern "C" fn cuEventElapsedTime(milliseconds: *mut f32, start: Handle, end: Handle) -> CuResult {
     // SAFETY: the caller's promise.
     unsafe { cuEventElapsedTime_v2(milliseconds, start, end) }
 }
