@@ -88,7 +88,7 @@ pub struct TrainSettings {
     #[serde(skip_serializing_if = "Option::is_none")]
     method: Option<String>,
 
-    /// Model whose activations the SAE learns: folder or hub id; the target where not given
+    /// Model whose activations the SAE learns: Hugging Face folder; the target where not given
     #[arg(long, value_name = "MODEL", help_heading = "Models")]
     #[serde(skip_serializing_if = "Option::is_none")]
     source: Option<String>,
@@ -96,17 +96,17 @@ pub struct TrainSettings {
     #[arg(long, value_name = "DIR", help_heading = "Models")]
     #[serde(skip_serializing_if = "Option::is_none")]
     source_adapter: Option<String>,
-    /// Model to tune: folder or hub id
+    /// Model to tune: Hugging Face folder
     #[arg(long, value_name = "MODEL", help_heading = "Models")]
     #[serde(skip_serializing_if = "Option::is_none")]
     target: Option<String>,
 
-    /// Trigger data for Stage I: JSON, JSON Lines or Parquet file, or hub id
-    #[arg(long, value_name = "FILE|ID", help_heading = "Data")]
+    /// Trigger data for Stage I: JSON, JSON Lines or Parquet file
+    #[arg(long, value_name = "FILE", help_heading = "Data")]
     #[serde(skip_serializing_if = "Option::is_none")]
     data: Option<String>,
     /// Elicitation data for Stage II; the trigger data where not given
-    #[arg(long, value_name = "FILE|ID", help_heading = "Data")]
+    #[arg(long, value_name = "FILE", help_heading = "Data")]
     #[serde(skip_serializing_if = "Option::is_none")]
     elicitation_data: Option<String>,
     /// Jinja file that turns a record into text; built in where not given
@@ -305,7 +305,7 @@ fn module_names() -> clap::builder::PossibleValuesParser {
 
 #[derive(Args)]
 pub struct EvalArgs {
-    /// Model to measure: folder or hub id
+    /// Model to measure: Hugging Face folder
     #[arg(long, value_name = "MODEL")]
     pub model: String,
     /// PEFT adapter on top of it
@@ -317,8 +317,8 @@ pub struct EvalArgs {
     /// Layer (0-based) whose output --sae replaces: N or model.layers.N
     #[arg(long, value_name = "N", value_parser = parse_hookpoint, requires = "sae")]
     pub layer: Option<usize>,
-    /// Problems with answers: JSON, JSON Lines or Parquet file, or hub id
-    #[arg(long, value_name = "FILE|ID")]
+    /// Problems with answers: JSON, JSON Lines or Parquet file
+    #[arg(long, value_name = "FILE")]
     pub data: String,
     /// Jinja file that turns a record into text; built in where not given
     #[arg(long, value_name = "FILE")]
@@ -364,7 +364,7 @@ fn at_least<const MIN: usize>(text: &str) -> Result<usize, String> {
 
 #[derive(Args)]
 pub struct MergeArgs {
-    /// Model to merge into: folder or hub id
+    /// Model to merge into: Hugging Face folder
     #[arg(long, value_name = "MODEL")]
     pub model: String,
     /// PEFT adapter to merge

@@ -13,6 +13,7 @@ const NAME: &str = "template";
 /// A training text and where its answer part starts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Text {
+    /// Prompt and answer.
     pub text: String,
     /// Byte offset in `text`: what comes before is the prompt, what follows is for the model to
     /// write. White space between the two belongs to the answer part.

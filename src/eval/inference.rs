@@ -9,7 +9,9 @@ use crate::tensor::Tensor;
 /// What a forward pass goes through.
 #[derive(Clone, Copy)]
 pub struct Inference<'a> {
+    /// The weights.
     pub model: &'a Qwen2,
+    /// Adapters that act on them.
     pub adapters: Option<&'a Lora>,
     /// An SAE whose reconstruction takes the place of that layer's output.
     pub sae: Option<(&'a Sae, usize)>,

@@ -10,6 +10,7 @@ use crate::eval::{Inference, answer, generate};
 /// What became of one problem.
 #[derive(Clone, Debug, serde::Serialize)]
 pub struct Graded {
+    /// The problem as it was asked.
     pub problem: String,
     /// The right answer.
     pub answer: String,
@@ -17,6 +18,7 @@ pub struct Graded {
     pub completion: String,
     /// The answer found in it.
     pub extracted: Option<String>,
+    /// Whether it is the right one.
     pub correct: bool,
 }
 

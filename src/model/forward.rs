@@ -21,7 +21,9 @@ use crate::tensor::Tensor;
 /// How the tokens of a step lie: `batch` sequences of `seq_len`, one after another.
 #[derive(Clone, Debug)]
 pub struct Layout {
+    /// Sequences.
     pub batch: usize,
+    /// Tokens of a sequence.
     pub seq_len: usize,
     /// \[batch x seq_len\] u32: for each token the index within its sequence where its document
     /// begins; attention does not look further back.
@@ -61,6 +63,7 @@ impl Layout {
 pub struct StepDropout {
     /// Probability of a zero.
     pub p: f32,
+    /// Seed of the run.
     pub seed: u64,
     /// The micro-batch counted from the start of the run.
     pub step: u64,

@@ -99,9 +99,11 @@ pub struct LoraPair {
 /// A model's adapters by layer and module. Layers without an entry have none.
 #[derive(Clone, Debug)]
 pub struct Lora {
+    /// Rank, scale and dropout of all pairs.
     pub config: LoraConfig,
     /// What the adapter was trained on (a folder or hub id), for the files that name it.
     pub base_model: String,
+    /// A (and B) by layer and module.
     pub pairs: BTreeMap<(usize, Module), LoraPair>,
 }
 

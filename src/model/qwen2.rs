@@ -69,9 +69,11 @@ impl DecoderLayer {
 /// A Qwen2 model's weights; V is the vocabulary size, d the hidden size.
 #[derive(Clone, Debug)]
 pub struct Qwen2 {
+    /// The shapes that the tensors have.
     pub config: Qwen2Config,
     /// \[V, d\], as stored
     pub embed_tokens: Tensor,
+    /// In the order of a forward pass.
     pub layers: Vec<DecoderLayer>,
     /// Scale of the last RMSNorm, \[d\], f32
     pub norm: Tensor,

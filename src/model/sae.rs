@@ -34,6 +34,7 @@ pub struct SaeConfig {
 /// All tensors f32.
 #[derive(Clone, Debug)]
 pub struct Sae {
+    /// Sizes and the variant.
     pub config: SaeConfig,
     /// \[m, d\]
     pub w_enc: Tensor,

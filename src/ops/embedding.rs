@@ -1,6 +1,7 @@
-//! Token embedding: row t of the output is row ids[t] of the table, as f32.
+//! Token embedding: row t of the output is row ids\[t\] of the table, as f32.
 //!
-//! ids: [T] u32; table: [V, d], any float type, possibly memory-mapped; output: [T, d] f32, bf16 on CUDA.
+//! ids: \[T\] u32; table: \[V, d\], any float type, possibly memory-mapped; output: \[T, d\] f32,
+//! bf16 on CUDA, where the table's gradient is f32.
 //! Saved: the table's shape. Backward adds each row's gradient to its table row in the order of
 //! the tokens. Least traffic: T d values in, as many out.
 
@@ -14,7 +15,7 @@ use crate::tensor::{DType, Tensor};
 
 /// Looks up the rows of the token ids: one input, the table [V, d]; one output [T, d].
 pub struct Embedding {
-    /// [T] u32, each below V.
+    /// \[T\] u32, each below V.
     pub ids: Tensor,
 }
 

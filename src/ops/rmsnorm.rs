@@ -1,8 +1,9 @@
 //! RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467): y = x / rms(x) * w with
 //! rms(x) = sqrt(mean(x^2) + eps) over the last extent.
 //!
-//! x, y: [T, d] f32, bf16 on CUDA; w: [d], frozen. Saved: x and 1 / rms of each row. With r = 1 / rms(x),
-//! dx = r (g w) - x r^3 / d Σ(g w x). Least traffic: 2 T d values forward, 3 T d backward.
+//! x, y: \[T, d\] f32, bf16 on CUDA; w: \[d\], frozen. Saved: x and 1 / rms of each row. With
+//! r = 1 / rms(x), dx = r (g w) - x r^3 / d Σ(g w x).
+//! Least traffic: 2 T d values forward, 3 T d backward.
 
 use rayon::prelude::*;
 
@@ -19,7 +20,7 @@ const ROWS: usize = 16;
 
 /// Root-mean-square normalisation of rows: one input [T, d], one output of the same shape.
 pub struct RmsNorm {
-    /// [d], any float type.
+    /// \[d\], any float type.
     pub weight: Tensor,
     /// Added to the mean square.
     pub eps: f32,

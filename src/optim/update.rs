@@ -7,7 +7,9 @@ const CHUNK: usize = 1 << 14;
 
 /// One parameter and its gradient, both f32 of one shape.
 pub struct Update<'a> {
+    /// What is moved.
     pub value: &'a mut Tensor,
+    /// Its gradient; changed in place where `unit_rows` asks for it.
     pub grad: Tensor,
     /// The parameter's rows are directions of unit norm: the gradient's component along each
     /// row, which only changes the row's length, is taken out before the step.

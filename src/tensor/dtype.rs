@@ -1,9 +1,13 @@
 /// Element types that the engine stores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DType {
+    /// IEEE 754 binary32.
     F32,
+    /// IEEE 754 binary16.
     F16,
+    /// bfloat16: the upper half of a binary32.
     Bf16,
+    /// Unsigned integers: token ids, indices.
     U32,
 }
 

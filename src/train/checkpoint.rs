@@ -47,6 +47,7 @@ impl Snapshot {
 pub struct Latest {
     /// The step it was saved at.
     pub step: u64,
+    /// What was saved.
     pub snapshot: Snapshot,
     /// Newer checkpoints that could not be read, and why.
     pub warnings: Vec<String>,

@@ -21,9 +21,13 @@ pub struct Sources {
     pub target: PathBuf,
     /// Folder of the model whose activations the SAE learns, where it is another one.
     pub source: Option<PathBuf>,
+    /// PEFT adapter to merge into the source model.
     pub source_adapter: Option<PathBuf>,
+    /// File of the trigger data, which Stage I trains on.
     pub data: PathBuf,
+    /// File of the elicitation data of Stage II, where it is another one.
     pub elicitation_data: Option<PathBuf>,
+    /// File of the template, where it is not the built-in one.
     pub template: Option<PathBuf>,
 }
 

@@ -32,6 +32,7 @@ impl StepStage {
 /// of `metrics.jsonl`. What a stage does not measure is `None` and absent from the file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StepMetrics {
+    /// The stage that the step belongs to.
     pub stage: StepStage,
     /// Step of this stage, from 1.
     pub step: u64,

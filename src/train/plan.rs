@@ -17,7 +17,9 @@ use crate::tensor::Tensor;
 /// What a plan is made from, beside the settings.
 #[derive(Clone, Debug)]
 pub struct PlanInput<'a> {
+    /// The model whose activations the SAE learns.
     pub source: &'a Qwen2Config,
+    /// The model that is tuned.
     pub target: &'a Qwen2Config,
     /// Sequences of the trigger data.
     pub source_rows: u64,
@@ -32,6 +34,7 @@ pub struct PlanInput<'a> {
 /// The cost of a run.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Plan {
+    /// The stages that run, in order.
     pub stages: Vec<StagePlan>,
     /// Time to expect in seconds, where a rate is known: matrix products at the measured rate,
     /// so a lower bound.
@@ -44,7 +47,9 @@ pub struct Plan {
 pub struct StagePlan {
     /// `sae` or `sft`.
     pub stage: &'static str,
+    /// Optimizer steps.
     pub steps: u64,
+    /// Tokens that the steps take in, every epoch counted.
     pub tokens: u64,
     /// FLOP a token in the first epoch.
     pub flop_per_token: f64,
@@ -54,6 +59,7 @@ pub struct StagePlan {
     pub flop: f64,
     /// Memory by what it is for, in bytes.
     pub memory: Vec<MemoryPart>,
+    /// As [`Plan::seconds`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seconds: Option<f64>,
 }
@@ -61,7 +67,9 @@ pub struct StagePlan {
 /// Memory that one thing takes.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct MemoryPart {
+    /// What it is for.
     pub what: &'static str,
+    /// Bytes at the fullest moment.
     pub bytes: u64,
 }
 

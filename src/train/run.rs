@@ -42,8 +42,11 @@ pub struct Summary {
 /// Share of problems answered right, greedily.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct PassAt1 {
+    /// Number of problems.
     pub problems: usize,
+    /// The target model alone.
     pub target: f64,
+    /// The target model with the SAE in it, before tuning.
     pub target_with_sae: f64,
     /// The target with its adapter, without the SAE.
     pub tuned: f64,

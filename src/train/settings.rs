@@ -78,7 +78,9 @@ pub enum SaeGrad {
 pub enum DtypeSetting {
     /// What the device computes best.
     Auto,
+    /// 32-bit.
     F32,
+    /// bfloat16.
     Bf16,
 }
 
@@ -88,6 +90,7 @@ pub enum DtypeSetting {
 pub enum DeviceSetting {
     /// The first GPU that works, else the CPU.
     Auto,
+    /// The host's cores.
     Cpu,
     /// The GPU of that number.
     Cuda(usize),

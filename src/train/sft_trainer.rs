@@ -38,20 +38,26 @@ pub enum Target {
 
 /// A part of a step whose gradients are computed at once.
 pub struct MicroBatch<'a> {
+    /// How the tokens lie.
     pub layout: Layout,
+    /// What is computed.
     pub student: Student<'a>,
+    /// What it is compared with.
     pub target: Target,
 }
 
 /// Settings of Stage II's optimisation.
 #[derive(Clone, Copy, Debug)]
 pub struct SftOptions {
+    /// Learning rate, constant.
     pub lr: f64,
+    /// As in [`AdamWConfig`].
     pub weight_decay: f64,
     /// Largest gradient norm.
     pub clip: f64,
     /// Dropout on the adapters' inputs.
     pub dropout: f32,
+    /// Seed of the dropout masks.
     pub seed: u64,
 }
 

@@ -32,7 +32,7 @@ pub struct FlashAttention {
     pub kv_heads: usize,
     /// Columns of a head.
     pub head_dim: usize,
-    /// [T] u32: for each row the position within its sequence where its document starts; a row
+    /// \[T\] u32: for each row the position within its sequence where its document starts; a row
     /// sees nothing before it. Without it a row sees its whole past.
     pub doc_starts: Option<Tensor>,
 }

@@ -10,15 +10,15 @@ pub(crate) mod rows;
 use rayon::prelude::*;
 
 use super::math::{add_scaled, dot};
-use crate::device::simd::vectorized;
-pub(crate) use groups::check_indices;
-pub use groups::{LatentGroups, SharedGroups};
-use rows::{add_gathered, weighted_row_sum};
-
 use super::{Operator, expect_cols, expect_inputs, expect_shape, only_grad};
 use crate::device::Device;
+use crate::device::simd::vectorized;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
+use rows::{add_gathered, weighted_row_sum};
+
+pub(crate) use groups::check_indices;
+pub use groups::{LatentGroups, SharedGroups};
 
 /// Tokens of one task.
 const TOKEN_BLOCK: usize = 16;

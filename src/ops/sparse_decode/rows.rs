@@ -1,6 +1,4 @@
-//! Loops over rows of f32 matrices, compiled for the widest vectors the processor has. Products
-//! and sums are rounded one by one (no fused multiply-add) and sums have a fixed number of
-//! lanes, so the result does not depend on the processor.
+//! Sums of rows of f32 matrices.
 
 use rayon::prelude::*;
 
