@@ -29,7 +29,7 @@ pub struct RmsNorm {
 /// What [`RmsNorm`] keeps for backward.
 pub struct Saved {
     x: Tensor,
-    /// [T] f32.
+    /// \[T\] f32.
     inverse_rms: Tensor,
 }
 

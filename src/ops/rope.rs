@@ -2,8 +2,8 @@
 //! Hugging Face's Llama and Qwen2: dimension i of a head turns together with i + D/2 by the
 //! angle p theta^(-2i/D), where p is the token's position and D the head size.
 //!
-//! x, y: [T, heads * D] f32, bf16 on CUDA. Saved: nothing. Backward is the rotation by the negative angle, in
-//! place. Least traffic: T heads D values in, as many out.
+//! x, y: \[T, heads * D\] f32, bf16 on CUDA. Saved: nothing. Backward is the rotation by the
+//! negative angle, in place on the CPU. Least traffic: T heads D values in, as many out.
 
 use std::sync::{Arc, OnceLock};
 

@@ -1,6 +1,6 @@
 //! SwiGLU (Shazeer 2020, arXiv 2002.05202): y = silu(gate) * up with silu(g) = g sigmoid(g).
 //!
-//! gate, up, y: [T, n] f32, bf16 on CUDA. Saved: gate and up; backward computes sigmoid again:
+//! gate, up, y: \[T, n\] f32, bf16 on CUDA. Saved: gate and up; backward computes sigmoid again:
 //! dgate = dy up s (1 + gate (1 - s)) and dup = dy gate s with s = sigmoid(gate).
 //! Least traffic: 3 T n values forward, 5 T n backward.
 
