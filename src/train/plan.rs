@@ -156,13 +156,7 @@ fn sae_stage(config: &TrainConfig, input: &PlanInput) -> Result<StagePlan> {
         config.sae_epochs,
         config.max_sae_steps,
     );
-    let tokens = tokens(
-        config,
-        input.source_rows,
-        steps,
-        config.sae_batch,
-        config.sae_epochs,
-    );
+    let tokens = tokens(config, input.source_rows, steps, config.sae_batch);
     let batch_tokens = config.sae_batch as f64 * config.seq_len as f64;
     // Weights and their gradients, and what the optimizer keeps of them.
     let copies = match config.sae_optimizer {
@@ -228,7 +222,7 @@ fn sft_stage(config: &TrainConfig, input: &PlanInput) -> Result<StagePlan> {
         config.epochs,
         config.max_sft_steps,
     );
-    let tokens = tokens(config, input.target_rows, steps, batch, config.epochs);
+    let tokens = tokens(config, input.target_rows, steps, batch);
     let epoch_tokens = input.target_rows as f64 * config.seq_len as f64;
     let later_share = 1.0 - (epoch_tokens / (tokens as f64).max(1.0)).min(1.0);
     let memory = sft_memory(
@@ -314,10 +308,14 @@ fn stage(
     }
 }
 
-fn tokens(config: &TrainConfig, rows: u64, steps: u64, batch: usize, epochs: usize) -> u64 {
-    let all = rows.saturating_mul(epochs as u64);
-    let rows = steps.saturating_mul(batch as u64).min(all);
-    rows.saturating_mul(config.seq_len as u64)
+fn tokens(config: &TrainConfig, rows: u64, steps: u64, batch: usize) -> u64 {
+    // Each epoch ends with a step of the sequences that are left.
+    let batch = batch.max(1) as u64;
+    let per_epoch = rows.div_ceil(batch).max(1);
+    let whole = (steps / per_epoch).saturating_mul(rows);
+    let begun = (steps % per_epoch).saturating_mul(batch);
+    let used = whole.saturating_add(begun);
+    used.saturating_mul(config.seq_len as u64)
 }
 
 fn part(what: &'static str, bytes: f64) -> MemoryPart {
