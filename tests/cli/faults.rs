@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::support::{Workshop, fixture, stderr};
+use super::support::{Workshop, copy_dir, edit_json, fixture, stderr};
 
 /// A way to fail, and what the message must name.
 struct Row {
@@ -73,7 +73,7 @@ const ROWS: &[Row] = &[
     Row {
         what: "a vocabulary too small for the tokenizer",
         prepare: |w| {
-            copy(&fixture("golden/model"), &w.path("model"));
+            copy_dir(&fixture("golden/model"), &w.path("model"));
             for name in ["tokenizer.json", "tokenizer_config.json"] {
                 fs::copy(
                     fixture("example/target").join(name),
@@ -96,7 +96,7 @@ const ROWS: &[Row] = &[
     Row {
         what: "weights that are no numbers",
         prepare: |w| {
-            copy(&fixture("example/target"), &w.path("model"));
+            copy_dir(&fixture("example/target"), &w.path("model"));
             poison(
                 &w.path("model/model.safetensors"),
                 "model.layers.5.mlp.up_proj.weight",
@@ -108,14 +108,14 @@ const ROWS: &[Row] = &[
     },
     Row {
         what: "a source of another hidden size",
-        prepare: |w| copy(&fixture("golden/model"), &w.path("model")),
+        prepare: |w| copy_dir(&fixture("golden/model"), &w.path("model")),
         args: &["--source", "model"],
         code: 1,
         names: &["--source", "96", "64"],
     },
     Row {
         what: "a hookpoint that the source does not have",
-        prepare: |w| copy(&fixture("golden/model"), &w.path("model")),
+        prepare: |w| copy_dir(&fixture("golden/model"), &w.path("model")),
         args: &["--stage", "sae", "--source", "model", "--layer", "4"],
         code: 1,
         names: &["--hookpoint", "4 layers"],
@@ -302,20 +302,6 @@ fn an_existing_empty_folder_stays_when_the_run_fails() {
     assert_eq!(output.status.code(), Some(1));
     assert_eq!(fs::read_dir(workshop.path("run")).unwrap().count(), 0);
     workshop.train("run", &["--stage", "sae"]);
-}
-
-fn copy(from: &Path, to: &Path) {
-    fs::create_dir(to).unwrap();
-    for entry in fs::read_dir(from).unwrap() {
-        let path = entry.unwrap().path();
-        fs::copy(&path, to.join(path.file_name().unwrap())).unwrap();
-    }
-}
-
-fn edit_json(path: &Path, edit: impl FnOnce(&mut Value)) {
-    let mut json = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
-    edit(&mut json);
-    fs::write(path, json.to_string()).unwrap();
 }
 
 /// Writes NaN over the first numbers of a bf16 tensor.

@@ -4,8 +4,10 @@
 mod support;
 
 mod equivalence;
+mod examples;
 mod faults;
 mod folder;
+mod outputs;
 mod plan;
 mod resume;
 #[cfg(unix)]

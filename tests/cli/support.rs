@@ -254,3 +254,19 @@ pub fn lines(run: &Path) -> usize {
     let text = fs::read_to_string(run.join("metrics.jsonl")).unwrap_or_default();
     text.matches('\n').count()
 }
+
+/// Copies the files of a folder into a new one.
+pub fn copy_dir(from: &Path, to: &Path) {
+    fs::create_dir(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, to.join(path.file_name().unwrap())).unwrap();
+    }
+}
+
+/// Changes a JSON file.
+pub fn edit_json(path: &Path, edit: impl FnOnce(&mut Value)) {
+    let mut json = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+    edit(&mut json);
+    fs::write(path, json.to_string()).unwrap();
+}
