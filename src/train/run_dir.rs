@@ -8,9 +8,12 @@ use super::config::TrainConfig;
 use super::settings::hookpoint_name;
 use super::{checkpoint, example, metrics::MetricsLog};
 use crate::error::{Error, Result};
+use crate::formats::atomic;
 
 const LOCK: &str = ".lock";
 const CONFIG: &str = "config.toml";
+const ADAPTER: &str = "adapter";
+const SAE: &str = "sae";
 const METRICS: &str = "metrics.jsonl";
 const CONFIG_UNFINISHED: &str = "config.toml.tmp";
 
@@ -59,6 +62,9 @@ impl RunDir {
         let config = Self::read_config(path)?;
         let run = Self::lock(path)?;
         checkpoint::remove_unfinished(&run)?;
+        for results in [ADAPTER, SAE] {
+            atomic::remove_unfinished(&run.path.join(results))?;
+        }
         Ok((run, config))
     }
 
@@ -116,12 +122,12 @@ impl RunDir {
 
     /// Where the trained adapter goes, in PEFT's format.
     pub fn adapter_dir(&self) -> PathBuf {
-        self.path.join("adapter")
+        self.path.join(ADAPTER)
     }
 
     /// Where the SAE of a layer goes, in sparsify's format: `sae/model.layers.N`.
     pub fn sae_dir(&self, layer: usize) -> PathBuf {
-        self.path.join("sae").join(hookpoint_name(layer))
+        self.path.join(SAE).join(hookpoint_name(layer))
     }
 
     /// Where checkpoints are.
