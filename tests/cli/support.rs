@@ -82,8 +82,8 @@ impl Workshop {
         let mut args = vec!["train".to_owned(), "--out".to_owned(), out.to_owned()];
         args.extend(more.iter().map(|&m| m.to_owned()));
         let given = |option: &str| {
-            let name = |arg: &&str| arg.split('=').next() == Some(option);
-            more.iter().any(|arg| name(&arg))
+            let mut names = more.iter().filter_map(|arg| arg.split('=').next());
+            names.any(|name| name == option)
         };
         for (option, value) in small() {
             if !given(option) {
