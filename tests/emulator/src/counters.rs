@@ -81,7 +81,10 @@ impl Counters {
     /// One line of JSON.
     pub fn to_json(&self, kernel: &str) -> String {
         let classes: Vec<String> = self.by_class.iter().map(u64::to_string).collect();
-        let name: String = kernel.chars().filter(|c| !matches!(c, '"' | '\\') && !c.is_control()).collect();
+        let name: String = kernel
+            .chars()
+            .filter(|c| !matches!(c, '"' | '\\') && !c.is_control())
+            .collect();
         format!(
             "{{\"kernel\":\"{name}\",\"launches\":{},\"blocks\":{},\"warp_instructions\":{},\"lane_instructions\":{},\
              \"by_class\":[{}],\"divergent_branches\":{},\"global_load_requests\":{},\"global_load_bytes\":{},\

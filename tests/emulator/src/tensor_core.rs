@@ -145,7 +145,8 @@ fn unpack_tf32(regs: &Registers, mma: &Mma, a: &mut [[f32; K]; M], b: &mut [[f32
 fn rows(warp: &Warp, ctx: &mut Context<'_>, m: &Matrix, touch: Touch) -> Checked<[usize; LANES]> {
     let addresses = warp.addresses(&m.address);
     let count = 8 * usize::from(m.count);
-    ctx.counters.shared_access(&addresses, 16, u32::MAX >> (32 - count));
+    ctx.counters
+        .shared_access(&addresses, 16, u32::MAX >> (32 - count));
     let mut out = [0; LANES];
     for lane in 0..count {
         out[lane] = ctx.shared_range(addresses[lane], 16, 16, touch, warp.index, lane)?;

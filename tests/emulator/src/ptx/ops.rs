@@ -57,7 +57,10 @@ pub enum IntOp {
     Lop3(u8),
     Prmt(PrmtMode),
     /// Funnel shift: left or right, clamping or wrapping the distance.
-    Shf { left: bool, clamp: bool },
+    Shf {
+        left: bool,
+        clamp: bool,
+    },
     Brev,
     Bmsk,
     AddSat,
@@ -65,7 +68,11 @@ pub enum IntOp {
     /// Add, setting or reading the carry flag: (reads, writes).
     AddCarry(bool, bool),
     SubCarry(bool, bool),
-    MadCarry { high: bool, reads: bool, writes: bool },
+    MadCarry {
+        high: bool,
+        reads: bool,
+        writes: bool,
+    },
     Szext,
 }
 
@@ -337,9 +344,21 @@ pub enum BarrierKind {
     Sync,
     Arrive,
     /// Reduction of a predicate (negated?) into a register or predicate.
-    Popc { d: Reg, p: Reg, negated: bool },
-    And { d: Reg, p: Reg, negated: bool },
-    Or { d: Reg, p: Reg, negated: bool },
+    Popc {
+        d: Reg,
+        p: Reg,
+        negated: bool,
+    },
+    And {
+        d: Reg,
+        p: Reg,
+        negated: bool,
+    },
+    Or {
+        d: Reg,
+        p: Reg,
+        negated: bool,
+    },
 }
 
 /// Registers read at run time because their value is not fixed for a warp.
@@ -398,16 +417,34 @@ pub struct Call {
 /// Operations of an `mbarrier`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MbarrierOp {
-    Init { count: Reg },
+    Init {
+        count: Reg,
+    },
     Invalidate,
     /// Arrive with a count (None = 1), announcing bytes first; the state goes to `d`.
-    Arrive { d: Option<AnyReg>, count: Option<Reg>, expect: Option<Reg>, drop: bool },
-    ExpectTx { bytes: Reg },
-    CompleteTx { bytes: Reg },
+    Arrive {
+        d: Option<AnyReg>,
+        count: Option<Reg>,
+        expect: Option<Reg>,
+        drop: bool,
+    },
+    ExpectTx {
+        bytes: Reg,
+    },
+    CompleteTx {
+        bytes: Reg,
+    },
     /// Phase test against a parity bit or a state word.
-    Test { p: Reg, parity: Option<Reg>, state: Option<Reg>, blocking: bool },
+    Test {
+        p: Reg,
+        parity: Option<Reg>,
+        state: Option<Reg>,
+        blocking: bool,
+    },
     /// Arrival when this thread's cp.async copies have landed.
-    CopyArrive { no_increment: bool },
+    CopyArrive {
+        no_increment: bool,
+    },
 }
 
 /// A bulk copy (`cp.async.bulk`), with or without a tensor map.
@@ -456,67 +493,224 @@ pub enum ScaleD {
 /// An executable operation. `d` is the destination; `a`, `b`, `c` are sources.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Op {
-    Int { op: IntOp, ty: IntType, d: Reg, s: [Reg; 4] },
+    Int {
+        op: IntOp,
+        ty: IntType,
+        d: Reg,
+        s: [Reg; 4],
+    },
     /// `mul.wide` / `mad.wide`.
-    Wide { ty: IntType, d: Reg, a: Reg, b: Reg, c: Option<Reg> },
-    Count { op: CountOp, ty: IntType, d: Reg, a: Reg },
-    Dot { lanes: u8, a_signed: bool, b_signed: bool, high: bool, d: Reg, s: [Reg; 3] },
-    Float { op: FloatOp, ty: FloatType, mods: FloatMods, d: Reg, s: [Reg; 3] },
+    Wide {
+        ty: IntType,
+        d: Reg,
+        a: Reg,
+        b: Reg,
+        c: Option<Reg>,
+    },
+    Count {
+        op: CountOp,
+        ty: IntType,
+        d: Reg,
+        a: Reg,
+    },
+    Dot {
+        lanes: u8,
+        a_signed: bool,
+        b_signed: bool,
+        high: bool,
+        d: Reg,
+        s: [Reg; 3],
+    },
+    Float {
+        op: FloatOp,
+        ty: FloatType,
+        mods: FloatMods,
+        d: Reg,
+        s: [Reg; 3],
+    },
     /// Both halves of a 32-bit register pair of f16 or bf16.
-    Packed { op: FloatOp, ty: FloatType, mods: FloatMods, d: Reg, s: [Reg; 3] },
+    Packed {
+        op: FloatOp,
+        ty: FloatType,
+        mods: FloatMods,
+        d: Reg,
+        s: [Reg; 3],
+    },
     Convert(Box<Convert>),
-    Setp { c: Box<Comparison>, p: Option<Reg>, q: Option<Reg> },
-    Set { c: Box<Comparison>, d: Reg, to: Type },
-    Select { wide: bool, d: Reg, a: Reg, b: Reg, p: Reg },
+    Setp {
+        c: Box<Comparison>,
+        p: Option<Reg>,
+        q: Option<Reg>,
+    },
+    Set {
+        c: Box<Comparison>,
+        d: Reg,
+        to: Type,
+    },
+    Select {
+        wide: bool,
+        d: Reg,
+        a: Reg,
+        b: Reg,
+        p: Reg,
+    },
     /// `slct`: a where c >= 0, else b.
-    SelectSign { wide: bool, float: bool, d: Reg, a: Reg, b: Reg, c: Reg },
-    PredLogic { op: BoolOp, d: Reg, a: Reg, b: Reg },
-    PredNot { d: Reg, a: Reg },
-    PredMove { d: Reg, a: Reg },
-    Move { wide: bool, d: Reg, a: Reg },
+    SelectSign {
+        wide: bool,
+        float: bool,
+        d: Reg,
+        a: Reg,
+        b: Reg,
+        c: Reg,
+    },
+    PredLogic {
+        op: BoolOp,
+        d: Reg,
+        a: Reg,
+        b: Reg,
+    },
+    PredNot {
+        d: Reg,
+        a: Reg,
+    },
+    PredMove {
+        d: Reg,
+        a: Reg,
+    },
+    Move {
+        wide: bool,
+        d: Reg,
+        a: Reg,
+    },
     /// `mov` from a vector: parts of `bits` each, lowest first.
-    Pack { d: AnyReg, parts: [AnyReg; 4], count: u8, bits: u8 },
-    Unpack { parts: [Option<AnyReg>; 4], count: u8, bits: u8, a: AnyReg },
+    Pack {
+        d: AnyReg,
+        parts: [AnyReg; 4],
+        count: u8,
+        bits: u8,
+    },
+    Unpack {
+        parts: [Option<AnyReg>; 4],
+        count: u8,
+        bits: u8,
+        a: AnyReg,
+    },
     /// Address of a variable in this frame's local memory.
-    LocalAddress { d: Reg, offset: u32 },
+    LocalAddress {
+        d: Reg,
+        offset: u32,
+    },
     /// Generic address to or from a window: added when converting to generic.
-    Convaddr { d: AnyReg, a: AnyReg, space: Space, to_generic: bool },
-    IsSpace { p: Reg, a: Reg, space: Space },
-    Special { which: Special, d: AnyReg },
+    Convaddr {
+        d: AnyReg,
+        a: AnyReg,
+        space: Space,
+        to_generic: bool,
+    },
+    IsSpace {
+        p: Reg,
+        a: Reg,
+        space: Space,
+    },
+    Special {
+        which: Special,
+        d: AnyReg,
+    },
     Load(Box<Access>),
     Store(Box<Access>),
     Atomic(Box<Atomic>),
-    Shuffle { mode: ShuffleMode, d: Reg, p: Option<Reg>, a: Reg, b: Reg, c: Reg, members: Reg },
-    Vote { mode: VoteMode, d: Reg, p: Reg, negated: bool, members: Reg },
-    Match { all: bool, d: Reg, p: Option<Reg>, a: AnyReg, members: Reg },
-    Redux { op: AtomicOp, signed: bool, d: Reg, a: Reg, members: Reg },
-    Activemask { d: Reg },
-    WarpSync { members: Reg },
-    Elect { d: Option<Reg>, p: Reg, members: Reg },
+    Shuffle {
+        mode: ShuffleMode,
+        d: Reg,
+        p: Option<Reg>,
+        a: Reg,
+        b: Reg,
+        c: Reg,
+        members: Reg,
+    },
+    Vote {
+        mode: VoteMode,
+        d: Reg,
+        p: Reg,
+        negated: bool,
+        members: Reg,
+    },
+    Match {
+        all: bool,
+        d: Reg,
+        p: Option<Reg>,
+        a: AnyReg,
+        members: Reg,
+    },
+    Redux {
+        op: AtomicOp,
+        signed: bool,
+        d: Reg,
+        a: Reg,
+        members: Reg,
+    },
+    Activemask {
+        d: Reg,
+    },
+    WarpSync {
+        members: Reg,
+    },
+    Elect {
+        d: Option<Reg>,
+        p: Reg,
+        members: Reg,
+    },
     Mma(Box<Mma>),
     LoadMatrix(Box<Matrix>),
     StoreMatrix(Box<Matrix>),
     CopyAsync(Box<CopyAsync>),
     CopyCommit,
-    CopyWait { pending: u32, all: bool },
-    Barrier { kind: BarrierKind, id: Reg, threads: Option<Reg>, aligned: bool },
+    CopyWait {
+        pending: u32,
+        all: bool,
+    },
+    Barrier {
+        kind: BarrierKind,
+        id: Reg,
+        threads: Option<Reg>,
+        aligned: bool,
+    },
     /// Memory fence; device or system scope publishes global writes.
-    Fence { device: bool },
-    Mbarrier { op: Box<MbarrierOp>, address: Address, cluster: bool },
+    Fence {
+        device: bool,
+    },
+    Mbarrier {
+        op: Box<MbarrierOp>,
+        address: Address,
+        cluster: bool,
+    },
     BulkCopy(Box<BulkCopy>),
     BulkCommit,
-    BulkWait { pending: u32 },
+    BulkWait {
+        pending: u32,
+    },
     Wgmma(Box<Wgmma>),
     WgmmaCommit,
-    WgmmaWait { pending: u32 },
-    MapCluster { d: AnyReg, a: AnyReg, rank: Reg },
+    WgmmaWait {
+        pending: u32,
+    },
+    MapCluster {
+        d: AnyReg,
+        a: AnyReg,
+        rank: Reg,
+    },
     ClusterArrive,
     ClusterWait,
     /// Accepted, with no effect on values (prefetches, hints, register counts).
     Nothing,
     Nanosleep,
-    Branch { to: u32 },
-    BranchIndex { targets: Vec<u32>, a: Reg },
+    Branch {
+        to: u32,
+    },
+    BranchIndex {
+        targets: Vec<u32>,
+        a: Reg,
+    },
     Call(Box<Call>),
     Return,
     Exit,

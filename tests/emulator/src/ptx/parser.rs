@@ -2,7 +2,8 @@
 
 use super::ParseError;
 use super::ast::{
-    Function, Initial, Instruction, Module, Operand, SourceLocation, Space, Statement, Type, Variable,
+    Function, Initial, Instruction, Module, Operand, SourceLocation, Space, Statement, Type,
+    Variable,
 };
 use super::lexer::{Lexeme, Token, tokenize};
 
@@ -14,7 +15,12 @@ type Result<T> = std::result::Result<T, ParseError>;
 /// Text that is not PTX, with the line where it stops being so.
 pub fn parse(text: &str) -> Result<Module> {
     let tokens = tokenize(text)?;
-    let mut parser = Parser { tokens, at: 0, depth: 0, module: Module::default() };
+    let mut parser = Parser {
+        tokens,
+        at: 0,
+        depth: 0,
+        module: Module::default(),
+    };
     while parser.peek().is_some() {
         parser.top_level()?;
     }
@@ -54,7 +60,9 @@ impl<'a> Parser<'a> {
     }
 
     fn next(&mut self) -> Result<Token<'a>> {
-        let token = self.peek().ok_or_else(|| self.error("unexpected end of the module"))?;
+        let token = self
+            .peek()
+            .ok_or_else(|| self.error("unexpected end of the module"))?;
         self.at += 1;
         Ok(token)
     }
@@ -157,8 +165,9 @@ impl<'a> Parser<'a> {
             if let Some(number) = name.strip_prefix("sm_") {
                 let digits = number.trim_end_matches(|c: char| c.is_ascii_alphabetic());
                 self.module.target_specific = digits.len() != number.len();
-                self.module.target =
-                    digits.parse().map_err(|_| self.error(format!("malformed target `{name}`")))?;
+                self.module.target = digits
+                    .parse()
+                    .map_err(|_| self.error(format!("malformed target `{name}`")))?;
             }
             if !self.accept(',') {
                 return Ok(());
@@ -190,7 +199,11 @@ impl<'a> Parser<'a> {
     }
 
     fn function(&mut self, is_entry: bool) -> Result<()> {
-        let mut function = Function { is_entry, line: self.line(), ..Function::default() };
+        let mut function = Function {
+            is_entry,
+            line: self.line(),
+            ..Function::default()
+        };
         if self.peek() == Some(Token::Punct('(')) {
             function.returns = self.parameters()?;
         }
@@ -204,8 +217,16 @@ impl<'a> Parser<'a> {
             function.body = Some(self.body()?);
         }
         // A definition replaces the forward declaration of the same name.
-        self.module.functions.retain(|f| f.name != function.name || f.body.is_some());
-        if function.body.is_some() || self.module.functions.iter().all(|f| f.name != function.name) {
+        self.module
+            .functions
+            .retain(|f| f.name != function.name || f.body.is_some());
+        if function.body.is_some()
+            || self
+                .module
+                .functions
+                .iter()
+                .all(|f| f.name != function.name)
+        {
             self.module.functions.push(function);
         }
         Ok(())
@@ -286,18 +307,41 @@ impl<'a> Parser<'a> {
         Ok(variable)
     }
 
-    fn declarator(&mut self, space: Space, ty: Type, align: u64, external: bool) -> Result<Variable> {
+    fn declarator(
+        &mut self,
+        space: Space,
+        ty: Type,
+        align: u64,
+        external: bool,
+    ) -> Result<Variable> {
         let line = self.line();
         let name = self.ident()?.to_string();
         let mut count = 1u64;
         while self.accept('[') {
-            let extent = if self.peek() == Some(Token::Punct(']')) { 0 } else { self.small()? };
+            let extent = if self.peek() == Some(Token::Punct(']')) {
+                0
+            } else {
+                self.small()?
+            };
             count = count.saturating_mul(u64::from(extent));
             self.expect(']')?;
         }
         let size = count.saturating_mul(u64::from(ty.bytes()));
-        let initial = if self.accept('=') { self.initializer()? } else { Vec::new() };
-        Ok(Variable { name, space, ty, size, align, external, initial, line })
+        let initial = if self.accept('=') {
+            self.initializer()?
+        } else {
+            Vec::new()
+        };
+        Ok(Variable {
+            name,
+            space,
+            ty,
+            size,
+            align,
+            external,
+            initial,
+            line,
+        })
     }
 
     fn initializer(&mut self) -> Result<Vec<Initial>> {
@@ -402,7 +446,11 @@ impl<'a> Parser<'a> {
             "pragma" => self.skip_to_semicolon()?,
             d if Space::parse(d).is_some() => {
                 let space = Space::parse(d).unwrap_or(Space::Local);
-                out.extend(self.variables(space, false)?.into_iter().map(Statement::Variable));
+                out.extend(
+                    self.variables(space, false)?
+                        .into_iter()
+                        .map(Statement::Variable),
+                );
             }
             other => return Err(self.error(format!("unknown directive `.{other}` in a function"))),
         }
@@ -454,7 +502,11 @@ impl<'a> Parser<'a> {
                 other => return Err(self.error(format!("unknown .loc attribute `{other}`"))),
             }
         }
-        Ok(SourceLocation { file, line, inlined_at })
+        Ok(SourceLocation {
+            file,
+            line,
+            inlined_at,
+        })
     }
 
     fn instruction(&mut self) -> Result<Instruction> {
@@ -478,7 +530,12 @@ impl<'a> Parser<'a> {
                 break;
             }
         }
-        Ok(Instruction { guard, parts, operands, line })
+        Ok(Instruction {
+            guard,
+            parts,
+            operands,
+            line,
+        })
     }
 
     fn operand(&mut self) -> Result<Operand> {
@@ -526,7 +583,11 @@ impl<'a> Parser<'a> {
 
     fn open(&mut self) -> Result<()> {
         self.depth += 1;
-        if self.depth > MAX_NESTING { Err(self.error("too deeply nested")) } else { Ok(()) }
+        if self.depth > MAX_NESTING {
+            Err(self.error("too deeply nested"))
+        } else {
+            Ok(())
+        }
     }
 
     fn operands_until(&mut self, close: char) -> Result<Vec<Operand>> {
@@ -561,6 +622,10 @@ impl<'a> Parser<'a> {
         }
         self.expect(']')?;
         self.depth -= 1;
-        Ok(Operand::Address { base: Box::new(base), offset, coordinates })
+        Ok(Operand::Address {
+            base: Box::new(base),
+            offset,
+            coordinates,
+        })
     }
 }

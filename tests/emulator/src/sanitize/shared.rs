@@ -71,7 +71,11 @@ pub struct Shadow {
 
 impl Default for Shadow {
     fn default() -> Self {
-        Self { words: Vec::new(), synced: [[0; MAX_WARPS]; MAX_WARPS], now: 1 }
+        Self {
+            words: Vec::new(),
+            synced: [[0; MAX_WARPS]; MAX_WARPS],
+            now: 1,
+        }
     }
 }
 
@@ -139,7 +143,10 @@ impl Shadow {
     pub fn define(&mut self, start: u32, len: u32) {
         self.each(start, len, |word, mask| {
             let kept = word.state | mask;
-            *word = Word { state: kept & !(mask << 4), ..FRESH };
+            *word = Word {
+                state: kept & !(mask << 4),
+                ..FRESH
+            };
         });
     }
 
@@ -167,7 +174,14 @@ impl Shadow {
         while at < end {
             let stop = end.min((at / 4 + 1) * 4);
             let mask = (((1u32 << (stop - at)) - 1) << (at % 4)) as u8;
-            touch_word(&mut self.words[(at / 4) as usize], mask, touch, warp, synced, now)?;
+            touch_word(
+                &mut self.words[(at / 4) as usize],
+                mask,
+                touch,
+                warp,
+                synced,
+                now,
+            )?;
             at = stop;
         }
         Ok(())
@@ -205,10 +219,16 @@ fn touch_word(
         return Err(Conflict::Uninitialized);
     }
     let foreign_writer = word.writer != NOBODY && u32::from(word.writer) != warp;
-    if word.written & mask != 0 && foreign_writer && synced[usize::from(word.writer)] < word.write_time {
+    if word.written & mask != 0
+        && foreign_writer
+        && synced[usize::from(word.writer)] < word.write_time
+    {
         return Err(Conflict::WrittenBy(u32::from(word.writer)));
     }
-    if touch != Touch::Atomic && word.atomics != 0 && unordered(word.atomics, word.first_atomic, warp, synced) != 0 {
+    if touch != Touch::Atomic
+        && word.atomics != 0
+        && unordered(word.atomics, word.first_atomic, warp, synced) != 0
+    {
         return Err(Conflict::Atomic);
     }
     match touch {
@@ -224,7 +244,11 @@ fn touch_word(
             word.read |= mask;
         }
         Touch::Write | Touch::Atomic => {
-            let readers = if word.read & mask != 0 { word.readers } else { 0 };
+            let readers = if word.read & mask != 0 {
+                word.readers
+            } else {
+                0
+            };
             let racing = unordered(readers, word.first_read, warp, synced);
             if racing != 0 {
                 return Err(Conflict::ReadBy(racing));

@@ -57,8 +57,16 @@ pub fn lower(
     globals: HashMap<String, (u64, u64)>,
     text: &str,
 ) -> std::result::Result<Program, ParseError> {
-    let defined: Vec<&ast::Function> = module.functions.iter().filter(|f| f.body.is_some()).collect();
-    let function_index = defined.iter().enumerate().map(|(i, f)| (f.name.as_str(), i)).collect();
+    let defined: Vec<&ast::Function> = module
+        .functions
+        .iter()
+        .filter(|f| f.body.is_some())
+        .collect();
+    let function_index = defined
+        .iter()
+        .enumerate()
+        .map(|(i, f)| (f.name.as_str(), i))
+        .collect();
     let mut shared = Shared {
         module,
         globals: &globals,
@@ -77,10 +85,14 @@ pub fn lower(
     }
     let mut functions = Vec::with_capacity(defined.len());
     for function in &defined {
-        functions.push(FunctionLowering::new(&shared, function).run(function).map_err(|mut e| {
-            e.function = Some(function.name.clone());
-            e
-        })?);
+        functions.push(
+            FunctionLowering::new(&shared, function)
+                .run(function)
+                .map_err(|mut e| {
+                    e.function = Some(function.name.clone());
+                    e
+                })?,
+        );
     }
     let entries = functions.iter().enumerate().filter(|(_, f)| f.is_entry);
     let kernels = entries.map(|(i, f)| (f.name.clone(), i)).collect();
@@ -98,7 +110,9 @@ pub fn lower(
 /// Address of a device function as a generic pointer.
 pub fn function_address(module: &ast::Module, name: &str) -> Option<u64> {
     let mut defined = module.functions.iter().filter(|f| f.body.is_some());
-    defined.position(|f| f.name == name).map(|i| FUNCTION_WINDOW + ((i as u64 + 1) << 4))
+    defined
+        .position(|f| f.name == name)
+        .map(|i| FUNCTION_WINDOW + ((i as u64 + 1) << 4))
 }
 
 /// Reserves room for a variable; returns its offset.
@@ -106,7 +120,13 @@ fn place(size: &mut u32, variable: &Variable) -> std::result::Result<u32, ParseE
     let start = u64::from(*size).next_multiple_of(variable.align.max(1));
     let end = start + variable.size;
     *size = u32::try_from(end).map_err(|_| {
-        ParseError::at(variable.line, format!("variable {} is too large: {} bytes", variable.name, variable.size))
+        ParseError::at(
+            variable.line,
+            format!(
+                "variable {} is too large: {} bytes",
+                variable.name, variable.size
+            ),
+        )
     })?;
     Ok(start as u32)
 }
@@ -171,13 +191,20 @@ impl<'m> FunctionLowering<'m> {
     /// The limits that ptxas enforces.
     fn check_sizes(&self, function: &ast::Function) -> std::result::Result<(), ParseError> {
         let limits = [
-            ("static shared memory", self.out.shared_size, MAX_STATIC_SHARED),
+            (
+                "static shared memory",
+                self.out.shared_size,
+                MAX_STATIC_SHARED,
+            ),
             ("local memory", self.out.local_size, MAX_LOCAL),
             ("parameters", self.out.param_bytes, MAX_PARAMS),
         ];
         for (what, size, limit) in limits {
             if size > limit {
-                return Err(ParseError::at(function.line, format!("{size} bytes of {what}, more than {limit}")));
+                return Err(ParseError::at(
+                    function.line,
+                    format!("{size} bytes of {what}, more than {limit}"),
+                ));
             }
         }
         Ok(())
@@ -187,7 +214,11 @@ impl<'m> FunctionLowering<'m> {
         let mut size = 0;
         for variable in &function.params {
             let offset = place(&mut size, variable)?;
-            let symbol = if function.is_entry { Symbol::Param(offset) } else { Symbol::Local(offset) };
+            let symbol = if function.is_entry {
+                Symbol::Param(offset)
+            } else {
+                Symbol::Local(offset)
+            };
             self.scopes[0].insert(variable.name.clone(), symbol);
             self.out.params.push((offset, variable.size as u32));
         }
@@ -220,7 +251,10 @@ impl<'m> FunctionLowering<'m> {
         self.out.dynamic_shared = u32::try_from(start)
             .map_err(|_| ParseError::at(self.line, "shared variables are too large"))?;
         for variable in &self.shared.dynamic {
-            self.scopes[0].insert(variable.name.clone(), Symbol::Shared(self.out.dynamic_shared));
+            self.scopes[0].insert(
+                variable.name.clone(),
+                Symbol::Shared(self.out.dynamic_shared),
+            );
         }
         Ok(())
     }
@@ -236,7 +270,8 @@ impl<'m> FunctionLowering<'m> {
             }
             Statement::Registers(ty, names) => {
                 for (name, count) in names {
-                    self.declare(*ty, name, *count).map_err(|m| ParseError::at(self.line, m))?;
+                    self.declare(*ty, name, *count)
+                        .map_err(|m| ParseError::at(self.line, m))?;
                 }
             }
             Statement::Variable(variable) => self.variable(variable)?,
@@ -261,7 +296,9 @@ impl<'m> FunctionLowering<'m> {
         }
         let symbol = match variable.space {
             Space::Shared => Symbol::Shared(self.out.dynamic_shared),
-            Space::Local | Space::Param => Symbol::Local(place(&mut self.out.local_size, variable)?),
+            Space::Local | Space::Param => {
+                Symbol::Local(place(&mut self.out.local_size, variable)?)
+            }
             _ => {
                 let message = format!("variable {} in an unsupported state space", variable.name);
                 return Err(ParseError::at(variable.line, message));
@@ -300,9 +337,16 @@ impl<'m> FunctionLowering<'m> {
     }
 
     fn new_reg(&mut self, wide: bool) -> AnyReg {
-        let counter = if wide { &mut self.out.regs64 } else { &mut self.out.regs32 };
+        let counter = if wide {
+            &mut self.out.regs64
+        } else {
+            &mut self.out.regs32
+        };
         *counter += 1;
-        AnyReg { index: *counter - 1, wide }
+        AnyReg {
+            index: *counter - 1,
+            wide,
+        }
     }
 
     fn new_pred(&mut self) -> Reg {
@@ -312,7 +356,13 @@ impl<'m> FunctionLowering<'m> {
 
     fn emit(&mut self, op: Op, guard: Option<(Reg, bool)>, class: Class) {
         let location = (self.out.locations.len() as u32).wrapping_sub(1);
-        self.out.code.push(Inst { op, guard, class, line: self.line, location });
+        self.out.code.push(Inst {
+            op,
+            guard,
+            class,
+            line: self.line,
+            location,
+        });
     }
 
     fn instruction(&mut self, i: &Instruction) -> Result<()> {
@@ -348,7 +398,10 @@ impl<'m> FunctionLowering<'m> {
                 let found = self.labels.get(name).copied();
                 found.ok_or_else(|| ParseError::at(line, format!("undefined label {name}")))
             };
-            let resolved = names.iter().map(find).collect::<std::result::Result<Vec<_>, _>>()?;
+            let resolved = names
+                .iter()
+                .map(find)
+                .collect::<std::result::Result<Vec<_>, _>>()?;
             match &mut self.out.code[index].op {
                 Op::Branch { to } => *to = resolved[0],
                 Op::BranchIndex { targets, .. } => *targets = resolved,
@@ -404,7 +457,9 @@ impl<'m> FunctionLowering<'m> {
                 self.emit(Op::LocalAddress { d: d.index, offset }, None, Class::Move);
                 return Ok(d);
             }
-            _ => self.module_symbol(name).ok_or_else(|| format!("undefined name `{name}`"))?,
+            _ => self
+                .module_symbol(name)
+                .ok_or_else(|| format!("undefined name `{name}`"))?,
         };
         Ok(self.constant(value, wide))
     }
@@ -436,12 +491,16 @@ impl<'m> FunctionLowering<'m> {
                         self.emit(Op::LocalAddress { d: d.index, offset }, None, Class::Move);
                         return Ok(d);
                     }
-                    _ => self.module_symbol(name).ok_or_else(|| format!("undefined name `{name}`"))?,
+                    _ => self
+                        .module_symbol(name)
+                        .ok_or_else(|| format!("undefined name `{name}`"))?,
                 };
                 Ok(self.constant(address.wrapping_add_signed(*offset), wide))
             }
             Operand::Int(v) => Ok(self.constant(*v, wide)),
-            Operand::Float32(bits) if wide => Ok(self.constant(f64::from(f32::from_bits(*bits)).to_bits(), true)),
+            Operand::Float32(bits) if wide => {
+                Ok(self.constant(f64::from(f32::from_bits(*bits)).to_bits(), true))
+            }
             Operand::Float32(bits) => Ok(self.constant(u64::from(*bits), false)),
             Operand::Float64(bits) if wide => Ok(self.constant(*bits, true)),
             Operand::Float64(bits) => {
@@ -517,7 +576,10 @@ impl<'m> FunctionLowering<'m> {
         let Operand::Address { base, offset, .. } = operand else {
             return Err(format!("expected an address, found {operand:?}"));
         };
-        Ok(Address { base: self.source(base, true)?, offset: *offset })
+        Ok(Address {
+            base: self.source(base, true)?,
+            offset: *offset,
+        })
     }
 
     /// Elements of a vector operand, or the operand itself.
@@ -531,7 +593,9 @@ impl<'m> FunctionLowering<'m> {
 
 /// Operand number `n`.
 fn operand(i: &Instruction, n: usize) -> Result<&Operand> {
-    i.operands.get(n).ok_or_else(|| format!("operand {} is missing", n + 1))
+    i.operands
+        .get(n)
+        .ok_or_else(|| format!("operand {} is missing", n + 1))
 }
 
 /// The last modifier, as a type.
