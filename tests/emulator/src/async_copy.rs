@@ -3,8 +3,8 @@
 //! A copy lands only when its thread waits for it, so that a missing wait shows: until then
 //! the bytes are marked as in flight, and touching them is a finding.
 
-use crate::machine::access::{lanes, shared_conflict};
 use crate::machine::block::Context;
+use crate::machine::checks::{lanes, shared_conflict};
 use crate::machine::registers::LANES;
 use crate::machine::warp::{Flow, Warp};
 use crate::ptx::ops::{CopyAsync, Op};
@@ -104,7 +104,7 @@ fn start(warp: &mut Warp, ctx: &mut Context<'_>, copy: &CopyAsync, exec: u32) ->
 }
 
 fn check_destination(ctx: &Context<'_>, offset: u64, size: u64, lane: usize) -> Checked<()> {
-    if offset % size != 0 {
+    if !offset.is_multiple_of(size) {
         let message = format!("asynchronous copy of {size} bytes to shared offset {offset}");
         return Err(Fault::new(Kind::Misaligned, lane as u32, message));
     }

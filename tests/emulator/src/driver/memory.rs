@@ -228,7 +228,7 @@ fn fill(to: u64, value: u32, width: usize, count: usize, stream: Handle) -> CuRe
         if count == 0 {
             return Ok(());
         }
-        if to % width as u64 != 0 {
+        if !to.is_multiple_of(width as u64) {
             return Err(INVALID_VALUE.into());
         }
         submit(

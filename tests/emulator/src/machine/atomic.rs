@@ -2,8 +2,8 @@
 
 use half::{bf16, f16};
 
-use super::access::lanes;
 use super::block::Context;
+use super::checks::lanes;
 use super::registers::LANES;
 use super::rounding;
 use super::warp::Warp;

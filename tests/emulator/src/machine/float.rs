@@ -119,7 +119,7 @@ macro_rules! narrow {
         }
     };
 }
-narrow!(f32, |v| f64::from(v), rounding::to_f32, 0x8000_0000);
+narrow!(f32, f64::from, rounding::to_f32, 0x8000_0000);
 narrow!(f16, |v: f16| v.to_f64(), rounding::to_f16, 0x8000);
 narrow!(bf16, |v: bf16| v.to_f64(), rounding::to_bf16, 0x8000);
 

@@ -37,8 +37,7 @@ int!(u16 => u16, i16 => u16, u32 => u32, i32 => u32, u64 => u64, i64 => u64);
 #[inline(always)]
 pub fn integer(r: &mut Registers, exec: u32, op: IntOp, ty: IntType, d: Reg, s: [Reg; 4]) {
     match ty {
-        IntType::U32 if common_u32(r, exec, op, d, s) => {}
-        IntType::S32 if common_u32(r, exec, op, d, s) => {}
+        IntType::U32 | IntType::S32 if common_u32(r, exec, op, ty == IntType::S32, d, s) => {}
         IntType::U64 | IntType::S64 if common_u64(r, exec, op, d, s) => {}
         IntType::U16 => typed::<u16>(r, exec, op, d, s),
         IntType::S16 => typed::<i16>(r, exec, op, d, s),
@@ -49,11 +48,19 @@ pub fn integer(r: &mut Registers, exec: u32, op: IntOp, ty: IntType, d: Reg, s: 
     }
 }
 
-/// The frequent ops whose result does not depend on signedness, kept free of wide arithmetic.
+/// The frequent ops, kept free of wide arithmetic.
 #[inline(always)]
-fn common_u32(r: &mut Registers, exec: u32, op: IntOp, d: Reg, s: [Reg; 4]) -> bool {
+fn common_u32(r: &mut Registers, exec: u32, op: IntOp, signed: bool, d: Reg, s: [Reg; 4]) -> bool {
     let two = [s[0], s[1]];
     match op {
+        IntOp::Shr if signed => map2(r, exec, d, two, |a: i32, b: u32| a >> b.min(31)),
+        IntOp::Shr => map2(r, exec, d, two, |a: u32, b: u32| {
+            a.checked_shr(b).unwrap_or(0)
+        }),
+        IntOp::Min if signed => map2(r, exec, d, two, |a: i32, b: i32| a.min(b)),
+        IntOp::Min => map2(r, exec, d, two, |a: u32, b: u32| a.min(b)),
+        IntOp::Max if signed => map2(r, exec, d, two, |a: i32, b: i32| a.max(b)),
+        IntOp::Max => map2(r, exec, d, two, |a: u32, b: u32| a.max(b)),
         IntOp::Add => map2(r, exec, d, two, u32::wrapping_add),
         IntOp::Sub => map2(r, exec, d, two, u32::wrapping_sub),
         IntOp::MulLo => map2(r, exec, d, two, u32::wrapping_mul),

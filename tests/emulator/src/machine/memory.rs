@@ -388,8 +388,8 @@ impl View {
         (address - self.live[index].base < self.live[index].size).then_some(index)
     }
 
-    pub fn get(&self, index: usize) -> Option<&Allocation> {
-        self.live.get(index).map(|a| &**a)
+    pub fn get(&self, index: usize) -> Option<&Arc<Allocation>> {
+        self.live.get(index)
     }
 
     /// Whether an address lies in memory that was freed.

@@ -1,8 +1,8 @@
 //! Warp-level ops: shuffles, votes, matches, reductions, and the entry to matrix and
 //! asynchronous instructions.
 
-use super::access::lanes;
 use super::block::Context;
+use super::checks::lanes;
 use super::registers::LANES;
 use super::warp::{Flow, Stop, Warp};
 use crate::ptx::ops::{AnyReg, AtomicOp, Op, Reg, ShuffleMode, VoteMode};

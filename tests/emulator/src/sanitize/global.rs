@@ -240,7 +240,7 @@ impl Shadow {
         touch: Touch,
         by: &Toucher<'_>,
     ) -> Result<(), Conflict> {
-        if start % 4 == 0 && len % 4 == 0 {
+        if start.is_multiple_of(4) && len.is_multiple_of(4) {
             for word in &self.words[(start / 4) as usize..((start + len) / 4) as usize] {
                 touch_word(word, 0xf, touch, by)?;
             }
@@ -263,8 +263,8 @@ fn touch_word(word: &AtomicU64, mask: u64, touch: Touch, by: &Toucher<'_>) -> Re
     let me = by.block & BLOCK_MASK;
     let current = w.epoch == by.launch.epoch && !w.mixed;
     // Nothing to record when the same block repeats what it did.
-    if current && touch == Touch::Read && w.reader == me && w.read & mask == mask && w.written == 0
-    {
+    let known_reader = w.reader == me || w.many_readers;
+    if current && touch == Touch::Read && known_reader && w.read & mask == mask && w.written == 0 {
         return if w.defined & mask == mask {
             Ok(())
         } else {

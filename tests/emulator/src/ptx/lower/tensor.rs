@@ -139,7 +139,7 @@ impl FunctionLowering<'_> {
         };
         let ty = mma_type(a_type)?;
         let k_known = k == if ty == MmaType::Tf32 { "8" } else { "16" };
-        if a_type != b_type || !k_known || n == 0 || n % 8 != 0 || n > 256 {
+        if a_type != b_type || !k_known || n == 0 || !n.is_multiple_of(8) || n > 256 {
             return Err("unknown opcode: wgmma shape or types".into());
         }
         let half_accumulate = d_type == "f16";
