@@ -27,6 +27,25 @@ impl<'a> Inference<'a> {
         }
     }
 
+    /// The output \[T, d\] of decoder layer `layer` (0-based) for token ids \[T\]: what an
+    /// autoencoder learns. An SAE inserted before it is not passed.
+    pub fn layer_output(
+        &self,
+        device: &Device,
+        ids: Tensor,
+        layer: usize,
+        layout: &Layout,
+    ) -> Result<Tensor> {
+        let mut tape = Tape::new(device);
+        let adapters = self.adapters.map(Adapters::frozen);
+        let x = self.model.embed(&mut tape, ids)?;
+        let layers = 0..layer + 1;
+        let x = self
+            .model
+            .decode(&mut tape, x, layers, layout, adapters.as_ref())?;
+        Ok(x.into_value())
+    }
+
     /// The hidden states \[T, d\] after the final norm for token ids \[T\].
     pub fn hidden(&self, device: &Device, ids: Tensor, layout: &Layout) -> Result<Tensor> {
         let mut tape = Tape::new(device);

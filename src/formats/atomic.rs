@@ -9,6 +9,9 @@ use tempfile::{NamedTempFile, TempDir};
 
 use crate::error::{Error, Result};
 
+/// How the names of files and folders begin that are not complete yet.
+const PREFIX: &str = ".writing-";
+
 /// A buffered file being written, with the final path for messages.
 pub type Writer<'a> = BufWriter<&'a mut File>;
 
@@ -128,6 +131,27 @@ pub fn create_dir(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<
     sync_dir(beside)
 }
 
+/// Removes what writes left that were killed, from `dir` and the folders in it. To be called
+/// only where nobody else is writing.
+pub fn remove_unfinished(dir: &Path) -> Result<()> {
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(Error::io(dir, e)),
+    };
+    for entry in entries {
+        let entry = entry.map_err(|e| Error::io(dir, e))?;
+        let (path, name) = (entry.path(), entry.file_name());
+        let kind = entry.file_type().map_err(|e| Error::io(&path, e))?;
+        if kind.is_dir() {
+            remove_unfinished(&path)?;
+        } else if name.to_string_lossy().starts_with(PREFIX) {
+            fs::remove_file(&path).map_err(|e| Error::io(&path, e))?;
+        }
+    }
+    Ok(())
+}
+
 /// The folder a path lies in.
 fn parent(path: &Path) -> &Path {
     match path.parent() {
@@ -140,7 +164,7 @@ fn parent(path: &Path) -> &Path {
 /// default of temporary files, private to the user, would stay after the rename.
 fn builder(mode: u32) -> tempfile::Builder<'static, 'static> {
     let mut builder = tempfile::Builder::new();
-    builder.prefix(".writing-");
+    builder.prefix(PREFIX);
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(mode));
     #[cfg(not(unix))]

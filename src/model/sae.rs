@@ -30,6 +30,21 @@ pub struct SaeConfig {
     pub multi_topk: bool,
 }
 
+impl SaeConfig {
+    /// An autoencoder of `num_latents` latents, `k` of them active, for activations of size
+    /// `d_in`, with unit decoder rows.
+    pub fn new(d_in: usize, num_latents: usize, k: usize) -> Self {
+        Self {
+            d_in,
+            num_latents,
+            k,
+            expansion_factor: num_latents / d_in.max(1),
+            normalize_decoder: true,
+            multi_topk: false,
+        }
+    }
+}
+
 /// A TopK sparse autoencoder: A = topk(relu((X − b_dec) W_encᵀ + b_enc)), X̂ = A W_dec + b_dec.
 /// All tensors f32.
 #[derive(Clone, Debug)]

@@ -29,6 +29,9 @@ const FILES: &[(&str, &[u8])] = files![
     "eval.jsonl",
 ];
 
+/// The folder of a run that holds the files.
+pub(super) const DIR: &str = "example";
+
 /// Longest answer that is waited for when the example is evaluated.
 pub(super) const MAX_NEW_TOKENS: usize = 24;
 
@@ -73,5 +76,5 @@ pub(super) fn unpack(dir: &Path) -> Result<Sources> {
 
 /// The problems that no stage sees.
 pub(super) fn held_out(run: &RunDir) -> Result<Vec<Record>> {
-    records::read(run.path().join("example").join("eval.jsonl"))
+    records::read(run.path().join(DIR).join("eval.jsonl"))
 }

@@ -35,7 +35,7 @@ impl Sources {
     /// The files that `config` names; for the embedded example, written below `run`.
     pub fn resolve(config: &TrainConfig, run: &Path) -> Result<Self> {
         let Some(target) = config.target.as_ref().or(config.source.as_ref()) else {
-            return example::unpack(&run.join("example"));
+            return example::unpack(&run.join(example::DIR));
         };
         let data = config.data.as_ref().ok_or_else(|| {
             Error::setting(

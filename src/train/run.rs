@@ -23,7 +23,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::eval::{Inference, pass};
 use crate::formats::{huggingface, peft, sparsify};
-use crate::model::{Lora, Qwen2, Sae};
+use crate::model::{Lora, Qwen2, Qwen2Config, Sae};
 
 /// What a run measured.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -55,7 +55,8 @@ pub struct PassAt1 {
 }
 
 /// Trains as `config` says, in its run folder. `observer` hears of every step; `cancel` stops
-/// the run after the step at hand, with a checkpoint written.
+/// the run after the step at hand, with a checkpoint written. A new run that fails before its
+/// first step leaves no folder.
 ///
 /// # Errors
 /// What is wrong with settings, files or numbers; [`Error::Cancelled`] when stopped.
@@ -74,9 +75,13 @@ pub fn run(
     } else {
         RunDir::create(&config.out, config)?
     };
-    let sources = Sources::resolve(config, run.path())?;
     let mut session = Session::open(config, run, options.resume, observer, cancel)?;
-    Run::read(config, &device, sources, &mut session)?.train(&mut session)
+    let result = Run::read(config, &device, &mut session).and_then(|run| run.train(&mut session));
+    let failed = matches!(&result, Err(error) if !matches!(error, Error::Cancelled));
+    if failed && !options.resume && !session.has_begun() {
+        session.run.abandon();
+    }
+    result
 }
 
 /// What `config` will cost, without training; reads and packs the texts.
@@ -85,11 +90,7 @@ pub fn dry_run(config: &TrainConfig) -> Result<Plan> {
     let scratch = tempfile::tempdir().map_err(|e| Error::io(std::env::temp_dir(), e))?;
     let sources = Sources::resolve(config, scratch.path())?;
     let device = inputs::device(config.device, config.threads)?;
-    let target = huggingface::read_config(&sources.target)?;
-    let source = match &sources.source {
-        Some(dir) => huggingface::read_config(dir)?,
-        None => target.clone(),
-    };
+    let Shapes { target, source, .. } = Shapes::read(config, &sources)?;
     let texts = Texts::read(config, &sources)?;
     Plan::new(
         config,
@@ -148,6 +149,66 @@ impl Texts {
     }
 }
 
+/// The shapes of both models, and the layers that suit them.
+struct Shapes {
+    target: Qwen2Config,
+    source: Qwen2Config,
+    hookpoints: Vec<usize>,
+}
+
+impl Shapes {
+    /// Reads `config.json` of both models.
+    fn read(config: &TrainConfig, sources: &Sources) -> Result<Self> {
+        let target = huggingface::read_config(&sources.target)?;
+        let source = match &sources.source {
+            Some(dir) if config.runs_sae() => huggingface::read_config(dir)?,
+            _ => target.clone(),
+        };
+        let mut layers = source.num_hidden_layers;
+        if config.runs_sft() {
+            layers = layers.min(target.num_hidden_layers);
+            let (expected, found) = (target.hidden_size, source.hidden_size);
+            if expected != found {
+                return Err(Error::setting(
+                    "--source",
+                    format!(
+                        "an SAE of it does not fit the target: expected hidden size {expected}, \
+                         found {found}"
+                    ),
+                ));
+            }
+        }
+        let hookpoints = config.hookpoints_for(layers)?;
+        Ok(Self {
+            target,
+            source,
+            hookpoints,
+        })
+    }
+}
+
+/// The adapter that Stage II starts from, where one is given; it must have a part to train.
+fn start_adapter(config: &TrainConfig, shapes: &Shapes) -> Result<Option<Lora>> {
+    let Some(dir) = config.adapter.as_ref().filter(|_| config.runs_sft()) else {
+        return Ok(None);
+    };
+    let lora = peft::load(dir, &shapes.target)?;
+    let first = match config.method {
+        Method::SaeTuning if config.sae_grad == SaeGrad::Stop => shapes.hookpoints[0] + 1,
+        _ => 0,
+    };
+    if lora.pairs.keys().any(|&(layer, _)| layer >= first) {
+        return Ok(Some(lora));
+    }
+    Err(Error::setting(
+        "--adapter",
+        format!(
+            "{} has nothing on the layers that are trained, {first} and above",
+            dir.display()
+        ),
+    ))
+}
+
 /// A run whose files have been read.
 struct Run<'a> {
     config: &'a TrainConfig,
@@ -158,18 +219,17 @@ struct Run<'a> {
     /// become f32 (where the settings say so) when a stage first uses them.
     target: Qwen2,
     hookpoints: Vec<usize>,
+    /// The adapter that Stage II starts from, where one is given.
+    adapter: Option<Lora>,
 }
 
 impl<'a> Run<'a> {
-    fn read(
-        config: &'a TrainConfig,
-        device: &'a Device,
-        sources: Sources,
-        session: &mut Session,
-    ) -> Result<Self> {
+    fn read(config: &'a TrainConfig, device: &'a Device, session: &mut Session) -> Result<Self> {
+        let sources = Sources::resolve(config, session.run.path())?;
         session.tell(Event::Note("reading and packing the texts".to_owned()));
+        let shapes = Shapes::read(config, &sources)?;
+        let adapter = start_adapter(config, &shapes)?;
         let target = device.run(|| huggingface::load(&sources.target))?;
-        let hookpoints = config.hookpoints_for(target.layers.len())?;
         let texts = device.run(|| Texts::read(config, &sources))?;
         let note = format!(
             "{} sequences of {} tokens",
@@ -185,7 +245,8 @@ impl<'a> Run<'a> {
             sources,
             texts,
             target,
-            hookpoints,
+            hookpoints: shapes.hookpoints,
+            adapter,
         })
     }
 
@@ -322,10 +383,6 @@ impl<'a> Run<'a> {
                     .to_owned(),
             ));
         }
-        let adapter = match &config.adapter {
-            Some(dir) => Some(peft::load(dir, &model.config)?),
-            None => None,
-        };
         let packed = self.texts.elicitation();
         let per_step = config.sft_batch * config.grad_accum;
         let schedule = Schedule::new(
@@ -340,7 +397,7 @@ impl<'a> Run<'a> {
             packed,
             sae,
             schedule,
-            adapter,
+            adapter: self.adapter.clone(),
         };
         let tuned = stage.run(session, activations)?;
         copy_files(&self.sources.target, session.run.adapter_dir())?;

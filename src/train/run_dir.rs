@@ -6,12 +6,15 @@ use std::path::{Path, PathBuf};
 
 use super::config::TrainConfig;
 use super::settings::hookpoint_name;
-use super::{checkpoint, metrics::MetricsLog};
+use super::{checkpoint, example, metrics::MetricsLog};
 use crate::error::{Error, Result};
-use crate::formats::atomic::sync_dir;
+use crate::formats::atomic::{self, sync_dir};
 
 const LOCK: &str = ".lock";
 const CONFIG: &str = "config.toml";
+const ADAPTER: &str = "adapter";
+const SAE: &str = "sae";
+const METRICS: &str = "metrics.jsonl";
 const CONFIG_UNFINISHED: &str = "config.toml.tmp";
 
 /// A run folder that this process alone trains into, for as long as the value lives. The
@@ -19,6 +22,8 @@ const CONFIG_UNFINISHED: &str = "config.toml.tmp";
 #[derive(Debug)]
 pub struct RunDir {
     path: PathBuf,
+    /// Whether the folder was not there before the run.
+    made: bool,
     _lock: File,
 }
 
@@ -31,8 +36,12 @@ impl RunDir {
     pub fn create(path: impl AsRef<Path>, config: &TrainConfig) -> Result<Self> {
         let path = path.as_ref();
         check_is_free(path)?;
+        let made = !path.exists();
         fs::create_dir_all(path).map_err(|e| Error::io(path, e))?;
-        let run = Self::lock(path)?;
+        let run = Self {
+            made,
+            ..Self::lock(path)?
+        };
         // Another process may have made its run between the look and the lock.
         check_is_free(path)?;
         let unfinished = path.join(CONFIG_UNFINISHED);
@@ -53,7 +62,22 @@ impl RunDir {
         let config = Self::read_config(path)?;
         let run = Self::lock(path)?;
         checkpoint::remove_unfinished(&run)?;
+        for results in [ADAPTER, SAE] {
+            atomic::remove_unfinished(&run.path.join(results))?;
+        }
         Ok((run, config))
+    }
+
+    /// Clears away a run that failed before it began, so that another can take its name.
+    pub(super) fn abandon(&self) {
+        for file in [CONFIG, METRICS, LOCK] {
+            // What cannot be removed stays: the error that ended the run is the one to tell.
+            let _ = fs::remove_file(self.path.join(file));
+        }
+        let _ = fs::remove_dir_all(self.path.join(example::DIR));
+        if self.made {
+            let _ = fs::remove_dir(&self.path);
+        }
     }
 
     /// The settings of the run in a folder, without opening the run.
@@ -80,6 +104,7 @@ impl RunDir {
         match lock.try_lock() {
             Ok(()) => Ok(Self {
                 path: path.to_owned(),
+                made: false,
                 _lock: lock,
             }),
             Err(TryLockError::WouldBlock) => Err(Error::setting(
@@ -97,12 +122,12 @@ impl RunDir {
 
     /// Where the trained adapter goes, in PEFT's format.
     pub fn adapter_dir(&self) -> PathBuf {
-        self.path.join("adapter")
+        self.path.join(ADAPTER)
     }
 
     /// Where the SAE of a layer goes, in sparsify's format: `sae/model.layers.N`.
     pub fn sae_dir(&self, layer: usize) -> PathBuf {
-        self.path.join("sae").join(hookpoint_name(layer))
+        self.path.join(SAE).join(hookpoint_name(layer))
     }
 
     /// Where checkpoints are.
@@ -112,7 +137,7 @@ impl RunDir {
 
     /// The file with a line for each step.
     pub fn metrics_path(&self) -> PathBuf {
-        self.path.join("metrics.jsonl")
+        self.path.join(METRICS)
     }
 
     /// Opens the metrics of the run: see [`MetricsLog::open`].

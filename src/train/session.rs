@@ -94,6 +94,11 @@ impl<'a> Session<'a> {
                 .is_some_and(|(reached, _)| *reached == StepStage::Sft)
     }
 
+    /// Whether any step of the run is behind it.
+    pub fn has_begun(&self) -> bool {
+        self.metrics.offset() > 0
+    }
+
     /// What the checkpoint holds for `stage`, where it was made in it.
     pub fn take_state(&mut self, stage: StepStage) -> Option<StageState> {
         match self.resumed.take() {

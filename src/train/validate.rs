@@ -126,6 +126,12 @@ impl TrainConfig {
                 "the method sft has no SAE stage: expected all or sft, found sae",
             ));
         }
+        if self.stage == Stage::Sae && self.sae_init == SaeInit::Pretrained {
+            return Err(Error::setting(
+                "--sae-init",
+                "a pretrained SAE is used as it is: with --stage sae nothing would be trained",
+            ));
+        }
         if self.out.as_os_str().is_empty() {
             return Err(Error::setting("--out", "expected a folder, found nothing"));
         }

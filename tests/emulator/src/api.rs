@@ -47,13 +47,17 @@ fn decide() -> Result<Backend, String> {
             emulator()?;
             Ok(Backend::Emulator)
         }
-        Some(other) => Err(format!("RESA_CUDA is `{other}`, expected `emulator` or `gpu`")),
+        Some(other) => Err(format!(
+            "RESA_CUDA is `{other}`, expected `emulator` or `gpu`"
+        )),
     }
 }
 
 fn driver_present() -> bool {
     // SAFETY: loading NVIDIA's driver runs its initialisers, which a CUDA program does anyway.
-    DRIVER_NAMES.iter().any(|name| unsafe { Library::new(name) }.is_ok_and(|library| !is_emulator(&library)))
+    DRIVER_NAMES
+        .iter()
+        .any(|name| unsafe { Library::new(name) }.is_ok_and(|library| !is_emulator(&library)))
 }
 
 fn is_emulator(library: &Library) -> bool {
@@ -83,14 +87,28 @@ fn library_path() -> Result<PathBuf, String> {
     if let Some(path) = std::env::var_os("CUDA_EMU_LIBRARY") {
         return Ok(path.into());
     }
-    let name = format!("{}cuda_emulator{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX);
+    let name = format!(
+        "{}cuda_emulator{}",
+        std::env::consts::DLL_PREFIX,
+        std::env::consts::DLL_SUFFIX
+    );
     let executable = std::env::current_exe().map_err(|e| format!("path of the executable: {e}"))?;
-    let folders: Vec<PathBuf> = executable.ancestors().skip(1).take(2).map(PathBuf::from).collect();
-    let candidates = folders.iter().flat_map(|f| [f.join(&name), f.join("deps").join(&name)]);
+    let folders: Vec<PathBuf> = executable
+        .ancestors()
+        .skip(1)
+        .take(2)
+        .map(PathBuf::from)
+        .collect();
+    let candidates = folders
+        .iter()
+        .flat_map(|f| [f.join(&name), f.join("deps").join(&name)]);
     let found = candidates.clone().find(|p| p.is_file());
     found.ok_or_else(|| {
         let tried: Vec<String> = candidates.map(|p| p.display().to_string()).collect();
-        format!("the emulator's library was not found; tried {}", tried.join(", "))
+        format!(
+            "the emulator's library was not found; tried {}",
+            tried.join(", ")
+        )
     })
 }
 
@@ -102,7 +120,9 @@ impl Emulator {
 
     fn text(&self, name: &'static [u8]) -> String {
         type Reader = unsafe extern "C" fn(*mut c_char, usize) -> usize;
-        let Some(read) = self.symbol::<Reader>(name) else { return String::new() };
+        let Some(read) = self.symbol::<Reader>(name) else {
+            return String::new();
+        };
         // SAFETY: a null buffer asks for the length alone.
         let len = unsafe { read(std::ptr::null_mut(), 0) };
         let mut bytes = vec![0u8; len + 1];
@@ -142,7 +162,9 @@ impl Emulator {
     /// Live device allocations and their bytes.
     pub fn live_allocations(&self) -> (usize, u64) {
         type Reader = unsafe extern "C" fn(*mut u64) -> usize;
-        let Some(read) = self.symbol::<Reader>(b"cuda_emulator_live_allocations\0") else { return (0, 0) };
+        let Some(read) = self.symbol::<Reader>(b"cuda_emulator_live_allocations\0") else {
+            return (0, 0);
+        };
         let mut bytes = 0;
         // SAFETY: the pointer leads to one u64.
         let count = unsafe { read(&mut bytes) };

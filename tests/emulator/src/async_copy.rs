@@ -4,13 +4,13 @@
 //! the bytes are marked as in flight, and touching them is a finding.
 
 use crate::machine::block::Context;
+use crate::machine::checks::{lanes, shared_conflict};
 use crate::machine::registers::LANES;
 use crate::machine::warp::{Flow, Warp};
 use crate::ptx::ops::{CopyAsync, Op};
+use crate::ptx::program::WINDOW_MASK;
 use crate::sanitize::global::Touch;
 use crate::sanitize::{Checked, Fault, Kind};
-use crate::machine::access::{lanes, shared_conflict};
-use crate::ptx::program::WINDOW_MASK;
 
 /// Group of a copy that has not been committed.
 const OPEN: u32 = u32::MAX;
@@ -48,9 +48,14 @@ pub fn execute(warp: &mut Warp, ctx: &mut Context<'_>, op: &Op, exec: u32) -> Ch
 }
 
 fn start(warp: &mut Warp, ctx: &mut Context<'_>, copy: &CopyAsync, exec: u32) -> Checked<()> {
-    let (to, from) = (warp.addresses(&copy.destination), warp.addresses(&copy.source));
+    let (to, from) = (
+        warp.addresses(&copy.destination),
+        warp.addresses(&copy.source),
+    );
     let size = u64::from(copy.size);
-    let ignored = copy.ignore.map_or(0, |(p, negated)| warp.regs.pred(p) ^ if negated { u32::MAX } else { 0 });
+    let ignored = copy.ignore.map_or(0, |(p, negated)| {
+        warp.regs.pred(p) ^ if negated { u32::MAX } else { 0 }
+    });
     let source_sizes = copy.source_size.map(|r| *warp.regs.read32(r));
     let mut reading = 0;
     for lane in lanes(exec) {
@@ -58,8 +63,17 @@ fn start(warp: &mut Warp, ctx: &mut Context<'_>, copy: &CopyAsync, exec: u32) ->
         let wanted = if ignored >> lane & 1 == 1 { 0 } else { wanted };
         let offset = to[lane] & WINDOW_MASK;
         check_destination(ctx, offset, size, lane)?;
-        if let Err(conflict) = ctx.shared_shadow.begin_copy(offset as u32, size as u32, warp.index) {
-            return Err(shared_conflict(conflict, "asynchronous copy", offset, size, lane));
+        if let Err(conflict) = ctx
+            .shared_shadow
+            .begin_copy(offset as u32, size as u32, warp.index)
+        {
+            return Err(shared_conflict(
+                conflict,
+                "asynchronous copy",
+                offset,
+                size,
+                lane,
+            ));
         }
         let mut data = [0; 16];
         if wanted > 0 {
@@ -73,7 +87,13 @@ fn start(warp: &mut Warp, ctx: &mut Context<'_>, copy: &CopyAsync, exec: u32) ->
                 data[i as usize] = allocation.read(at + i, 1) as u8;
             }
         }
-        let pending = Pending { lane: lane as u8, size: copy.size, group: OPEN, offset: offset as u32, data };
+        let pending = Pending {
+            lane: lane as u8,
+            size: copy.size,
+            group: OPEN,
+            offset: offset as u32,
+            data,
+        };
         warp.copies.pending.push(pending);
     }
     ctx.counters.shared_access(&to, size, exec);
@@ -84,12 +104,15 @@ fn start(warp: &mut Warp, ctx: &mut Context<'_>, copy: &CopyAsync, exec: u32) ->
 }
 
 fn check_destination(ctx: &Context<'_>, offset: u64, size: u64, lane: usize) -> Checked<()> {
-    if offset % size != 0 {
+    if !offset.is_multiple_of(size) {
         let message = format!("asynchronous copy of {size} bytes to shared offset {offset}");
         return Err(Fault::new(Kind::Misaligned, lane as u32, message));
     }
     if offset + size > ctx.shared.len() as u64 {
-        let message = format!("asynchronous copy of {size} bytes to shared offset {offset} of {}", ctx.shared.len());
+        let message = format!(
+            "asynchronous copy of {size} bytes to shared offset {offset} of {}",
+            ctx.shared.len()
+        );
         return Err(Fault::new(Kind::OutOfBounds, lane as u32, message));
     }
     Ok(())
@@ -112,17 +135,26 @@ fn wait(warp: &mut Warp, ctx: &mut Context<'_>, keep: u32, all: bool, exec: u32)
     let mut kept = Vec::with_capacity(pending.len());
     for p in pending.drain(..) {
         let waited = exec >> p.lane & 1 == 1;
-        let complete = all || p.group != OPEN && p.group.saturating_add(keep) < committed[usize::from(p.lane)];
+        let complete =
+            all || p.group != OPEN && p.group.saturating_add(keep) < committed[usize::from(p.lane)];
         if !(waited && complete) {
             kept.push(p);
             continue;
         }
         let (offset, size) = (p.offset as usize, usize::from(p.size));
         ctx.shared[offset..offset + size].copy_from_slice(&p.data[..size]);
-        let landed = ctx.shared_shadow.land_copy(p.offset, p.size.into(), warp.index);
+        let landed = ctx
+            .shared_shadow
+            .land_copy(p.offset, p.size.into(), warp.index);
         if let Err(conflict) = landed {
             let lane = usize::from(p.lane);
-            return Err(shared_conflict(conflict, "landing copy", p.offset.into(), p.size.into(), lane));
+            return Err(shared_conflict(
+                conflict,
+                "landing copy",
+                p.offset.into(),
+                p.size.into(),
+                lane,
+            ));
         }
     }
     *pending = kept;

@@ -1,5 +1,6 @@
 //! Counters of a launch: what a profiler would count, without time.
 
+use crate::machine::checks::is_row;
 use crate::ptx::ops::Class;
 
 /// Counters of one launch, or sums over launches. The layout is C's, for other languages.
@@ -81,7 +82,10 @@ impl Counters {
     /// One line of JSON.
     pub fn to_json(&self, kernel: &str) -> String {
         let classes: Vec<String> = self.by_class.iter().map(u64::to_string).collect();
-        let name: String = kernel.chars().filter(|c| !matches!(c, '"' | '\\') && !c.is_control()).collect();
+        let name: String = kernel
+            .chars()
+            .filter(|c| !matches!(c, '"' | '\\') && !c.is_control())
+            .collect();
         format!(
             "{{\"kernel\":\"{name}\",\"launches\":{},\"blocks\":{},\"warp_instructions\":{},\"lane_instructions\":{},\
              \"by_class\":[{}],\"divergent_branches\":{},\"global_load_requests\":{},\"global_load_bytes\":{},\
@@ -138,6 +142,9 @@ impl Counters {
 
 /// Distinct 32-byte sectors that a warp touches.
 fn sectors(addresses: &[u64; 32], len: u64, exec: u32) -> u64 {
+    if is_row(addresses, len, exec) {
+        return (addresses[31] + len - 1) / 32 - addresses[0] / 32 + 1;
+    }
     let mut list = [0u64; 64];
     let mut count = 0;
     let mut sorted = true;
@@ -165,6 +172,9 @@ fn sectors(addresses: &[u64; 32], len: u64, exec: u32) -> u64 {
 /// lanes go together by 32 for up to 4 bytes, by 16 for 8 and by 8 for 16 bytes; within such a
 /// phase, each distinct word of a bank costs a pass.
 fn wavefronts(offsets: &[u64; 32], len: u64, exec: u32) -> (u64, u64) {
+    if len >= 4 && is_row(offsets, len, exec) {
+        return (len / 4, len / 4);
+    }
     let lanes_per_phase = match len {
         0..=4 => 32,
         8 => 16,

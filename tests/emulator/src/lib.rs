@@ -4,6 +4,9 @@
 //! that loads it instead of NVIDIA's driver runs its kernels unchanged. See the README for what
 //! is covered. In Rust tests, [`install`] picks the installed driver or the emulator.
 
+// A lane number indexes several registers at once; iterating over one of them hides that.
+#![allow(clippy::needless_range_loop)]
+
 mod api;
 pub mod async_copy;
 pub mod counters;

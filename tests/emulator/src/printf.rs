@@ -2,7 +2,11 @@
 
 /// Formats `format`; `next(size)` yields the next argument of 4 or 8 bytes, `string` the text at
 /// a device address.
-pub fn format(format: &str, next: &mut dyn FnMut(u64) -> u64, string: &dyn Fn(u64) -> String) -> String {
+pub fn format(
+    format: &str,
+    next: &mut dyn FnMut(u64) -> u64,
+    string: &dyn Fn(u64) -> String,
+) -> String {
     let mut out = String::new();
     let mut chars = format.chars().peekable();
     while let Some(c) = chars.next() {
@@ -10,7 +14,8 @@ pub fn format(format: &str, next: &mut dyn FnMut(u64) -> u64, string: &dyn Fn(u6
             out.push(c);
             continue;
         }
-        let (mut flags, mut width, mut precision, mut long) = (String::new(), String::new(), None::<String>, false);
+        let (mut flags, mut width, mut precision, mut long) =
+            (String::new(), String::new(), None::<String>, false);
         while let Some(&c) = chars.peek() {
             match c {
                 '-' | '+' | ' ' | '#' => flags.push(c),
@@ -24,8 +29,20 @@ pub fn format(format: &str, next: &mut dyn FnMut(u64) -> u64, string: &dyn Fn(u6
             chars.next();
         }
         let digits = precision.map(|p| p.parse().unwrap_or(0).min(64usize));
-        let body = conversion(chars.next().unwrap_or('%'), long, digits, &flags, next, string);
-        pad(&mut out, &body, &flags, width.parse().unwrap_or(0).min(1024));
+        let body = conversion(
+            chars.next().unwrap_or('%'),
+            long,
+            digits,
+            &flags,
+            next,
+            string,
+        );
+        pad(
+            &mut out,
+            &body,
+            &flags,
+            width.parse().unwrap_or(0).min(1024),
+        );
     }
     out
 }
@@ -43,8 +60,16 @@ fn conversion(
         '%' => "%".into(),
         'd' | 'i' => {
             let raw = next(size);
-            let value = if long { raw as i64 } else { i64::from(raw as i32) };
-            if flags.contains('+') { format!("{value:+}") } else { value.to_string() }
+            let value = if long {
+                raw as i64
+            } else {
+                i64::from(raw as i32)
+            };
+            if flags.contains('+') {
+                format!("{value:+}")
+            } else {
+                value.to_string()
+            }
         }
         'u' => next(size).to_string(),
         'x' => format!("{:x}", next(size)),

@@ -12,7 +12,10 @@ fn vector_add_adds_every_element_and_nothing_else() {
     let add = function(&compiled(&context, "basics"), "vector_add");
     let n = 1000;
     let (a, b) = (noise(1, n), noise(2, n));
-    let (da, db) = (stream.clone_htod(&a).unwrap(), stream.clone_htod(&b).unwrap());
+    let (da, db) = (
+        stream.clone_htod(&a).unwrap(),
+        stream.clone_htod(&b).unwrap(),
+    );
     let mut dc = stream.alloc_zeros::<f32>(1024).unwrap();
     let count = n as i32;
     let mut launch = stream.launch_builder(&add);
@@ -57,7 +60,12 @@ fn last_block_sees_the_other_blocks_partial_sums() {
     let mut out = stream.alloc_zeros::<i32>(1).unwrap();
     let n = 5000;
     let mut launch = stream.launch_builder(&sum);
-    launch.arg(&dx).arg(&mut partial).arg(&mut done).arg(&mut out).arg(&n);
+    launch
+        .arg(&dx)
+        .arg(&mut partial)
+        .arg(&mut done)
+        .arg(&mut out)
+        .arg(&n);
     // SAFETY: the arguments match the kernel's parameters.
     unsafe { launch.launch(config(16, 256)) }.unwrap();
     assert_eq!(stream.clone_dtoh(&out).unwrap(), [x.iter().sum::<i32>()]);

@@ -30,24 +30,61 @@ fn count(name: &str, grid: u32, block: u32, inputs: usize, outputs: usize) -> Op
 
 #[test]
 fn coalesced_copy_takes_four_sectors_a_request() {
-    let Some(c) = count("copy_coalesced", 4, 128, 512, 512) else { return };
+    let Some(c) = count("copy_coalesced", 4, 128, 512, 512) else {
+        return;
+    };
     assert_eq!((c.launches, c.blocks), (1, 4));
-    assert_eq!((c.global_load_requests, c.global_load_bytes, c.global_load_sectors), (16, 2048, 64));
-    assert_eq!((c.global_store_requests, c.global_store_bytes, c.global_store_sectors), (16, 2048, 64));
+    assert_eq!(
+        (
+            c.global_load_requests,
+            c.global_load_bytes,
+            c.global_load_sectors
+        ),
+        (16, 2048, 64)
+    );
+    assert_eq!(
+        (
+            c.global_store_requests,
+            c.global_store_bytes,
+            c.global_store_sectors
+        ),
+        (16, 2048, 64)
+    );
     assert_eq!(c.sectors_per_load(), 4.0);
-    assert_eq!((c.class(Class::LoadGlobal), c.class(Class::StoreGlobal)), (16, 16));
+    assert_eq!(
+        (c.class(Class::LoadGlobal), c.class(Class::StoreGlobal)),
+        (16, 16)
+    );
 }
 
 #[test]
 fn loads_32_bytes_apart_take_a_sector_each() {
-    let Some(c) = count("copy_strided", 1, 64, 512, 64) else { return };
-    assert_eq!((c.global_load_requests, c.global_load_bytes, c.global_load_sectors), (2, 256, 64));
+    let Some(c) = count("copy_strided", 1, 64, 512, 64) else {
+        return;
+    };
+    assert_eq!(
+        (
+            c.global_load_requests,
+            c.global_load_bytes,
+            c.global_load_sectors
+        ),
+        (2, 256, 64)
+    );
 }
 
 #[test]
 fn float4_copy_takes_sixteen_sectors_a_request() {
-    let Some(c) = count("copy_float4", 1, 32, 128, 128) else { return };
-    assert_eq!((c.global_load_requests, c.global_load_bytes, c.global_load_sectors), (1, 512, 16));
+    let Some(c) = count("copy_float4", 1, 32, 128, 128) else {
+        return;
+    };
+    assert_eq!(
+        (
+            c.global_load_requests,
+            c.global_load_bytes,
+            c.global_load_sectors
+        ),
+        (1, 512, 16)
+    );
 }
 
 #[test]
@@ -59,7 +96,9 @@ fn shared_strides_conflict_by_their_common_divisor_with_32() {
         ("shared_stride_32", 32, 32),
         ("shared_stride_33", 33, 1),
     ] {
-        let Some(c) = count(name, 1, 32, 0, 32) else { return };
+        let Some(c) = count(name, 1, 32, 0, 32) else {
+            return;
+        };
         assert_eq!(c.shared_requests, stride + 1, "{name}");
         assert_eq!(c.shared_wavefronts, stride + wavefronts, "{name}");
         assert_eq!(c.shared_bank_conflicts, wavefronts - 1, "{name}");
@@ -68,19 +107,43 @@ fn shared_strides_conflict_by_their_common_divisor_with_32() {
 
 #[test]
 fn sixteen_byte_accesses_go_in_phases_of_eight_lanes() {
-    let Some(c) = count("shared_float4", 1, 32, 0, 128) else { return };
-    assert_eq!((c.shared_requests, c.shared_wavefronts, c.shared_bank_conflicts), (2, 8, 0));
-    let Some(c) = count("shared_float4_columns", 1, 32, 0, 128) else { return };
+    let Some(c) = count("shared_float4", 1, 32, 0, 128) else {
+        return;
+    };
+    assert_eq!(
+        (
+            c.shared_requests,
+            c.shared_wavefronts,
+            c.shared_bank_conflicts
+        ),
+        (2, 8, 0)
+    );
+    let Some(c) = count("shared_float4_columns", 1, 32, 0, 128) else {
+        return;
+    };
     // Eight conflict-free writes of 4 phases; the read's 4 phases take 8 passes each.
-    assert_eq!((c.shared_requests, c.shared_wavefronts, c.shared_bank_conflicts), (9, 32 + 32, 28));
+    assert_eq!(
+        (
+            c.shared_requests,
+            c.shared_wavefronts,
+            c.shared_bank_conflicts
+        ),
+        (9, 32 + 32, 28)
+    );
 }
 
 #[test]
 fn atomics_count_lanes_and_barriers_count_warps() {
-    let Some(c) = count("atomics_and_barriers", 2, 64, 0, 128) else { return };
+    let Some(c) = count("atomics_and_barriers", 2, 64, 0, 128) else {
+        return;
+    };
     // nvcc may reduce in the warp before the shared atomic; the exchange stays one a lane.
     assert_eq!(c.global_atomics, 128);
-    assert!(c.shared_atomics == 128 || c.shared_atomics == 4, "{}", c.shared_atomics);
+    assert!(
+        c.shared_atomics == 128 || c.shared_atomics == 4,
+        "{}",
+        c.shared_atomics
+    );
     assert_eq!(c.barriers, 2 * 2 * 2);
 }
 
@@ -104,8 +167,16 @@ fn fma_counts_two_operations_a_lane() {
 
 #[test]
 fn totals_are_json_with_one_line_a_kernel() {
-    let Some(_) = count("copy_coalesced", 1, 32, 32, 32) else { return };
+    let Some(_) = count("copy_coalesced", 1, 32, 32, 32) else {
+        return;
+    };
     let totals = common::emu().totals();
-    let line = totals.lines().find(|l| l.starts_with("{\"kernel\":\"copy_coalesced\"")).expect(&totals);
-    assert!(line.ends_with('}') && line.contains("\"global_load_sectors\":"), "{line}");
+    let line = totals
+        .lines()
+        .find(|l| l.starts_with("{\"kernel\":\"copy_coalesced\""))
+        .expect(&totals);
+    assert!(
+        line.ends_with('}') && line.contains("\"global_load_sectors\":"),
+        "{line}"
+    );
 }

@@ -34,25 +34,56 @@ fn fails<T>(result: Result<T, DriverError>, code: CUresult) {
 #[test]
 fn illegal_launches_fail_with_the_drivers_codes() {
     let module = module(&context(), EMPTY);
-    let (empty, bounded, shared) = (function(&module, "empty"), function(&module, "bounded"), function(&module, "shared"));
+    let (empty, bounded, shared) = (
+        function(&module, "empty"),
+        function(&module, "bounded"),
+        function(&module, "shared"),
+    );
     launch(&empty, config(1, 1024)).unwrap();
-    fails(launch(&empty, config(1, 1025)), CUresult::CUDA_ERROR_INVALID_VALUE);
-    fails(launch(&empty, config(0, 32)), CUresult::CUDA_ERROR_INVALID_VALUE);
-    fails(launch(&empty, config(1, 0)), CUresult::CUDA_ERROR_INVALID_VALUE);
-    let tall = LaunchConfig { grid_dim: (1, 65536, 1), ..config(1, 32) };
+    fails(
+        launch(&empty, config(1, 1025)),
+        CUresult::CUDA_ERROR_INVALID_VALUE,
+    );
+    fails(
+        launch(&empty, config(0, 32)),
+        CUresult::CUDA_ERROR_INVALID_VALUE,
+    );
+    fails(
+        launch(&empty, config(1, 0)),
+        CUresult::CUDA_ERROR_INVALID_VALUE,
+    );
+    let tall = LaunchConfig {
+        grid_dim: (1, 65536, 1),
+        ..config(1, 32)
+    };
     fails(launch(&empty, tall), CUresult::CUDA_ERROR_INVALID_VALUE);
-    let deep = LaunchConfig { block_dim: (1, 1, 65), ..config(1, 1) };
+    let deep = LaunchConfig {
+        block_dim: (1, 1, 65),
+        ..config(1, 1)
+    };
     fails(launch(&empty, deep), CUresult::CUDA_ERROR_INVALID_VALUE);
     if emulated() {
-        fails(launch(&bounded, config(1, 96)), CUresult::CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES);
+        fails(
+            launch(&bounded, config(1, 96)),
+            CUresult::CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES,
+        );
     }
-    let with = |bytes: u32| LaunchConfig { shared_mem_bytes: bytes, ..config(1, 32) };
+    let with = |bytes: u32| LaunchConfig {
+        shared_mem_bytes: bytes,
+        ..config(1, 32)
+    };
     launch(&shared, with(47 << 10)).unwrap();
-    fails(launch(&shared, with((47 << 10) + 1)), CUresult::CUDA_ERROR_INVALID_VALUE);
+    fails(
+        launch(&shared, with((47 << 10) + 1)),
+        CUresult::CUDA_ERROR_INVALID_VALUE,
+    );
     let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
     shared.set_attribute(attribute, 64 << 10).unwrap();
     launch(&shared, with(64 << 10)).unwrap();
-    fails(shared.set_attribute(attribute, 1 << 20), CUresult::CUDA_ERROR_INVALID_VALUE);
+    fails(
+        shared.set_attribute(attribute, 1 << 20),
+        CUresult::CUDA_ERROR_INVALID_VALUE,
+    );
 }
 
 #[test]
@@ -63,7 +94,21 @@ fn null_function_is_an_invalid_handle() {
     }
     let null = std::ptr::null_mut();
     // SAFETY: the call fails before anything is read.
-    let code = unsafe { sys::cuLaunchKernel(null, 1, 1, 1, 1, 1, 1, 0, null.cast(), std::ptr::null_mut(), std::ptr::null_mut()) };
+    let code = unsafe {
+        sys::cuLaunchKernel(
+            null,
+            1,
+            1,
+            1,
+            1,
+            1,
+            1,
+            0,
+            null.cast(),
+            std::ptr::null_mut(),
+            std::ptr::null_mut(),
+        )
+    };
     assert_eq!(code, CUresult::CUDA_ERROR_INVALID_HANDLE);
 }
 
@@ -75,13 +120,24 @@ fn unknown_opcode_is_a_load_error_that_names_opcode_kernel_and_line() {
     for (instruction, opcode) in [
         ("frobnicate.sync.b32 %r, %r;", "frobnicate.sync.b32"),
         ("add.wrong.s32 %r, %r, %r;", "add.wrong.s32"),
-        ("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%r}, {%r}, {%r}, {%r};", "mma.sync.aligned.m16n8k32"),
+        (
+            "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%r}, {%r}, {%r}, {%r};",
+            "mma.sync.aligned.m16n8k32",
+        ),
         ("ld.global.strange.b32 %r, [0];", "ld.global.strange.b32"),
     ] {
-        let ptx = format!(".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry broken() {{\n.reg .b32 %r;\n{instruction}\nret;\n}}\n");
-        fails(context().load_module(Ptx::from_src(ptx)), CUresult::CUDA_ERROR_INVALID_PTX);
+        let ptx = format!(
+            ".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry broken() {{\n.reg .b32 %r;\n{instruction}\nret;\n}}\n"
+        );
+        fails(
+            context().load_module(Ptx::from_src(ptx)),
+            CUresult::CUDA_ERROR_INVALID_PTX,
+        );
         let text = emu().last_finding();
-        assert!(text.contains(opcode) && text.contains("function broken") && text.contains("line 6"), "{text}");
+        assert!(
+            text.contains(opcode) && text.contains("function broken") && text.contains("line 6"),
+            "{text}"
+        );
     }
 }
 
@@ -91,11 +147,19 @@ fn malformed_ptx_is_refused_without_a_crash() {
         return;
     }
     let whole = compile("basics", "compute_80");
-    let mut cases: Vec<String> = (0..whole.len()).step_by(211).map(|end| whole[..end].to_string()).collect();
+    let mut cases: Vec<String> = (0..whole.len())
+        .step_by(211)
+        .map(|end| whole[..end].to_string())
+        .collect();
     cases.push("not PTX at all".into());
-    cases.push(".version 8.0 .target sm_80 .visible .entry k() { .reg .b32 %r<4000000000>; }".into());
+    cases.push(
+        ".version 8.0 .target sm_80 .visible .entry k() { .reg .b32 %r<4000000000>; }".into(),
+    );
     cases.push(".version 8.0 .target sm_80 .visible .entry k() { .shared .b8 s[4294967295]; .shared .b8 t[4294967295]; ret; }".into());
-    cases.push(format!(".version 8.0 .target sm_80 .visible .entry k() {{ add.u32 {}", "{".repeat(100_000)));
+    cases.push(format!(
+        ".version 8.0 .target sm_80 .visible .entry k() {{ add.u32 {}",
+        "{".repeat(100_000)
+    ));
     for text in cases {
         // Some prefixes are complete modules; none may crash.
         let _ = context().load_module(Ptx::from_src(text));
@@ -105,16 +169,31 @@ fn malformed_ptx_is_refused_without_a_crash() {
 #[test]
 fn missing_kernel_is_not_found() {
     let module = module(&context(), EMPTY);
-    fails(module.load_function("absent"), CUresult::CUDA_ERROR_NOT_FOUND);
+    fails(
+        module.load_function("absent"),
+        CUresult::CUDA_ERROR_NOT_FOUND,
+    );
 }
 
 #[test]
 fn fat_binaries_with_raw_and_compressed_ptx_load() {
     let context = context();
-    for mode in ["--no-compress", "--compress-mode=size", "--compress-mode=balance"] {
-        let arguments = ["-gencode", "arch=compute_80,code=compute_80", "-gencode", "arch=compute_80,code=sm_80", mode];
+    for mode in [
+        "--no-compress",
+        "--compress-mode=size",
+        "--compress-mode=balance",
+    ] {
+        let arguments = [
+            "-gencode",
+            "arch=compute_80,code=compute_80",
+            "-gencode",
+            "arch=compute_80,code=sm_80",
+            mode,
+        ];
         let image = nvcc_compile("basics", "fatbin", &arguments);
-        let module = context.load_module(Ptx::from_binary(image)).unwrap_or_else(|e| panic!("{mode}: {e:?} {}", emu().last_finding()));
+        let module = context
+            .load_module(Ptx::from_binary(image))
+            .unwrap_or_else(|e| panic!("{mode}: {e:?} {}", emu().last_finding()));
         module.load_function("vector_add").unwrap();
     }
 }
@@ -125,18 +204,32 @@ fn cubins_are_refused_as_by_a_gpu_of_another_architecture() {
         return;
     }
     let cubin = nvcc_compile("basics", "cubin", &["-arch=sm_80"]);
-    fails(context().load_module(Ptx::from_binary(cubin)), CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU);
-    let fatbin = nvcc_compile("basics", "fatbin", &["-gencode", "arch=compute_80,code=sm_80"]);
-    fails(context().load_module(Ptx::from_binary(fatbin)), CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU);
+    fails(
+        context().load_module(Ptx::from_binary(cubin)),
+        CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU,
+    );
+    let fatbin = nvcc_compile(
+        "basics",
+        "fatbin",
+        &["-gencode", "arch=compute_80,code=sm_80"],
+    );
+    fails(
+        context().load_module(Ptx::from_binary(fatbin)),
+        CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU,
+    );
 }
 
 #[test]
 fn event_times_do_not_run_backwards() {
     let stream = context().default_stream();
-    let start = stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT)).unwrap();
+    let start = stream
+        .record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT))
+        .unwrap();
     let mut last = 0.0;
     for _ in 0..50 {
-        let end = stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT)).unwrap();
+        let end = stream
+            .record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT))
+            .unwrap();
         let elapsed = start.elapsed_ms(&end).unwrap();
         assert!(elapsed >= last, "{elapsed} after {last}");
         last = elapsed;
@@ -153,7 +246,9 @@ fn captured_work_runs_when_the_graph_is_launched() {
     let a = stream.clone_htod(&[1f32; 32]).unwrap();
     let mut sum = stream.alloc_zeros::<f32>(32).unwrap();
     let n = 32;
-    stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
+    stream
+        .begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+        .unwrap();
     for _ in 0..2 {
         let read = cudarc::driver::DevicePtr::device_ptr(&sum, &stream).0;
         let mut launch = stream.launch_builder(&kernel);
@@ -179,11 +274,17 @@ fn memory_is_accounted_and_runs_out() {
     let total = context.total_mem().unwrap();
     assert_eq!(total, 80 << 30);
     // SAFETY: the memory is never read.
-    fails(unsafe { stream.alloc::<u8>(total + 1) }, CUresult::CUDA_ERROR_OUT_OF_MEMORY);
+    fails(
+        unsafe { stream.alloc::<u8>(total + 1) },
+        CUresult::CUDA_ERROR_OUT_OF_MEMORY,
+    );
     let outside: u64 = 0x1234;
     let mut host = [0u8; 4];
     // SAFETY: the destination has room; the source is invalid on purpose.
-    fails(unsafe { cudarc::driver::result::memcpy_dtoh_sync(&mut host, outside) }, CUresult::CUDA_ERROR_INVALID_VALUE);
+    fails(
+        unsafe { cudarc::driver::result::memcpy_dtoh_sync(&mut host, outside) },
+        CUresult::CUDA_ERROR_INVALID_VALUE,
+    );
 }
 
 #[test]
@@ -205,7 +306,11 @@ fn device_limits_follow_the_model() {
         assert_eq!(found, expected);
         return;
     }
-    for (device, expected) in [("a100", "(8, 0) 108 166912"), ("h100", "(9, 0) 132 232448"), ("l40s", "(8, 9) 142 101376")] {
+    for (device, expected) in [
+        ("a100", "(8, 0) 108 166912"),
+        ("h100", "(9, 0) 132 232448"),
+        ("l40s", "(8, 9) 142 101376"),
+    ] {
         let status = std::process::Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "device_limits_follow_the_model"])
             .env("CUDA_EMU_DEVICE", device)
@@ -222,7 +327,11 @@ fn results_do_not_depend_on_the_warp_schedule() {
     }
     for seed in ["1", "2", "3"] {
         let mut tests = std::process::Command::new(std::env::current_exe().unwrap());
-        let folder = std::env::current_exe().unwrap().parent().unwrap().to_path_buf();
+        let folder = std::env::current_exe()
+            .unwrap()
+            .parent()
+            .unwrap()
+            .to_path_buf();
         let status = tests
             .args(["--exact", "random_schedules_compute_the_same"])
             .env("CUDA_EMU_SCHEDULE", seed)
@@ -243,7 +352,12 @@ fn random_schedules_compute_the_same() {
     let mut indices = stream.alloc_zeros::<i32>(20).unwrap();
     let (n, k) = (3000, 20);
     let mut launch = stream.launch_builder(&kernel);
-    launch.arg(&dx).arg(&mut values).arg(&mut indices).arg(&n).arg(&k);
+    launch
+        .arg(&dx)
+        .arg(&mut values)
+        .arg(&mut indices)
+        .arg(&n)
+        .arg(&k);
     // SAFETY: the arguments match the kernel's parameters.
     unsafe { launch.launch(config(1, 512)) }.unwrap();
     let mut got = stream.clone_dtoh(&values).unwrap();

@@ -19,7 +19,10 @@ fn bench() -> Option<Bench> {
         return None;
     }
     let context = context();
-    Some(Bench { stream: context.default_stream(), module: compiled(&context, "faults") })
+    Some(Bench {
+        stream: context.default_stream(),
+        module: compiled(&context, "faults"),
+    })
 }
 
 /// Launches a kernel with arguments, giving the result.
@@ -36,10 +39,19 @@ macro_rules! launch {
 /// The finding names the kernel and the source line marked `// FAULT tag`.
 fn assert_place(text: &str, kernel: &str, tag: &str) {
     let source = include_str!("kernels/faults.cu");
-    let line = 1 + source.lines().position(|l| l.contains(&format!("// FAULT {tag}"))).expect("a marked line");
-    assert!(text.contains(&format!("in kernel {kernel}, block (")), "{text}");
+    let line = 1 + source
+        .lines()
+        .position(|l| l.contains(&format!("// FAULT {tag}")))
+        .expect("a marked line");
+    assert!(
+        text.contains(&format!("in kernel {kernel}, block (")),
+        "{text}"
+    );
     assert!(text.contains("at PTX line "), "{text}");
-    assert!(text.contains(&format!("faults.cu:{line}")), "line {line}: {text}");
+    assert!(
+        text.contains(&format!("faults.cu:{line}")),
+        "line {line}: {text}"
+    );
 }
 
 #[test]
@@ -47,17 +59,29 @@ fn off_by_one_store_is_caught() {
     let Some(b) = bench() else { return };
     let mut x = b.stream.alloc_zeros::<f32>(100).unwrap();
     let n = 100;
-    let text = finding(launch!(b, "off_by_one_store", config(2, 64), &mut x, &n), CUresult::CUDA_ERROR_ILLEGAL_ADDRESS);
+    let text = finding(
+        launch!(b, "off_by_one_store", config(2, 64), &mut x, &n),
+        CUresult::CUDA_ERROR_ILLEGAL_ADDRESS,
+    );
     assert_place(&text, "off_by_one_store", "off_by_one_store");
-    assert!(text.contains("block (1, 0, 0), thread (36, 0, 0)"), "{text}");
-    assert!(text.contains("0 bytes past the end of the 400-byte allocation"), "{text}");
+    assert!(
+        text.contains("block (1, 0, 0), thread (36, 0, 0)"),
+        "{text}"
+    );
+    assert!(
+        text.contains("0 bytes past the end of the 400-byte allocation"),
+        "{text}"
+    );
 }
 
 #[test]
 fn missing_syncthreads_is_caught() {
     let Some(b) = bench() else { return };
     let mut x = b.stream.clone_htod(&[7i32; 128]).unwrap();
-    let text = finding(launch!(b, "missing_syncthreads", config(1, 128), &mut x), CUresult::CUDA_ERROR_LAUNCH_FAILED);
+    let text = finding(
+        launch!(b, "missing_syncthreads", config(1, 128), &mut x),
+        CUresult::CUDA_ERROR_LAUNCH_FAILED,
+    );
     assert!(text.starts_with("shared-memory race"), "{text}");
     assert_place(&text, "missing_syncthreads", "missing_syncthreads");
     launch!(b, "with_syncthreads", config(1, 128), &mut x).unwrap();
@@ -68,8 +92,14 @@ fn missing_wait_group_is_caught() {
     let Some(b) = bench() else { return };
     let x = b.stream.clone_htod(&[1f32; 256]).unwrap();
     let mut y = b.stream.alloc_zeros::<f32>(256).unwrap();
-    let text = finding(launch!(b, "missing_wait_group", config(1, 64), &x, &mut y), CUresult::CUDA_ERROR_LAUNCH_FAILED);
-    assert!(text.starts_with("asynchronous copy not waited for"), "{text}");
+    let text = finding(
+        launch!(b, "missing_wait_group", config(1, 64), &x, &mut y),
+        CUresult::CUDA_ERROR_LAUNCH_FAILED,
+    );
+    assert!(
+        text.starts_with("asynchronous copy not waited for"),
+        "{text}"
+    );
     assert_place(&text, "missing_wait_group", "missing_wait_group");
     launch!(b, "with_wait_group", config(1, 64), &x, &mut y).unwrap();
     assert_eq!(b.stream.clone_dtoh(&y).unwrap(), [1f32; 256]);
@@ -103,7 +133,10 @@ fn uninitialized_shared_read_is_caught() {
     let mut y = b.stream.alloc_zeros::<f32>(32).unwrap();
     let result = launch!(b, "uninitialized_shared_read", config(1, 32), &mut y);
     let text = finding(result, CUresult::CUDA_ERROR_LAUNCH_FAILED);
-    assert!(text.starts_with("uninitialized read") && text.contains("thread (31, 0, 0)"), "{text}");
+    assert!(
+        text.starts_with("uninitialized read") && text.contains("thread (31, 0, 0)"),
+        "{text}"
+    );
     assert_place(&text, "uninitialized_shared_read", "uninitialized_shared");
 }
 
@@ -144,7 +177,13 @@ fn block_that_reads_what_another_writes_is_caught() {
     let Some(b) = bench() else { return };
     let mut x = b.stream.alloc_zeros::<i32>(32).unwrap();
     let mut y = b.stream.alloc_zeros::<i32>(32).unwrap();
-    let result = launch!(b, "block_reads_what_another_writes", config(2, 32), &mut x, &mut y);
+    let result = launch!(
+        b,
+        "block_reads_what_another_writes",
+        config(2, 32),
+        &mut x,
+        &mut y
+    );
     let text = finding(result, CUresult::CUDA_ERROR_LAUNCH_FAILED);
     assert!(text.starts_with("global-memory race"), "{text}");
 }
@@ -153,9 +192,20 @@ fn block_that_reads_what_another_writes_is_caught() {
 fn blocks_that_own_neighbouring_bytes_raise_no_alarm() {
     let Some(b) = bench() else { return };
     let mut x = b.stream.alloc_zeros::<u8>(500).unwrap();
-    launch!(b, "blocks_write_neighbouring_bytes", config(100, 32), &mut x).unwrap();
+    launch!(
+        b,
+        "blocks_write_neighbouring_bytes",
+        config(100, 32),
+        &mut x
+    )
+    .unwrap();
     let bytes = b.stream.clone_dtoh(&x).unwrap();
-    assert!(bytes.iter().enumerate().all(|(i, &v)| usize::from(v) == i / 5));
+    assert!(
+        bytes
+            .iter()
+            .enumerate()
+            .all(|(i, &v)| usize::from(v) == i / 5)
+    );
 }
 
 #[test]
@@ -164,7 +214,10 @@ fn barrier_that_some_warps_skip_is_caught() {
     let mut x = b.stream.alloc_zeros::<i32>(128).unwrap();
     let result = launch!(b, "barrier_half_the_warps_reach", config(1, 128), &mut x);
     let text = finding(result, CUresult::CUDA_ERROR_LAUNCH_FAILED);
-    assert!(text.starts_with("barrier error") && text.contains("64 threads have exited"), "{text}");
+    assert!(
+        text.starts_with("barrier error") && text.contains("64 threads have exited"),
+        "{text}"
+    );
     assert_place(&text, "barrier_half_the_warps_reach", "barrier");
 }
 
@@ -181,7 +234,10 @@ fn barrier_in_a_diverged_warp_is_caught() {
 fn shared_access_beyond_the_blocks_memory_is_caught() {
     let Some(b) = bench() else { return };
     let mut x = b.stream.alloc_zeros::<i32>(32).unwrap();
-    let config = LaunchConfig { shared_mem_bytes: 128, ..config(1, 32) };
+    let config = LaunchConfig {
+        shared_mem_bytes: 128,
+        ..config(1, 32)
+    };
     let fits = 0;
     launch!(b, "shared_out_of_bounds", config, &mut x, &fits).unwrap();
     let beyond = 1;
@@ -205,7 +261,10 @@ fn failing_assertion_is_reported_with_its_text() {
     let n = 7;
     let result = launch!(b, "failing_assertion", config(1, 32), &n);
     let text = finding(result, CUresult::CUDA_ERROR_ASSERT);
-    assert!(text.contains("`n < 5`") && text.contains("faults.cu"), "{text}");
+    assert!(
+        text.contains("`n < 5`") && text.contains("faults.cu"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -231,7 +290,10 @@ fn memory_live_at_exit_is_reported() {
     }
     const CHILD: &str = "CUDA_EMULATOR_TEST_LEAK";
     if std::env::var_os(CHILD).is_some() {
-        let leaked = context().default_stream().alloc_zeros::<u8>(123_457).unwrap();
+        let leaked = context()
+            .default_stream()
+            .alloc_zeros::<u8>(123_457)
+            .unwrap();
         std::mem::forget(leaked);
         return;
     }
@@ -241,7 +303,10 @@ fn memory_live_at_exit_is_reported() {
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(text.contains("1 allocations of 123457 bytes are still live at exit"), "{text}");
+    assert!(
+        text.contains("1 allocations of 123457 bytes are still live at exit"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -253,7 +318,10 @@ fn endless_kernel_ends_with_a_timeout() {
     if std::env::var_os(CHILD).is_some() {
         let Some(b) = bench() else { return };
         let x = b.stream.alloc_zeros::<i32>(1).unwrap();
-        let text = finding(launch!(b, "endless", config(1, 32), &x), CUresult::CUDA_ERROR_LAUNCH_TIMEOUT);
+        let text = finding(
+            launch!(b, "endless", config(1, 32), &x),
+            CUresult::CUDA_ERROR_LAUNCH_TIMEOUT,
+        );
         assert!(text.contains("faults.cu"), "{text}");
         return;
     }

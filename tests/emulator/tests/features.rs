@@ -14,7 +14,11 @@ fn kernel(name: &str) -> (Arc<CudaContext>, CudaFunction) {
 }
 
 /// Runs a kernel on one block with one array in place.
-fn in_place<T: cudarc::driver::DeviceRepr + Clone + Default>(name: &str, block: u32, data: &[T]) -> Vec<T> {
+fn in_place<T: cudarc::driver::DeviceRepr + Clone + Default>(
+    name: &str,
+    block: u32,
+    data: &[T],
+) -> Vec<T> {
     let (context, kernel) = kernel(name);
     let stream = context.default_stream();
     let mut x = stream.clone_htod(data).unwrap();
@@ -38,13 +42,19 @@ fn calls_pass_values_and_pointers_to_locals() {
 #[test]
 fn recursion_diverges_and_returns() {
     let got = in_place("recursion", 16, &[0i32; 16]);
-    assert_eq!(got, [0, 1, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377, 610]);
+    assert_eq!(
+        got,
+        [0, 1, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377, 610]
+    );
 }
 
 #[test]
 fn lanes_call_different_functions_through_pointers() {
     let x: Vec<i32> = (0..40).collect();
-    let expected: Vec<i32> = x.iter().map(|&v| [v + 1, 2 * v, -v][v as usize % 3]).collect();
+    let expected: Vec<i32> = x
+        .iter()
+        .map(|&v| [v + 1, 2 * v, -v][v as usize % 3])
+        .collect();
     assert_eq!(in_place("pointers_to_functions", 40, &x), expected);
 }
 
@@ -79,7 +89,10 @@ fn local_arrays_belong_to_each_thread() {
 #[test]
 fn switches_take_every_branch() {
     let x = [0, 1, 2, 3, 4, 5, 6, -3];
-    assert_eq!(in_place("choices", 8, &x), [11, 12, 2, 33, -1, 99, 1000, 1000]);
+    assert_eq!(
+        in_place("choices", 8, &x),
+        [11, 12, 2, 33, -1, 99, 1000, 1000]
+    );
 }
 
 #[test]
@@ -126,7 +139,14 @@ fn cooperative_groups_reduce_over_their_tiles() {
         }
         assert_eq!(out[t + 192], x.iter().filter(|&&v| v > 10).count() as i32);
         let even: i32 = x[warp..warp + 32].iter().step_by(2).sum();
-        assert_eq!(out[t + 256], if t % 2 == 1 { 1600 + (t as i32 % 32) / 2 } else { even });
+        assert_eq!(
+            out[t + 256],
+            if t % 2 == 1 {
+                1600 + (t as i32 % 32) / 2
+            } else {
+                even
+            }
+        );
     }
 }
 
@@ -142,12 +162,22 @@ fn atomics_of_all_types_add_up_over_blocks() {
     let mut h = stream.alloc_zeros::<u32>(1).unwrap();
     let mut b = stream.alloc_zeros::<u16>(2).unwrap();
     let mut launch = stream.launch_builder(&kernel);
-    launch.arg(&mut i).arg(&mut u).arg(&mut f).arg(&mut d).arg(&mut l).arg(&mut h).arg(&mut b);
+    launch
+        .arg(&mut i)
+        .arg(&mut u)
+        .arg(&mut f)
+        .arg(&mut d)
+        .arg(&mut l)
+        .arg(&mut h)
+        .arg(&mut b);
     // SAFETY: the arguments match the kernel's parameters.
     unsafe { launch.launch(config(2, 64)) }.unwrap();
     assert_eq!(stream.clone_dtoh(&i).unwrap(), [128, 58, -63]);
     // 128 increments modulo 21; 128 decrements from 5 modulo 10; four flips; twice 0 + ... + 63.
-    assert_eq!(stream.clone_dtoh(&u).unwrap(), [128 % 21, (5 + 10 - 128 % 10) % 10, 0, 4032]);
+    assert_eq!(
+        stream.clone_dtoh(&u).unwrap(),
+        [128 % 21, 7, 0, 4032]
+    );
     assert_eq!(stream.clone_dtoh(&f).unwrap(), [64.0]);
     assert_eq!(stream.clone_dtoh(&d).unwrap(), [32.0]);
     assert_eq!(stream.clone_dtoh(&l).unwrap(), [63 << 33]);
@@ -161,10 +191,18 @@ fn bf16_header_agrees_with_float64() {
     let (context, kernel) = kernel("bf16_header");
     let stream = context.default_stream();
     let n = 512;
-    let make = |seed: u64| -> Vec<bf16> { noise(seed, n).into_iter().map(|x| bf16::from_f32(x * 50.0)).collect() };
+    let make = |seed: u64| -> Vec<bf16> {
+        noise(seed, n)
+            .into_iter()
+            .map(|x| bf16::from_f32(x * 50.0))
+            .collect()
+    };
     let (a, b) = (make(1), make(2));
     let bits = |x: &[bf16]| x.iter().map(|v| v.to_bits()).collect::<Vec<u16>>();
-    let (da, db) = (stream.clone_htod(&bits(&a)).unwrap(), stream.clone_htod(&bits(&b)).unwrap());
+    let (da, db) = (
+        stream.clone_htod(&bits(&a)).unwrap(),
+        stream.clone_htod(&bits(&b)).unwrap(),
+    );
     let mut out = stream.alloc_zeros::<f32>(8 * n).unwrap();
     let mut launch = stream.launch_builder(&kernel);
     launch.arg(&da).arg(&db).arg(&mut out);
@@ -208,7 +246,10 @@ fn math_library_stays_within_its_documented_error() {
         let v = f64::from(x);
         let check = |column: usize, expected: f64, ulps: f64| {
             let got = f64::from(out[i + column * 128]);
-            assert!((got - expected).abs() <= ulps * ulp * expected.abs() + 1e-12, "column {column} of {v}: {got}, {expected}");
+            assert!(
+                (got - expected).abs() <= ulps * ulp * expected.abs() + 1e-12,
+                "column {column} of {v}: {got}, {expected}"
+            );
         };
         // Maximum errors of the CUDA programming guide's table, in units in the last place.
         check(0, v.exp(), 2.0);
@@ -228,9 +269,15 @@ fn three_dimensional_indices_cover_the_grid() {
     let mut x = stream.alloc_zeros::<u8>(48).unwrap();
     let mut launch = stream.launch_builder(&kernel);
     launch.arg(&mut x);
-    let config = LaunchConfig { grid_dim: (1, 3, 2), block_dim: (2, 2, 2), shared_mem_bytes: 0 };
+    let config = LaunchConfig {
+        grid_dim: (1, 3, 2),
+        block_dim: (2, 2, 2),
+        shared_mem_bytes: 0,
+    };
     // SAFETY: the argument matches the kernel's parameter.
     unsafe { launch.launch(config) }.unwrap();
-    let expected: Vec<u8> = (0..48).map(|i| (i / 24 * 100 + i / 8 % 3 * 10 + i % 8) as u8).collect();
+    let expected: Vec<u8> = (0..48)
+        .map(|i| (i / 24 * 100 + i / 8 % 3 * 10 + i % 8) as u8)
+        .collect();
     assert_eq!(stream.clone_dtoh(&x).unwrap(), expected);
 }

@@ -10,7 +10,10 @@ use proptest::prelude::*;
 #[track_caller]
 fn check(instruction: &str, inputs: [u32; 3], expected: u32) {
     let got = evaluate32(&format!("    {instruction};"), &[inputs])[0];
-    assert_eq!(got, expected, "{instruction} of {inputs:x?}: {got:#x}, expected {expected:#x}");
+    assert_eq!(
+        got, expected,
+        "{instruction} of {inputs:x?}: {got:#x}, expected {expected:#x}"
+    );
 }
 
 #[test]
@@ -20,10 +23,26 @@ fn shifts_clamp_their_distance() {
     check("shr.u32 %r, %x, %y", [0x8000_0000, 40, 0], 0);
     check("shr.s32 %r, %x, %y", [0x8000_0000, 40, 0], u32::MAX);
     check("shr.s32 %r, %x, %y", [0xffff_fff0, 2, 0], 0xffff_fffc);
-    check("shf.l.wrap.b32 %r, %x, %y, %z", [0x8000_0001, 0x1234_5678, 36], 0x2345_6788);
-    check("shf.l.clamp.b32 %r, %x, %y, %z", [0x8000_0001, 0x1234_5678, 36], 0x8000_0001);
-    check("shf.r.wrap.b32 %r, %x, %y, %z", [0x8000_0001, 0x1234_5678, 8], 0x7880_0000);
-    check("shf.r.clamp.b32 %r, %x, %y, %z", [0x8000_0001, 0x1234_5678, 99], 0x1234_5678);
+    check(
+        "shf.l.wrap.b32 %r, %x, %y, %z",
+        [0x8000_0001, 0x1234_5678, 36],
+        0x2345_6788,
+    );
+    check(
+        "shf.l.clamp.b32 %r, %x, %y, %z",
+        [0x8000_0001, 0x1234_5678, 36],
+        0x8000_0001,
+    );
+    check(
+        "shf.r.wrap.b32 %r, %x, %y, %z",
+        [0x8000_0001, 0x1234_5678, 8],
+        0x7880_0000,
+    );
+    check(
+        "shf.r.clamp.b32 %r, %x, %y, %z",
+        [0x8000_0001, 0x1234_5678, 99],
+        0x1234_5678,
+    );
 }
 
 #[test]
@@ -59,7 +78,11 @@ fn counting_ops_match_their_definition() {
 fn permutes_choose_bytes_in_every_mode() {
     let (a, b) = (0x3322_1100, 0x7766_5544);
     check("prmt.b32 %r, %x, %y, %z", [a, b, 0x7531], 0x7755_3311);
-    check("prmt.b32 %r, %x, %y, %z", [0x0000_0080, 0, 0x0088], 0x8080_ffff);
+    check(
+        "prmt.b32 %r, %x, %y, %z",
+        [0x0000_0080, 0, 0x0088],
+        0x8080_ffff,
+    );
     check("prmt.b32.f4e %r, %x, %y, %z", [a, b, 1], 0x4433_2211);
     check("prmt.b32.b4e %r, %x, %y, %z", [a, b, 1], 0x6677_0011);
     check("prmt.b32.rc8 %r, %x, %y, %z", [a, b, 2], 0x2222_2222);
@@ -73,7 +96,11 @@ fn lop3_is_its_truth_table() {
     for table in [0x00u32, 0x80, 0x96, 0xe8, 0xfe, 0x1b, 0xff] {
         let (x, y, z) = (0xf0f0_f0f0, 0xcccc_cccc, 0xaaaa_aaaa);
         // These inputs enumerate the table's rows.
-        check(&format!("lop3.b32 %r, %x, %y, %z, {table:#x}"), [x, y, z], table * 0x0101_0101);
+        check(
+            &format!("lop3.b32 %r, %x, %y, %z, {table:#x}"),
+            [x, y, z],
+            table * 0x0101_0101,
+        );
     }
 }
 
@@ -86,9 +113,21 @@ fn products_and_saturation_match_their_definition() {
     check("add.sat.s32 %r, %x, %y", [0x7fff_ffff, 1, 0], 0x7fff_ffff);
     check("sub.sat.s32 %r, %x, %y", [0x8000_0000, 1, 0], 0x8000_0000);
     check("sad.s32 %r, %x, %y, %z", [5, 0xffff_fffd, 100], 108);
-    check("dp4a.s32.s32 %r, %x, %y, %z", [0xff02_0304, 0x0101_0101, 10], 18);
-    check("dp4a.u32.u32 %r, %x, %y, %z", [0xff02_0304, 0x0101_0101, 10], 274);
-    check("dp2a.lo.s32.s32 %r, %x, %y, %z", [0x0002_ffff, 0x0000_0305, 1], 2);
+    check(
+        "dp4a.s32.s32 %r, %x, %y, %z",
+        [0xff02_0304, 0x0101_0101, 10],
+        18,
+    );
+    check(
+        "dp4a.u32.u32 %r, %x, %y, %z",
+        [0xff02_0304, 0x0101_0101, 10],
+        274,
+    );
+    check(
+        "dp2a.lo.s32.s32 %r, %x, %y, %z",
+        [0x0002_ffff, 0x0000_0305, 1],
+        2,
+    );
     check("abs.s32 %r, %x", [0xffff_fff6, 0, 0], 10);
     check("cnot.b32 %r, %x", [0, 0, 0], 1);
     check("div.s32 %r, %x, %y", [0xffff_fff9, 2, 0], 0xffff_fffd);
@@ -127,12 +166,14 @@ fn sixteen_and_sixty_four_bit_arithmetic_wraps_at_its_width() {
     cvt.u16.u64 %q, %b;
     OP.s16 %p, %p, %q;
     cvt.s64.s16 %o, %p;";
-    let run = |op: &str, a: u64, b: u64| evaluate(&narrow.replace("OP", op), &[[a, b, 0]])[0] as i64;
+    let run =
+        |op: &str, a: u64, b: u64| evaluate(&narrow.replace("OP", op), &[[a, b, 0]])[0] as i64;
     assert_eq!(run("add", 0x7fff, 1), -32768);
     assert_eq!(run("mul.lo", 300, 300), i64::from(90_000i32 as i16));
     assert_eq!(run("mul.hi", 0x8000, 2), -1);
     assert_eq!(run("min", 0xffff, 5), -1);
-    let wide = |op: &str, a: u64, b: u64| evaluate(&format!("    {op} %o, %a, %b;"), &[[a, b, 0]])[0];
+    let wide =
+        |op: &str, a: u64, b: u64| evaluate(&format!("    {op} %o, %a, %b;"), &[[a, b, 0]])[0];
     assert_eq!(wide("mul.hi.u64", u64::MAX, u64::MAX), u64::MAX - 1);
     assert_eq!(wide("mul.hi.s64", u64::MAX, 7), u64::MAX);
     assert_eq!(wide("div.u64", u64::MAX, 10), u64::MAX / 10);
@@ -154,16 +195,24 @@ const OPS: [Definition; 24] = [
     ("add.u32 D, A, B", |a, b, _| a.wrapping_add(b)),
     ("sub.s32 D, A, B", |a, b, _| a.wrapping_sub(b)),
     ("mul.lo.s32 D, A, B", |a, b, _| a.wrapping_mul(b)),
-    ("mul.hi.u32 D, A, B", |a, b, _| ((u64::from(a) * u64::from(b)) >> 32) as u32),
-    ("mul.hi.s32 D, A, B", |a, b, _| ((i64::from(a as i32) * i64::from(b as i32)) >> 32) as u32),
-    ("mad.lo.u32 D, A, B, C", |a, b, c| a.wrapping_mul(b).wrapping_add(c)),
+    ("mul.hi.u32 D, A, B", |a, b, _| {
+        ((u64::from(a) * u64::from(b)) >> 32) as u32
+    }),
+    ("mul.hi.s32 D, A, B", |a, b, _| {
+        ((i64::from(a as i32) * i64::from(b as i32)) >> 32) as u32
+    }),
+    ("mad.lo.u32 D, A, B, C", |a, b, c| {
+        a.wrapping_mul(b).wrapping_add(c)
+    }),
     ("and.b32 D, A, B", |a, b, _| a & b),
     ("or.b32 D, A, B", |a, b, _| a | b),
     ("xor.b32 D, A, B", |a, b, _| a ^ b),
     ("not.b32 D, A", |a, _, _| !a),
     ("shl.b32 D, A, B", |a, b, _| if b > 31 { 0 } else { a << b }),
     ("shr.u32 D, A, B", |a, b, _| if b > 31 { 0 } else { a >> b }),
-    ("shr.s32 D, A, B", |a, b, _| ((a as i32) >> b.min(31)) as u32),
+    ("shr.s32 D, A, B", |a, b, _| {
+        ((a as i32) >> b.min(31)) as u32
+    }),
     ("min.s32 D, A, B", |a, b, _| (a as i32).min(b as i32) as u32),
     ("max.u32 D, A, B", |a, b, _| a.max(b)),
     ("neg.s32 D, A", |a, _, _| a.wrapping_neg()),
@@ -175,7 +224,9 @@ const OPS: [Definition; 24] = [
     ("shf.l.wrap.b32 D, A, B, C", |a, b, c| {
         (((u64::from(b) << 32 | u64::from(a)) << (c & 31)) >> 32) as u32
     }),
-    ("sad.u32 D, A, B, C", |a, b, c| c.wrapping_add(a.abs_diff(b))),
+    ("sad.u32 D, A, B, C", |a, b, c| {
+        c.wrapping_add(a.abs_diff(b))
+    }),
     ("prmt.b32 D, A, B, 0x1625", |a, b, _| {
         let byte = |v: u32, n: u32| v >> (8 * n) & 0xff;
         byte(b, 1) | byte(a, 2) << 8 | byte(b, 2) << 16 | byte(a, 1) << 24
@@ -186,8 +237,16 @@ const OPS: [Definition; 24] = [
 const REGISTERS: usize = 6;
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
-    let step = (0..OPS.len(), prop::array::uniform3(0..REGISTERS), 0..REGISTERS)
-        .prop_map(|(op, sources, target)| Step { op, sources, target });
+    let step = (
+        0..OPS.len(),
+        prop::array::uniform3(0..REGISTERS),
+        0..REGISTERS,
+    )
+        .prop_map(|(op, sources, target)| Step {
+            op,
+            sources,
+            target,
+        });
     prop::collection::vec(step, 1..40)
 }
 
@@ -198,18 +257,23 @@ fn text(steps: &[Step]) -> String {
         out += &format!("    add.u32 %v{i}, {source}, {i};\n");
     }
     for step in steps {
-        let fill = OPS[step.op].0.split(' ').map(|word| match word.trim_end_matches(',') {
-            "D" => format!("%v{},", step.target),
-            "A" => format!("%v{},", step.sources[0]),
-            "B" => format!("%v{},", step.sources[1]),
-            "C" => format!("%v{},", step.sources[2]),
-            _ => word.to_string(),
-        });
+        let fill = OPS[step.op]
+            .0
+            .split(' ')
+            .map(|word| match word.trim_end_matches(',') {
+                "D" => format!("%v{},", step.target),
+                "A" => format!("%v{},", step.sources[0]),
+                "B" => format!("%v{},", step.sources[1]),
+                "C" => format!("%v{},", step.sources[2]),
+                _ => word.to_string(),
+            });
         let line = fill.collect::<Vec<_>>().join(" ");
         out += &format!("    {};\n", line.trim_end_matches(','));
     }
     out + "    mov.b32 %r, 0;\n"
-        + &(0..REGISTERS).map(|i| format!("    mad.lo.u32 %r, %r, 31, %v{i};\n")).collect::<String>()
+        + &(0..REGISTERS)
+            .map(|i| format!("    mad.lo.u32 %r, %r, 31, %v{i};\n"))
+            .collect::<String>()
 }
 
 fn model(steps: &[Step], inputs: [u32; 3]) -> u32 {
@@ -218,7 +282,8 @@ fn model(steps: &[Step], inputs: [u32; 3]) -> u32 {
         let [a, b, c] = step.sources.map(|s| v[s]);
         v[step.target] = OPS[step.op].1(a, b, c);
     }
-    v.iter().fold(0u32, |sum, x| sum.wrapping_mul(31).wrapping_add(*x))
+    v.iter()
+        .fold(0u32, |sum, x| sum.wrapping_mul(31).wrapping_add(*x))
 }
 
 proptest! {

@@ -4,7 +4,10 @@ use std::cell::Cell;
 use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::sync::atomic::Ordering::Relaxed;
 
-use super::error::{CuResult, INVALID_CONTEXT, INVALID_DEVICE, INVALID_VALUE, NOT_SUPPORTED, PEER_ACCESS_UNSUPPORTED, SUCCESS};
+use super::error::{
+    CuResult, INVALID_CONTEXT, INVALID_DEVICE, INVALID_VALUE, NOT_SUPPORTED,
+    PEER_ACCESS_UNSUPPORTED, SUCCESS,
+};
 use super::{Handle, call, driver, put};
 
 /// Handle of the primary context.
@@ -17,12 +20,20 @@ thread_local! {
 }
 
 fn check_device(device: c_int) -> Result<(), CuResult> {
-    if device == 0 { Ok(()) } else { Err(INVALID_DEVICE) }
+    if device == 0 {
+        Ok(())
+    } else {
+        Err(INVALID_DEVICE)
+    }
 }
 
 /// Whether the calling thread has a context.
 pub fn require_context() -> Result<(), CuResult> {
-    if CURRENT.get() == 0 { Err(INVALID_CONTEXT) } else { Ok(()) }
+    if CURRENT.get() == 0 {
+        Err(INVALID_CONTEXT)
+    } else {
+        Ok(())
+    }
 }
 
 #[unsafe(no_mangle)]
@@ -91,7 +102,11 @@ pub unsafe extern "C" fn cuDeviceTotalMem_v2(bytes: *mut usize, device: c_int) -
 /// # Safety
 /// `value` is null or writable.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_int, device: c_int) -> CuResult {
+pub unsafe extern "C" fn cuDeviceGetAttribute(
+    value: *mut c_int,
+    attribute: c_int,
+    device: c_int,
+) -> CuResult {
     call(|| {
         check_device(device)?;
         // SAFETY: the caller's promise.
@@ -113,7 +128,11 @@ pub unsafe extern "C" fn cuDeviceGetUuid_v2(uuid: *mut [u8; 16], device: c_int) 
 /// # Safety
 /// `value` is null or writable.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuDeviceCanAccessPeer(value: *mut c_int, device: c_int, peer: c_int) -> CuResult {
+pub unsafe extern "C" fn cuDeviceCanAccessPeer(
+    value: *mut c_int,
+    device: c_int,
+    peer: c_int,
+) -> CuResult {
     call(|| {
         check_device(device)?;
         check_device(peer)?;
@@ -190,7 +209,12 @@ pub extern "C" fn cuCtxSynchronize() -> CuResult {
 /// # Safety
 /// `context` is null or writable.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuCtxCreate_v4(context: *mut Handle, _params: *mut c_void, _flags: c_uint, device: c_int) -> CuResult {
+pub unsafe extern "C" fn cuCtxCreate_v4(
+    context: *mut Handle,
+    _params: *mut c_void,
+    _flags: c_uint,
+    device: c_int,
+) -> CuResult {
     call(|| {
         check_device(device)?;
         let handle = driver().contexts.insert(());
@@ -214,7 +238,10 @@ pub extern "C" fn cuCtxDestroy_v2(context: Handle) -> CuResult {
 /// # Safety
 /// The pointers are null or writable.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuCtxGetStreamPriorityRange(least: *mut c_int, greatest: *mut c_int) -> CuResult {
+pub unsafe extern "C" fn cuCtxGetStreamPriorityRange(
+    least: *mut c_int,
+    greatest: *mut c_int,
+) -> CuResult {
     call(|| {
         // SAFETY: the caller's promise.
         unsafe {

@@ -83,7 +83,9 @@ impl Device {
             None | Some("" | "a100") => Ok(A100),
             Some("h100") => Ok(H100),
             Some("l40s") => Ok(L40S),
-            Some(other) => Err(format!("CUDA_EMU_DEVICE is `{other}`, expected a100, h100 or l40s")),
+            Some(other) => Err(format!(
+                "CUDA_EMU_DEVICE is `{other}`, expected a100, h100 or l40s"
+            )),
         }
     }
 

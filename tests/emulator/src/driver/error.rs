@@ -79,5 +79,9 @@ unsafe fn put_text(found: Option<&'static CStr>, text: *mut *const c_char) -> Cu
     }
     // SAFETY: not null, and writable by the caller's promise.
     unsafe { *text = found.map_or(std::ptr::null(), CStr::as_ptr) };
-    if found.is_some() { SUCCESS } else { INVALID_VALUE }
+    if found.is_some() {
+        SUCCESS
+    } else {
+        INVALID_VALUE
+    }
 }

@@ -51,7 +51,11 @@ pub extern "C" fn cuEventSynchronize(event: Handle) -> CuResult {
 /// # Safety
 /// `milliseconds` is null or writable.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuEventElapsedTime_v2(milliseconds: *mut f32, start: Handle, end: Handle) -> CuResult {
+pub unsafe extern "C" fn cuEventElapsedTime_v2(
+    milliseconds: *mut f32,
+    start: Handle,
+    end: Handle,
+) -> CuResult {
     call(|| {
         let time = |event: Handle| -> Result<Instant, CuResult> {
             let at = *lock(&driver().events.get(event)?.at);
@@ -68,7 +72,11 @@ pub unsafe extern "C" fn cuEventElapsedTime_v2(milliseconds: *mut f32, start: Ha
 /// # Safety
 /// `milliseconds` is null or writable.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuEventElapsedTime(milliseconds: *mut f32, start: Handle, end: Handle) -> CuResult {
+pub unsafe extern "C" fn cuEventElapsedTime(
+    milliseconds: *mut f32,
+    start: Handle,
+    end: Handle,
+) -> CuResult {
     // SAFETY: the caller's promise.
     unsafe { cuEventElapsedTime_v2(milliseconds, start, end) }
 }

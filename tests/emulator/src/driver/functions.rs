@@ -13,13 +13,19 @@ const MAX_DYNAMIC_SHARED: c_int = 8;
 /// # Safety
 /// `value` is null or writable.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuFuncGetAttribute(value: *mut c_int, attribute: c_int, function: Handle) -> CuResult {
+pub unsafe extern "C" fn cuFuncGetAttribute(
+    value: *mut c_int,
+    attribute: c_int,
+    function: Handle,
+) -> CuResult {
     call(|| {
         let kernel = driver().functions.get(function)?;
         let f = kernel.function();
         let (version, target) = kernel.versions();
         let found = match attribute {
-            0 => f.max_threads.map_or(MAX_THREADS, |t| t.iter().map(|&n| n.max(1)).product()),
+            0 => f
+                .max_threads
+                .map_or(MAX_THREADS, |t| t.iter().map(|&n| n.max(1)).product()),
             1 => f.shared_size,
             2 | 7 | 9..=16 => 0,
             3 => f.local_size,
@@ -70,7 +76,10 @@ pub unsafe extern "C" fn cuOccupancyMaxActiveBlocksPerMultiprocessor(
     call(|| {
         let kernel = driver().functions.get(function)?;
         let device = &driver().device;
-        let threads = u32::try_from(block_size).ok().filter(|&t| t > 0).ok_or(INVALID_VALUE)?;
+        let threads = u32::try_from(block_size)
+            .ok()
+            .filter(|&t| t > 0)
+            .ok_or(INVALID_VALUE)?;
         let by_threads = device.threads_per_sm / threads.next_multiple_of(32);
         // A block also costs 1 KiB the system keeps.
         let shared = kernel.function().dynamic_shared as usize + dynamic_shared + 1024;
@@ -92,7 +101,9 @@ pub unsafe extern "C" fn cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(
     _flags: c_uint,
 ) -> CuResult {
     // SAFETY: the caller's promise.
-    unsafe { cuOccupancyMaxActiveBlocksPerMultiprocessor(blocks, function, block_size, dynamic_shared) }
+    unsafe {
+        cuOccupancyMaxActiveBlocksPerMultiprocessor(blocks, function, block_size, dynamic_shared)
+    }
 }
 
 #[unsafe(no_mangle)]

@@ -13,11 +13,31 @@ use super::{CuResultError, Handle, call, driver, put};
 pub enum Work {
     Launch(Arc<Prepared>),
     /// Host addresses are kept as numbers: they are the caller's until the work is done.
-    ToDevice { to: u64, from: usize, len: usize },
-    ToHost { to: usize, from: u64, len: usize },
-    OnDevice { to: u64, from: u64, len: usize },
-    Fill { to: u64, pattern: [u8; 4], width: usize, count: usize },
-    Host { function: extern "C" fn(*mut c_void), data: usize },
+    ToDevice {
+        to: u64,
+        from: usize,
+        len: usize,
+    },
+    ToHost {
+        to: usize,
+        from: u64,
+        len: usize,
+    },
+    OnDevice {
+        to: u64,
+        from: u64,
+        len: usize,
+    },
+    Fill {
+        to: u64,
+        pattern: [u8; 4],
+        width: usize,
+        count: usize,
+    },
+    Host {
+        function: extern "C" fn(*mut c_void),
+        data: usize,
+    },
 }
 
 impl Work {
@@ -37,7 +57,12 @@ impl Work {
                 memory.read(*from, bytes)?;
             }
             Work::OnDevice { to, from, len } => memory.copy(*to, *from, *len as u64)?,
-            Work::Fill { to, pattern, width, count } => memory.fill(*to, &pattern[..*width], *count as u64)?,
+            Work::Fill {
+                to,
+                pattern,
+                width,
+                count,
+            } => memory.fill(*to, &pattern[..*width], *count as u64)?,
             Work::Host { function, data } => function(*data as *mut c_void),
         }
         Ok(())
@@ -62,7 +87,11 @@ impl Drop for Body {
 /// # Safety
 /// `exec` is null or writable.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuGraphInstantiateWithFlags(exec: *mut Handle, graph: Handle, _flags: c_ulonglong) -> CuResult {
+pub unsafe extern "C" fn cuGraphInstantiateWithFlags(
+    exec: *mut Handle,
+    graph: Handle,
+    _flags: c_ulonglong,
+) -> CuResult {
     call(|| {
         let body = driver().graphs.get(graph)?;
         // SAFETY: the caller's promise.
@@ -93,7 +122,11 @@ pub extern "C" fn cuGraphDestroy(graph: Handle) -> CuResult {
 /// # Safety
 /// `count` is null or writable.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuGraphGetNodes(graph: Handle, _nodes: *mut Handle, count: *mut usize) -> CuResult {
+pub unsafe extern "C" fn cuGraphGetNodes(
+    graph: Handle,
+    _nodes: *mut Handle,
+    count: *mut usize,
+) -> CuResult {
     call(|| {
         let body = driver().graphs.get(graph)?;
         // SAFETY: the caller's promise.
@@ -104,11 +137,28 @@ pub unsafe extern "C" fn cuGraphGetNodes(graph: Handle, _nodes: *mut Handle, cou
 /// # Safety
 /// `stream` is a stream's handle; `data` is what `function` expects.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuLaunchHostFunc(stream: Handle, function: extern "C" fn(*mut c_void), data: *mut c_void) -> CuResult {
-    call(|| super::streams::submit(stream, Work::Host { function, data: data as usize }))
+pub unsafe extern "C" fn cuLaunchHostFunc(
+    stream: Handle,
+    function: extern "C" fn(*mut c_void),
+    data: *mut c_void,
+) -> CuResult {
+    call(|| {
+        super::streams::submit(
+            stream,
+            Work::Host {
+                function,
+                data: data as usize,
+            },
+        )
+    })
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn cuStreamAttachMemAsync(_stream: Handle, _address: u64, _len: usize, _flags: c_uint) -> CuResult {
+pub extern "C" fn cuStreamAttachMemAsync(
+    _stream: Handle,
+    _address: u64,
+    _len: usize,
+    _flags: c_uint,
+) -> CuResult {
     super::error::NOT_SUPPORTED
 }

@@ -27,7 +27,10 @@ pub unsafe fn ptx_of(image: *const u8, capability: u32) -> Result<String, (CuRes
     // SAFETY: every image is at least four bytes long.
     let magic: [u8; 4] = unsafe { image.cast::<[u8; 4]>().read_unaligned() };
     if magic == ELF_MAGIC {
-        return Err((NO_BINARY_FOR_GPU, "a cubin holds no PTX; the emulator runs PTX only".into()));
+        return Err((
+            NO_BINARY_FOR_GPU,
+            "a cubin holds no PTX; the emulator runs PTX only".into(),
+        ));
     }
     match u32::from_le_bytes(magic) {
         WRAPPER_MAGIC => {
@@ -41,7 +44,9 @@ pub unsafe fn ptx_of(image: *const u8, capability: u32) -> Result<String, (CuRes
         _ => {
             // SAFETY: neither of the binary formats, so a NUL-terminated text.
             let text = unsafe { CStr::from_ptr(image.cast::<c_char>()) };
-            let text = text.to_str().map_err(|e| (INVALID_IMAGE, format!("image is not PTX text: {e}")))?;
+            let text = text
+                .to_str()
+                .map_err(|e| (INVALID_IMAGE, format!("image is not PTX text: {e}")))?;
             Ok(text.to_string())
         }
     }
@@ -64,35 +69,58 @@ unsafe fn fatbin(image: *const u8, capability: u32) -> Result<String, (CuResult,
     let mut at = header_size as usize;
     while at + 64 <= bytes.len() {
         let entry = &bytes[at..];
-        let (Some(kind), Some(header_len), Some(padded)) = (u16_at(entry, 0), u32_at(entry, 4), u64_at(entry, 8)) else {
+        let (Some(kind), Some(header_len), Some(padded)) =
+            (u16_at(entry, 0), u32_at(entry, 4), u64_at(entry, 8))
+        else {
             return Err(invalid("short entry"));
         };
         let (header_len, padded) = (header_len as usize, padded as usize);
-        let body = header_len.checked_add(padded).and_then(|end| entry.get(header_len..end));
+        let body = header_len
+            .checked_add(padded)
+            .and_then(|end| entry.get(header_len..end));
         let body = body.ok_or_else(|| invalid("entry beyond its end"))?;
         let architecture = u32_at(entry, 28).unwrap_or(0);
         let better = best.as_ref().is_none_or(|b| architecture > b.0);
         if kind == KIND_PTX && architecture <= capability && better {
-            best = Some((architecture, entry_text(entry, body).map_err(|m| invalid(&m))?));
+            best = Some((
+                architecture,
+                entry_text(entry, body).map_err(|m| invalid(&m))?,
+            ));
         }
         if header_len + padded == 0 {
             break;
         }
         at += header_len + padded;
     }
-    best.map(|b| b.1).ok_or_else(|| (NO_BINARY_FOR_GPU, "fat binary without PTX for this device".into()))
+    best.map(|b| b.1).ok_or_else(|| {
+        (
+            NO_BINARY_FOR_GPU,
+            "fat binary without PTX for this device".into(),
+        )
+    })
 }
 
 fn entry_text(entry: &[u8], body: &[u8]) -> Result<String, String> {
     let flags = u64_at(entry, 40).unwrap_or(0);
     let compressed = u32_at(entry, 16).unwrap_or(0) as usize;
-    let packed = if compressed > 0 { body.get(..compressed).ok_or("compressed size beyond the entry")? } else { body };
+    let packed = if compressed > 0 {
+        body.get(..compressed)
+            .ok_or("compressed size beyond the entry")?
+    } else {
+        body
+    };
     let mut text = Vec::new();
     if flags & FLAG_ZSTD != 0 {
-        let decoder = ruzstd::decoding::StreamingDecoder::new(packed).map_err(|e| format!("zstd: {e}"))?;
-        decoder.take(MAX_BYTES).read_to_end(&mut text).map_err(|e| format!("zstd: {e}"))?;
+        let decoder =
+            ruzstd::decoding::StreamingDecoder::new(packed).map_err(|e| format!("zstd: {e}"))?;
+        decoder
+            .take(MAX_BYTES)
+            .read_to_end(&mut text)
+            .map_err(|e| format!("zstd: {e}"))?;
     } else if flags & FLAG_LZ4 != 0 {
-        return Err("LZ4-compressed PTX is not supported; compile with --compress-mode=size or none".into());
+        return Err(
+            "LZ4-compressed PTX is not supported; compile with --compress-mode=size or none".into(),
+        );
     } else {
         text = packed.to_vec();
     }
@@ -102,13 +130,25 @@ fn entry_text(entry: &[u8], body: &[u8]) -> Result<String, String> {
 }
 
 fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
-    bytes.get(at..at + 2)?.try_into().ok().map(u16::from_le_bytes)
+    bytes
+        .get(at..at + 2)?
+        .try_into()
+        .ok()
+        .map(u16::from_le_bytes)
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
-    bytes.get(at..at + 4)?.try_into().ok().map(u32::from_le_bytes)
+    bytes
+        .get(at..at + 4)?
+        .try_into()
+        .ok()
+        .map(u32::from_le_bytes)
 }
 
 fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
-    bytes.get(at..at + 8)?.try_into().ok().map(u64::from_le_bytes)
+    bytes
+        .get(at..at + 8)?
+        .try_into()
+        .ok()
+        .map(u64::from_le_bytes)
 }

@@ -7,7 +7,9 @@ use std::time::Instant;
 
 use super::context::require_context;
 use super::device::{MAX_BLOCK, MAX_GRID, MAX_THREADS, SHARED_DEFAULT};
-use super::error::{CuResult, INVALID_CLUSTER_SIZE, INVALID_VALUE, LAUNCH_OUT_OF_RESOURCES, NOT_SUPPORTED};
+use super::error::{
+    CuResult, INVALID_CLUSTER_SIZE, INVALID_VALUE, LAUNCH_OUT_OF_RESOURCES, NOT_SUPPORTED,
+};
 use super::graphs::Work;
 use super::modules::Module;
 use super::streams::submit;
@@ -32,7 +34,11 @@ impl Kernel {
     pub fn new(module: Arc<Module>, index: usize) -> Self {
         let fixed = module.program.functions[index].shared_size;
         let max_dynamic_shared = AtomicU32::new(SHARED_DEFAULT.saturating_sub(fixed));
-        Self { module, index, max_dynamic_shared }
+        Self {
+            module,
+            index,
+            max_dynamic_shared,
+        }
     }
 
     pub fn function(&self) -> &Function {
@@ -50,7 +56,12 @@ impl Kernel {
 
     /// Raises the limit of dynamic shared memory.
     pub fn set_dynamic_shared(&self, bytes: u32) -> Result<(), CuResult> {
-        if bytes > driver().device.shared_opt_in.saturating_sub(self.function().shared_size) {
+        if bytes
+            > driver()
+                .device
+                .shared_opt_in
+                .saturating_sub(self.function().shared_size)
+        {
             return Err(INVALID_VALUE);
         }
         self.max_dynamic_shared.store(bytes, Relaxed);
@@ -76,7 +87,8 @@ pub struct Prepared {
 
 /// Checks dimensions as the driver does.
 fn check(kernel: &Kernel, shape: &Shape) -> Result<(), CuResult> {
-    let inside = |size: [u32; 3], most: [u32; 3]| size.iter().zip(most).all(|(&s, m)| s >= 1 && s <= m);
+    let inside =
+        |size: [u32; 3], most: [u32; 3]| size.iter().zip(most).all(|(&s, m)| s >= 1 && s <= m);
     if !inside(shape.grid, MAX_GRID) || !inside(shape.block, MAX_BLOCK) {
         return Err(INVALID_VALUE);
     }
@@ -96,7 +108,11 @@ fn check(kernel: &Kernel, shape: &Shape) -> Result<(), CuResult> {
         if driver().device.major < 9 {
             return Err(NOT_SUPPORTED);
         }
-        let divides = shape.grid.iter().zip(shape.cluster).all(|(g, c)| g % c == 0);
+        let divides = shape
+            .grid
+            .iter()
+            .zip(shape.cluster)
+            .all(|(g, c)| g % c == 0);
         if cluster > MAX_CLUSTER || !divides {
             return Err(INVALID_CLUSTER_SIZE);
         }
@@ -108,7 +124,10 @@ fn check(kernel: &Kernel, shape: &Shape) -> Result<(), CuResult> {
 ///
 /// # Safety
 /// `pointers` is null or holds a valid pointer per parameter of the kernel.
-unsafe fn gather(function: &Function, pointers: *const *const c_void) -> Result<Vec<u8>, CuResultError> {
+unsafe fn gather(
+    function: &Function,
+    pointers: *const *const c_void,
+) -> Result<Vec<u8>, CuResultError> {
     let mut out = vec![0; function.param_bytes as usize];
     if function.params.is_empty() {
         return Ok(out);
@@ -170,7 +189,12 @@ impl Prepared {
 ///
 /// # Safety
 /// As for [`gather`].
-unsafe fn launch(function: Handle, mut shape: Shape, stream: Handle, params: *const *const c_void) -> Outcome {
+unsafe fn launch(
+    function: Handle,
+    mut shape: Shape,
+    stream: Handle,
+    params: *const *const c_void,
+) -> Outcome {
     require_context()?;
     let kernel = driver().functions.get(function)?;
     if let Some(fixed) = kernel.function().cluster {
@@ -179,7 +203,14 @@ unsafe fn launch(function: Handle, mut shape: Shape, stream: Handle, params: *co
     check(&kernel, &shape)?;
     // SAFETY: the caller's promise.
     let params = unsafe { gather(kernel.function(), params)? };
-    submit(stream, Work::Launch(Arc::new(Prepared { kernel, shape, params })))
+    submit(
+        stream,
+        Work::Launch(Arc::new(Prepared {
+            kernel,
+            shape,
+            params,
+        })),
+    )
 }
 
 /// # Safety
@@ -247,7 +278,9 @@ pub unsafe extern "C" fn cuLaunchKernelEx(
 ) -> CuResult {
     call(|| {
         // SAFETY: the caller's promise.
-        let Some(config) = (unsafe { config.as_ref() }) else { return Err(INVALID_VALUE.into()) };
+        let Some(config) = (unsafe { config.as_ref() }) else {
+            return Err(INVALID_VALUE.into());
+        };
         if !extra.is_null() {
             return Err(NOT_SUPPORTED.into());
         }
@@ -256,12 +289,20 @@ pub unsafe extern "C" fn cuLaunchKernelEx(
             // SAFETY: the configuration says how many attributes there are.
             let attribute = unsafe { &*config.attributes.add(i) };
             match attribute.id {
-                CLUSTER_DIMENSION => cluster = [attribute.value[0], attribute.value[1], attribute.value[2]].map(|c| c.max(1)),
+                CLUSTER_DIMENSION => {
+                    cluster = [attribute.value[0], attribute.value[1], attribute.value[2]]
+                        .map(|c| c.max(1))
+                }
                 COOPERATIVE if attribute.value[0] != 0 => return Err(NOT_SUPPORTED.into()),
                 _ => {}
             }
         }
-        let shape = Shape { grid: config.grid, block: config.block, cluster, dynamic_shared: config.dynamic_shared };
+        let shape = Shape {
+            grid: config.grid,
+            block: config.block,
+            cluster,
+            dynamic_shared: config.dynamic_shared,
+        };
         // SAFETY: the caller's promise.
         unsafe { launch(function, shape, config.stream, params) }
     })

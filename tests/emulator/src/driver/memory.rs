@@ -48,7 +48,11 @@ pub unsafe extern "C" fn cuMemAlloc_v2(address: *mut u64, len: usize) -> CuResul
 /// # Safety
 /// As for [`cuMemAlloc_v2`].
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuMemAllocAsync(address: *mut u64, len: usize, _stream: Handle) -> CuResult {
+pub unsafe extern "C" fn cuMemAllocAsync(
+    address: *mut u64,
+    len: usize,
+    _stream: Handle,
+) -> CuResult {
     // SAFETY: the caller's promise.
     unsafe { cuMemAlloc_v2(address, len) }
 }
@@ -56,7 +60,12 @@ pub unsafe extern "C" fn cuMemAllocAsync(address: *mut u64, len: usize, _stream:
 /// # Safety
 /// As for [`cuMemAlloc_v2`].
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuMemAllocFromPoolAsync(address: *mut u64, len: usize, _pool: Handle, _stream: Handle) -> CuResult {
+pub unsafe extern "C" fn cuMemAllocFromPoolAsync(
+    address: *mut u64,
+    len: usize,
+    _pool: Handle,
+    _stream: Handle,
+) -> CuResult {
     // SAFETY: the caller's promise.
     unsafe { cuMemAlloc_v2(address, len) }
 }
@@ -73,20 +82,31 @@ pub extern "C" fn cuMemFree_v2(address: u64) -> CuResult {
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuMemFreeAsync(address: u64, stream: Handle) -> CuResult {
-    call(|| if address == 0 { Ok(()) } else { submit_free(stream, address) })
+    call(|| {
+        if address == 0 {
+            Ok(())
+        } else {
+            submit_free(stream, address)
+        }
+    })
 }
 
 /// # Safety
 /// `address` is null or writable.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuMemHostAlloc(address: *mut *mut c_void, len: usize, _flags: c_uint) -> CuResult {
+pub unsafe extern "C" fn cuMemHostAlloc(
+    address: *mut *mut c_void,
+    len: usize,
+    _flags: c_uint,
+) -> CuResult {
     call(|| {
         let layout = Layout::from_size_align(len, PAGE).map_err(|_| OUT_OF_MEMORY)?;
         if len == 0 {
             return Err(INVALID_VALUE.into());
         }
         // SAFETY: the layout's size is not zero.
-        let start = NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) }).ok_or(OUT_OF_MEMORY)?;
+        let start =
+            NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) }).ok_or(OUT_OF_MEMORY)?;
         lock(&driver().pinned).insert(start.as_ptr() as usize, len);
         driver().memory.register_host(start, len as u64);
         // SAFETY: the caller's promise.
@@ -99,7 +119,9 @@ pub unsafe extern "C" fn cuMemHostAlloc(address: *mut *mut c_void, len: usize, _
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemFreeHost(address: *mut c_void) -> CuResult {
     call(|| {
-        let len = lock(&driver().pinned).remove(&(address as usize)).ok_or(INVALID_VALUE)?;
+        let len = lock(&driver().pinned)
+            .remove(&(address as usize))
+            .ok_or(INVALID_VALUE)?;
         driver().memory.unregister_host(address as u64);
         let layout = Layout::from_size_align(len, PAGE).map_err(|_| INVALID_VALUE)?;
         // SAFETY: the address came from alloc_zeroed with this layout, and was still registered.
@@ -111,8 +133,23 @@ pub unsafe extern "C" fn cuMemFreeHost(address: *mut c_void) -> CuResult {
 /// # Safety
 /// `from` is readable for `len` bytes until the work is done.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuMemcpyHtoDAsync_v2(to: u64, from: *const c_void, len: usize, stream: Handle) -> CuResult {
-    call(|| copy(stream, len, Work::ToDevice { to, from: from as usize, len }))
+pub unsafe extern "C" fn cuMemcpyHtoDAsync_v2(
+    to: u64,
+    from: *const c_void,
+    len: usize,
+    stream: Handle,
+) -> CuResult {
+    call(|| {
+        copy(
+            stream,
+            len,
+            Work::ToDevice {
+                to,
+                from: from as usize,
+                len,
+            },
+        )
+    })
 }
 
 /// # Safety
@@ -126,8 +163,23 @@ pub unsafe extern "C" fn cuMemcpyHtoD_v2(to: u64, from: *const c_void, len: usiz
 /// # Safety
 /// `to` is writable for `len` bytes until the work is done.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuMemcpyDtoHAsync_v2(to: *mut c_void, from: u64, len: usize, stream: Handle) -> CuResult {
-    call(|| copy(stream, len, Work::ToHost { to: to as usize, from, len }))
+pub unsafe extern "C" fn cuMemcpyDtoHAsync_v2(
+    to: *mut c_void,
+    from: u64,
+    len: usize,
+    stream: Handle,
+) -> CuResult {
+    call(|| {
+        copy(
+            stream,
+            len,
+            Work::ToHost {
+                to: to as usize,
+                from,
+                len,
+            },
+        )
+    })
 }
 
 /// # Safety
@@ -164,7 +216,11 @@ pub extern "C" fn cuMemcpyPeerAsync(
 }
 
 fn copy(stream: Handle, len: usize, work: Work) -> Outcome {
-    if len == 0 { Ok(()) } else { submit(stream, work) }
+    if len == 0 {
+        Ok(())
+    } else {
+        submit(stream, work)
+    }
 }
 
 fn fill(to: u64, value: u32, width: usize, count: usize, stream: Handle) -> CuResult {
@@ -172,10 +228,18 @@ fn fill(to: u64, value: u32, width: usize, count: usize, stream: Handle) -> CuRe
         if count == 0 {
             return Ok(());
         }
-        if to % width as u64 != 0 {
+        if !to.is_multiple_of(width as u64) {
             return Err(INVALID_VALUE.into());
         }
-        submit(stream, Work::Fill { to, pattern: value.to_le_bytes(), width, count })
+        submit(
+            stream,
+            Work::Fill {
+                to,
+                pattern: value.to_le_bytes(),
+                width,
+                count,
+            },
+        )
     })
 }
 
@@ -226,6 +290,10 @@ pub extern "C" fn cuMemPoolTrimTo(_pool: Handle, _keep: usize) -> CuResult {
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn cuMemPoolSetAttribute(_pool: Handle, _attribute: c_int, _value: *mut c_void) -> CuResult {
+pub extern "C" fn cuMemPoolSetAttribute(
+    _pool: Handle,
+    _attribute: c_int,
+    _value: *mut c_void,
+) -> CuResult {
     SUCCESS
 }

@@ -43,7 +43,9 @@ struct Registry<T> {
 
 impl<T> Registry<T> {
     fn new() -> Self {
-        Self { items: Mutex::new(HashMap::new()) }
+        Self {
+            items: Mutex::new(HashMap::new()),
+        }
     }
 
     fn insert(&self, item: T) -> Handle {
@@ -54,7 +56,10 @@ impl<T> Registry<T> {
     }
 
     fn get(&self, handle: Handle) -> Result<Arc<T>, CuResult> {
-        lock(&self.items).get(&handle.addr()).cloned().ok_or(INVALID_HANDLE)
+        lock(&self.items)
+            .get(&handle.addr())
+            .cloned()
+            .ok_or(INVALID_HANDLE)
     }
 
     fn retain(&self, keep: impl Fn(&T) -> bool) {
@@ -62,7 +67,9 @@ impl<T> Registry<T> {
     }
 
     fn remove(&self, handle: Handle) -> Result<Arc<T>, CuResult> {
-        lock(&self.items).remove(&handle.addr()).ok_or(INVALID_HANDLE)
+        lock(&self.items)
+            .remove(&handle.addr())
+            .ok_or(INVALID_HANDLE)
     }
 }
 

@@ -10,8 +10,8 @@ use super::{CuResultError, Handle, call, driver, image, put};
 use crate::machine::memory::MemoryError;
 use crate::ptx::ast::{self, Space};
 use crate::ptx::lower::{function_address, lower};
-use crate::ptx::program::{Program, initial_bytes};
 use crate::ptx::parser;
+use crate::ptx::program::{Program, initial_bytes};
 
 /// `CU_JIT_ERROR_LOG_BUFFER` and its size option.
 const ERROR_LOG: c_int = 5;
@@ -40,19 +40,31 @@ fn load(text: &str) -> Result<Module, Failure> {
     let invalid = |message: String| (INVALID_PTX, message);
     let parsed = parser::parse(text).map_err(|e| invalid(e.to_string()))?;
     check_target(&parsed)?;
-    let mut module = Module { program: Arc::default(), variables: Vec::new() };
+    let mut module = Module {
+        program: Arc::default(),
+        variables: Vec::new(),
+    };
     let mut globals = HashMap::new();
-    let stored = |v: &&ast::Variable| matches!(v.space, Space::Global | Space::Const) && !v.external;
+    let stored =
+        |v: &&ast::Variable| matches!(v.space, Space::Global | Space::Const) && !v.external;
     for variable in parsed.variables.iter().filter(stored) {
         let size = variable.size.max(1);
         let address = driver().memory.allocate(size).map_err(|e| match e {
-            MemoryError::OutOfMemory => (super::error::OUT_OF_MEMORY, format!("variable {} needs {size} bytes", variable.name)),
+            MemoryError::OutOfMemory => (
+                super::error::OUT_OF_MEMORY,
+                format!("variable {} needs {size} bytes", variable.name),
+            ),
             MemoryError::InvalidAddress => (INVALID_VALUE, String::new()),
         })?;
         module.variables.push(address);
         globals.insert(variable.name.clone(), (address, size));
     }
-    let address_of = |name: &str| globals.get(name).map(|g: &(u64, u64)| g.0).or_else(|| function_address(&parsed, name));
+    let address_of = |name: &str| {
+        globals
+            .get(name)
+            .map(|g: &(u64, u64)| g.0)
+            .or_else(|| function_address(&parsed, name))
+    };
     for variable in parsed.variables.iter().filter(stored) {
         let mut bytes = initial_bytes(variable, &address_of).map_err(invalid)?;
         // Variables without an initialiser start as zeros.
@@ -72,7 +84,10 @@ fn check_target(module: &ast::Module) -> Result<(), Failure> {
     let wrong = module.target > capability || module.target_specific && module.target != capability;
     if wrong {
         let suffix = if module.target_specific { "a" } else { "" };
-        let message = format!("PTX is for sm_{}{suffix}, the device is sm_{capability}", module.target);
+        let message = format!(
+            "PTX is for sm_{}{suffix}, the device is sm_{capability}",
+            module.target
+        );
         return Err((INVALID_PTX, message));
     }
     Ok(())
@@ -88,9 +103,13 @@ unsafe fn load_image(image: *const c_void) -> Result<Handle, Failure> {
     }
     // SAFETY: not null, and complete by the caller's promise.
     let text = unsafe { image::ptx_of(image.cast(), driver().device.capability()) };
-    let loaded = text.and_then(|text| load(&text)).inspect_err(|(_, message)| {
-        driver().reports.message(format!("module not loaded: {message}"));
-    })?;
+    let loaded = text
+        .and_then(|text| load(&text))
+        .inspect_err(|(_, message)| {
+            driver()
+                .reports
+                .message(format!("module not loaded: {message}"));
+        })?;
     Ok(driver().modules.insert(loaded))
 }
 
@@ -131,13 +150,26 @@ pub unsafe extern "C" fn cuModuleLoadDataEx(
 
 /// # Safety
 /// `options` and `values` hold `count` entries; a log buffer has the size its option says.
-unsafe fn write_log(message: &str, count: usize, options: *const c_int, values: *const *mut c_void) {
+unsafe fn write_log(
+    message: &str,
+    count: usize,
+    options: *const c_int,
+    values: *const *mut c_void,
+) {
     // SAFETY: the caller's promise.
-    let (options, values) =
-        unsafe { (std::slice::from_raw_parts(options, count), std::slice::from_raw_parts(values, count)) };
+    let (options, values) = unsafe {
+        (
+            std::slice::from_raw_parts(options, count),
+            std::slice::from_raw_parts(values, count),
+        )
+    };
     let find = |wanted: c_int| options.iter().position(|&o| o == wanted).map(|i| values[i]);
-    let (Some(buffer), Some(size)) = (find(ERROR_LOG), find(ERROR_LOG_SIZE)) else { return };
-    let Some(room) = size.addr().checked_sub(1) else { return };
+    let (Some(buffer), Some(size)) = (find(ERROR_LOG), find(ERROR_LOG_SIZE)) else {
+        return;
+    };
+    let Some(room) = size.addr().checked_sub(1) else {
+        return;
+    };
     let len = message.len().min(room);
     if !buffer.is_null() {
         // SAFETY: the buffer has `room + 1` bytes.
@@ -151,7 +183,10 @@ unsafe fn write_log(message: &str, count: usize, options: *const c_int, values: 
 /// # Safety
 /// As for [`cuModuleLoadData`].
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuModuleLoadFatBinary(module: *mut Handle, image: *const c_void) -> CuResult {
+pub unsafe extern "C" fn cuModuleLoadFatBinary(
+    module: *mut Handle,
+    image: *const c_void,
+) -> CuResult {
     // SAFETY: the caller's promise.
     unsafe { cuModuleLoadData(module, image) }
 }
@@ -175,7 +210,9 @@ pub unsafe extern "C" fn cuModuleLoad(module: *mut Handle, path: *const c_char) 
 pub extern "C" fn cuModuleUnload(module: Handle) -> CuResult {
     call(|| {
         let module = driver().modules.remove(module)?;
-        driver().functions.retain(|kernel| !kernel.belongs_to(&module));
+        driver()
+            .functions
+            .retain(|kernel| !kernel.belongs_to(&module));
         Ok(())
     })
 }
@@ -187,20 +224,31 @@ unsafe fn name_of(text: *const c_char) -> Result<String, CuResultError> {
         return Err(INVALID_VALUE.into());
     }
     // SAFETY: the caller's promise.
-    Ok(unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned())
+    Ok(unsafe { CStr::from_ptr(text) }
+        .to_string_lossy()
+        .into_owned())
 }
 
 /// # Safety
 /// `function` is null or writable; `name` is a NUL-terminated string.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuModuleGetFunction(function: *mut Handle, module: Handle, name: *const c_char) -> CuResult {
+pub unsafe extern "C" fn cuModuleGetFunction(
+    function: *mut Handle,
+    module: Handle,
+    name: *const c_char,
+) -> CuResult {
     call(|| {
         let module = driver().modules.get(module)?;
         // SAFETY: the caller's promise.
         let name = unsafe { name_of(name)? };
         let index = *module.program.kernels.get(&name).ok_or(NOT_FOUND)?;
         // SAFETY: the caller's promise.
-        unsafe { put(function, driver().functions.insert(Kernel::new(module, index))) }
+        unsafe {
+            put(
+                function,
+                driver().functions.insert(Kernel::new(module, index)),
+            )
+        }
     })
 }
 

@@ -49,7 +49,9 @@ impl Reports {
 
 /// Appends a line to the file `CUDA_EMU_COUNTERS` names.
 fn write_line(line: &str) {
-    let Ok(path) = std::env::var("CUDA_EMU_COUNTERS") else { return };
+    let Ok(path) = std::env::var("CUDA_EMU_COUNTERS") else {
+        return;
+    };
     let written = std::fs::OpenOptions::new()
         .create(true)
         .append(true)

@@ -19,7 +19,11 @@ fn is_default(stream: Handle) -> bool {
 }
 
 fn get(stream: Handle) -> Result<Option<Arc<Stream>>, CuResult> {
-    if is_default(stream) { Ok(None) } else { driver().streams.get(stream).map(Some) }
+    if is_default(stream) {
+        Ok(None)
+    } else {
+        driver().streams.get(stream).map(Some)
+    }
 }
 
 /// Does work, or records it if the stream captures.
@@ -65,7 +69,11 @@ pub unsafe extern "C" fn cuStreamCreate(stream: *mut Handle, _flags: c_uint) -> 
 /// # Safety
 /// `stream` is null or writable.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamCreateWithPriority(stream: *mut Handle, flags: c_uint, _priority: c_int) -> CuResult {
+pub unsafe extern "C" fn cuStreamCreateWithPriority(
+    stream: *mut Handle,
+    flags: c_uint,
+    _priority: c_int,
+) -> CuResult {
     // SAFETY: the caller's promise.
     unsafe { cuStreamCreate(stream, flags) }
 }
@@ -77,7 +85,13 @@ pub extern "C" fn cuStreamDestroy_v2(stream: Handle) -> CuResult {
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuStreamSynchronize(stream: Handle) -> CuResult {
-    call(|| if is_capturing(stream)? { Err(STREAM_CAPTURE_UNSUPPORTED.into()) } else { Ok(()) })
+    call(|| {
+        if is_capturing(stream)? {
+            Err(STREAM_CAPTURE_UNSUPPORTED.into())
+        } else {
+            Ok(())
+        }
+    })
 }
 
 #[unsafe(no_mangle)]
@@ -96,12 +110,17 @@ pub extern "C" fn cuStreamWaitEvent(stream: Handle, event: Handle, _flags: c_uin
 #[unsafe(no_mangle)]
 pub extern "C" fn cuStreamBeginCapture_v2(stream: Handle, _mode: c_int) -> CuResult {
     call(|| {
-        let Some(stream) = get(stream)? else { return Err(STREAM_CAPTURE_UNSUPPORTED.into()) };
+        let Some(stream) = get(stream)? else {
+            return Err(STREAM_CAPTURE_UNSUPPORTED.into());
+        };
         let mut capture = lock(&stream.capture);
         if capture.is_some() {
             return Err(ILLEGAL_STATE.into());
         }
-        *capture = Some(Body { work: Vec::new(), freed: Vec::new() });
+        *capture = Some(Body {
+            work: Vec::new(),
+            freed: Vec::new(),
+        });
         Ok(())
     })
 }
@@ -111,7 +130,9 @@ pub extern "C" fn cuStreamBeginCapture_v2(stream: Handle, _mode: c_int) -> CuRes
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamEndCapture(stream: Handle, graph: *mut Handle) -> CuResult {
     call(|| {
-        let Some(stream) = get(stream)? else { return Err(ILLEGAL_STATE.into()) };
+        let Some(stream) = get(stream)? else {
+            return Err(ILLEGAL_STATE.into());
+        };
         let body = lock(&stream.capture).take().ok_or(ILLEGAL_STATE)?;
         // SAFETY: the caller's promise.
         unsafe { put(graph, driver().graphs.insert(Arc::new(body))) }

@@ -1,27 +1,17 @@
 //! Loads and stores of a warp in every state space, checked and counted.
 
 use super::block::Context;
-use super::memory::Allocation;
+use super::checks::{lanes, misaligned};
 use super::registers::LANES;
 use super::warp::Warp;
 use crate::ptx::ast::Space;
 use crate::ptx::ops::Access;
 use crate::ptx::program::{WINDOW_MASK, WINDOW_SHIFT};
-use crate::sanitize::global::{Conflict, Toucher, Touch};
+use crate::sanitize::global::Touch;
 use crate::sanitize::{Checked, Fault, Kind, shared};
 
 /// Lane values of up to four vector elements.
 type Elements = [[u64; LANES]; 4];
-
-/// Lanes of a mask.
-pub fn lanes(mask: u32) -> impl Iterator<Item = usize> {
-    let mut rest = mask;
-    std::iter::from_fn(move || {
-        let lane = rest.trailing_zeros();
-        rest &= rest.wrapping_sub(1);
-        (lane < 32).then_some(lane as usize)
-    })
-}
 
 /// The space a generic address lies in.
 fn window_space(address: u64) -> Space {
@@ -35,9 +25,21 @@ fn window_space(address: u64) -> Space {
 
 /// Splits an access by the spaces its lanes' addresses lie in; most have one.
 fn split(space: Space, addresses: &[u64; LANES], exec: u32) -> [(Space, u32); 4] {
-    let mut out = [(Space::Global, 0), (Space::Shared, 0), (Space::Local, 0), (Space::Param, 0)];
+    let mut out = [
+        (Space::Global, 0),
+        (Space::Shared, 0),
+        (Space::Local, 0),
+        (Space::Param, 0),
+    ];
     if space != Space::Generic {
-        out[0] = (if space == Space::Const { Space::Global } else { space }, exec);
+        out[0] = (
+            if space == Space::Const {
+                Space::Global
+            } else {
+                space
+            },
+            exec,
+        );
         return out;
     }
     for lane in lanes(exec) {
@@ -51,143 +53,18 @@ fn split(space: Space, addresses: &[u64; LANES], exec: u32) -> [(Space, u32); 4]
     out
 }
 
-fn touch_name(touch: Touch) -> &'static str {
-    match touch {
-        Touch::Read => "read",
-        Touch::Write | Touch::AtomicWrite => "write",
-        Touch::Atomic => "atomic access",
-    }
-}
-
-impl Context<'_> {
-    /// The allocation that holds `len` bytes at a device address, checked for everything.
-    #[inline]
-    pub fn global(&mut self, address: u64, len: u64, align: u64, touch: Touch, lane: usize) -> Checked<(&Allocation, u64)> {
-        let launch = self.launch;
-        if address % align != 0 {
-            return Err(misaligned("global", touch_name(touch), address, align, lane));
-        }
-        let mut found = launch.view.get(self.cached);
-        if found.is_none_or(|a| address < a.base || address - a.base >= a.size) {
-            found = launch.view.find(address).and_then(|index| {
-                self.cached = index;
-                launch.view.get(index)
-            });
-        }
-        let Some(allocation) = found.filter(|a| len <= a.size - (address - a.base)) else {
-            let freed = launch.view.was_freed(address);
-            let kind = if freed { Kind::UseAfterFree } else { Kind::OutOfBounds };
-            let place = launch.view.describe(address);
-            let message = format!("global {} of {len} bytes at {address:#x}: {place}", touch_name(touch));
-            return Err(Fault::new(kind, lane as u32, message));
-        };
-        let offset = address - allocation.base;
-        if touch != Touch::Read && touch != Touch::Write {
-            self.acquired = true;
-        }
-        let by = Toucher { launch: &launch.races, block: self.block, acquired: self.acquired };
-        match allocation.shadow.touch(offset, len, touch, &by) {
-            Ok(()) => Ok((allocation, offset)),
-            Err(conflict) => Err(self.global_conflict(conflict, touch, address, len, lane)),
-        }
-    }
-
-    #[cold]
-    fn global_conflict(&self, conflict: Conflict, touch: Touch, address: u64, len: u64, lane: usize) -> Box<Fault> {
-        let access = format!("global {} of {len} bytes at {address:#x}", touch_name(touch));
-        let (kind, why) = match conflict {
-            Conflict::Uninitialized => (Kind::Uninitialized, "nothing wrote these bytes".to_string()),
-            Conflict::Written { by } => (Kind::GlobalRace, format!("block {by} wrote there in this launch")),
-            Conflict::ReadBy { by: Some(by) } => (Kind::GlobalRace, format!("block {by} read there in this launch")),
-            Conflict::ReadBy { by: None } => (Kind::GlobalRace, "other blocks read there in this launch".to_string()),
-        };
-        Fault::new(kind, lane as u32, format!("{access}: {why}"))
-    }
-
-    /// Checks a shared access of one lane; returns its offset.
-    #[inline]
-    pub fn shared_range(
-        &mut self,
-        address: u64,
-        len: u64,
-        align: u64,
-        touch: shared::Touch,
-        warp: u32,
-        lane: usize,
-    ) -> Checked<usize> {
-        let offset = address & WINDOW_MASK;
-        if offset % align != 0 {
-            return Err(misaligned("shared", shared_name(touch), offset, align, lane));
-        }
-        if offset + len > self.shared.len() as u64 {
-            let (name, size) = (shared_name(touch), self.shared.len());
-            let message = format!("shared {name} of {len} bytes at offset {offset} of {size}");
-            return Err(Fault::new(Kind::OutOfBounds, lane as u32, message));
-        }
-        match self.shared_shadow.touch(offset as u32, len as u32, touch, warp) {
-            Ok(()) => Ok(offset as usize),
-            Err(conflict) => Err(shared_conflict(conflict, shared_name(touch), offset, len, lane)),
-        }
-    }
-
-    /// Little-endian value in shared memory; the range was checked.
-    #[inline]
-    pub fn shared_read(&self, offset: usize, len: usize) -> u64 {
-        let mut bytes = [0; 8];
-        bytes[..len].copy_from_slice(&self.shared[offset..offset + len]);
-        u64::from_le_bytes(bytes)
-    }
-
-    /// Stores the low bytes of a value; the range was checked.
-    #[inline]
-    pub fn shared_write(&mut self, offset: usize, len: usize, value: u64) {
-        self.shared[offset..offset + len].copy_from_slice(&value.to_le_bytes()[..len]);
-    }
-}
-
-fn shared_name(touch: shared::Touch) -> &'static str {
-    match touch {
-        shared::Touch::Read => "read",
-        shared::Touch::Write => "write",
-        shared::Touch::Atomic => "atomic access",
-    }
-}
-
-#[cold]
-fn misaligned(space: &str, what: &str, address: u64, align: u64, lane: usize) -> Box<Fault> {
-    let message = format!("{space} {what} at {address:#x}, which is not a multiple of {align} bytes");
-    Fault::new(Kind::Misaligned, lane as u32, message)
-}
-
-/// A conflict in shared memory as a fault.
-#[cold]
-pub fn shared_conflict(conflict: shared::Conflict, what: &str, offset: u64, len: u64, lane: usize) -> Box<Fault> {
-    let (kind, why) = match conflict {
-        shared::Conflict::Uninitialized => (Kind::Uninitialized, "nothing wrote these bytes".to_string()),
-        shared::Conflict::InFlight => {
-            (Kind::AsyncCopy, "an asynchronous copy to these bytes has not been waited for".to_string())
-        }
-        shared::Conflict::WrittenBy(warp) => {
-            (Kind::SharedRace, format!("warp {warp} wrote there with no barrier in between"))
-        }
-        shared::Conflict::ReadBy(warps) => {
-            let warp = warps.trailing_zeros();
-            (Kind::SharedRace, format!("warp {warp} read there with no barrier in between"))
-        }
-        shared::Conflict::Atomic => {
-            (Kind::SharedRace, "another warp did atomics there with no barrier in between".to_string())
-        }
-    };
-    Fault::new(kind, lane as u32, format!("shared {what} of {len} bytes at offset {offset}: {why}"))
-}
-
 fn sign_extend(value: u64, size: u64) -> u64 {
     let shift = 64 - 8 * size as u32;
     ((value << shift) as i64 >> shift) as u64
 }
 
 impl Warp {
-    pub(super) fn load(&mut self, ctx: &mut Context<'_>, access: &Access, exec: u32) -> Checked<()> {
+    pub(super) fn load(
+        &mut self,
+        ctx: &mut Context<'_>,
+        access: &Access,
+        exec: u32,
+    ) -> Checked<()> {
         let addresses = self.addresses(&access.address);
         let mut values: Elements = [[0; LANES]; 4];
         for (space, mask) in split(access.space, &addresses, exec) {
@@ -195,7 +72,11 @@ impl Warp {
                 self.load_from(ctx, space, access, &addresses, mask, &mut values)?;
             }
         }
-        for (n, value) in values.iter_mut().enumerate().take(usize::from(access.count)) {
+        for (n, value) in values
+            .iter_mut()
+            .enumerate()
+            .take(usize::from(access.count))
+        {
             if access.discard >> n & 1 == 1 {
                 continue;
             }
@@ -221,9 +102,14 @@ impl Warp {
         match space {
             Space::Shared => {
                 ctx.counters.shared_access(addresses, total, mask);
-                let touch = if access.strong { shared::Touch::Atomic } else { shared::Touch::Read };
+                let touch = if access.strong {
+                    shared::Touch::Atomic
+                } else {
+                    shared::Touch::Read
+                };
                 for lane in lanes(mask) {
-                    let at = ctx.shared_range(addresses[lane], total, total, touch, self.index, lane)?;
+                    let at =
+                        ctx.shared_range(addresses[lane], total, total, touch, self.index, lane)?;
                     for (n, value) in values.iter_mut().enumerate().take(count) {
                         value[lane] = ctx.shared_read(at + n * size as usize, size as usize);
                     }
@@ -247,9 +133,29 @@ impl Warp {
             }
             _ => {
                 ctx.counters.global_access(true, addresses, total, mask);
-                let touch = if access.strong { Touch::Atomic } else { Touch::Read };
+                let touch = if access.strong {
+                    Touch::Atomic
+                } else {
+                    Touch::Read
+                };
+                if touch == Touch::Read
+                    && let Some(allocation) = ctx.common_allocation(addresses, total, mask)
+                {
+                    let whole = ctx.touch_row(allocation, addresses, total, touch, mask);
+                    for lane in lanes(mask) {
+                        let at = match whole {
+                            true => addresses[lane] - allocation.base,
+                            false => ctx.touch(allocation, addresses[lane], total, touch, lane)?,
+                        };
+                        for (n, value) in values.iter_mut().enumerate().take(count) {
+                            value[lane] = allocation.read(at + n as u64 * size, size);
+                        }
+                    }
+                    return Ok(());
+                }
                 for lane in lanes(mask) {
-                    let (allocation, at) = ctx.global(addresses[lane], total, total, touch, lane)?;
+                    let (allocation, at) =
+                        ctx.global(addresses[lane], total, total, touch, lane)?;
                     for (n, value) in values.iter_mut().enumerate().take(count) {
                         value[lane] = allocation.read(at + n as u64 * size, size);
                     }
@@ -259,7 +165,12 @@ impl Warp {
         Ok(())
     }
 
-    pub(super) fn store(&mut self, ctx: &mut Context<'_>, access: &Access, exec: u32) -> Checked<()> {
+    pub(super) fn store(
+        &mut self,
+        ctx: &mut Context<'_>,
+        access: &Access,
+        exec: u32,
+    ) -> Checked<()> {
         let addresses = self.addresses(&access.address);
         let count = usize::from(access.count);
         let mut values: Elements = [[0; LANES]; 4];
@@ -288,12 +199,17 @@ impl Warp {
         match space {
             Space::Shared => {
                 ctx.counters.shared_access(addresses, total, mask);
-                let touch = if access.strong { shared::Touch::Atomic } else { shared::Touch::Write };
+                let touch = if access.strong {
+                    shared::Touch::Atomic
+                } else {
+                    shared::Touch::Write
+                };
                 for lane in lanes(mask) {
                     if touch == shared::Touch::Atomic {
                         ctx.shared_shadow_define(addresses[lane] & WINDOW_MASK, total);
                     }
-                    let at = ctx.shared_range(addresses[lane], total, total, touch, self.index, lane)?;
+                    let at =
+                        ctx.shared_range(addresses[lane], total, total, touch, self.index, lane)?;
                     for (n, value) in values.iter().enumerate().take(count) {
                         ctx.shared_write(at + n * size as usize, size as usize, value[lane]);
                     }
@@ -309,13 +225,37 @@ impl Warp {
                 }
             }
             Space::Param => {
-                return Err(Fault::new(Kind::IllegalInstruction, None, "store to kernel parameters"));
+                return Err(Fault::new(
+                    Kind::IllegalInstruction,
+                    None,
+                    "store to kernel parameters",
+                ));
             }
             _ => {
                 ctx.counters.global_access(false, addresses, total, mask);
-                let touch = if access.strong { Touch::AtomicWrite } else { Touch::Write };
+                let touch = if access.strong {
+                    Touch::AtomicWrite
+                } else {
+                    Touch::Write
+                };
+                if touch == Touch::Write
+                    && let Some(allocation) = ctx.common_allocation(addresses, total, mask)
+                {
+                    let whole = ctx.touch_row(allocation, addresses, total, touch, mask);
+                    for lane in lanes(mask) {
+                        let at = match whole {
+                            true => addresses[lane] - allocation.base,
+                            false => ctx.touch(allocation, addresses[lane], total, touch, lane)?,
+                        };
+                        for (n, value) in values.iter().enumerate().take(count) {
+                            allocation.write(at + n as u64 * size, size, value[lane]);
+                        }
+                    }
+                    return Ok(());
+                }
                 for lane in lanes(mask) {
-                    let (allocation, at) = ctx.global(addresses[lane], total, total, touch, lane)?;
+                    let (allocation, at) =
+                        ctx.global(addresses[lane], total, total, touch, lane)?;
                     for (n, value) in values.iter().enumerate().take(count) {
                         allocation.write(at + n as u64 * size, size, value[lane]);
                     }
@@ -326,11 +266,14 @@ impl Warp {
     }
 
     fn local_index(&self, at: u64, size: u64, lane: usize) -> Checked<usize> {
-        if at % size != 0 {
+        if !at.is_multiple_of(size) {
             return Err(misaligned("local", "access", at, size, lane));
         }
         if at + size > self.local.len() as u64 * 4 {
-            let message = format!("local access of {size} bytes at offset {at} of {}", self.local.len() * 4);
+            let message = format!(
+                "local access of {size} bytes at offset {at} of {}",
+                self.local.len() * 4
+            );
             return Err(Fault::new(Kind::OutOfBounds, lane as u32, message));
         }
         Ok((at / 4) as usize)
@@ -362,7 +305,13 @@ impl Warp {
     }
 
     /// Reads for messages: any space, unchecked for races; None outside memory.
-    pub(super) fn peek(&self, ctx: &Context<'_>, address: u64, size: u64, lane: usize) -> Option<u64> {
+    pub(super) fn peek(
+        &self,
+        ctx: &Context<'_>,
+        address: u64,
+        size: u64,
+        lane: usize,
+    ) -> Option<u64> {
         match window_space(address) {
             Space::Local => self.local_read(address & WINDOW_MASK, size, lane).ok(),
             Space::Shared => {
@@ -373,7 +322,8 @@ impl Warp {
             _ => {
                 let allocation = ctx.launch.view.get(ctx.launch.view.find(address)?)?;
                 let offset = address - allocation.base;
-                (address % size == 0 && offset + size <= allocation.size).then(|| allocation.read(offset, size))
+                (address.is_multiple_of(size) && offset + size <= allocation.size)
+                    .then(|| allocation.read(offset, size))
             }
         }
     }
@@ -381,7 +331,12 @@ impl Warp {
 
 /// Two lanes of one store instruction writing different values to one place: which of them
 /// lasts is undefined.
-fn check_collisions(addresses: &[u64; LANES], total: u64, mask: u32, values: &[[u64; LANES]]) -> Checked<()> {
+fn check_collisions(
+    addresses: &[u64; LANES],
+    total: u64,
+    mask: u32,
+    values: &[[u64; LANES]],
+) -> Checked<()> {
     let mut previous: Option<usize> = None;
     let ascending = lanes(mask).all(|lane| {
         let fine = previous.is_none_or(|p| addresses[p] + total <= addresses[lane]);
@@ -398,7 +353,9 @@ fn check_collisions(addresses: &[u64; LANES], total: u64, mask: u32, values: &[[
         let differ = values.iter().any(|v| v[a] != v[b]);
         if addresses[a] == addresses[b] && differ {
             let offset = addresses[a] & WINDOW_MASK;
-            let message = format!("lanes {a} and {b} store different values to shared offset {offset} at once");
+            let message = format!(
+                "lanes {a} and {b} store different values to shared offset {offset} at once"
+            );
             return Err(Fault::new(Kind::SharedRace, b as u32, message));
         }
     }

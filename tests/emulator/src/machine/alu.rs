@@ -53,7 +53,13 @@ fn execute(op: &Op, r: &mut Registers, exec: u32) -> bool {
                 r.set_pred(*q, no, exec);
             }
         }
-        Op::Select { wide: false, d, a, b, p } => {
+        Op::Select {
+            wide: false,
+            d,
+            a,
+            b,
+            p,
+        } => {
             let mask = r.pred(*p);
             let (a, b) = (r.read32(*a), r.read32(*b));
             let mut out = [0; LANES];
@@ -63,12 +69,22 @@ fn execute(op: &Op, r: &mut Registers, exec: u32) -> bool {
             }
             r.write32(*d, &out, exec);
         }
-        Op::Select { wide: true, d, a, b, p } => {
+        Op::Select {
+            wide: true,
+            d,
+            a,
+            b,
+            p,
+        } => {
             let mask = r.pred(*p);
             let (a, b) = (r.read64(*a), r.read64(*b));
             let mut out = [0; LANES];
             for lane in 0..LANES {
-                out[lane] = if mask >> lane & 1 == 1 { a[lane] } else { b[lane] };
+                out[lane] = if mask >> lane & 1 == 1 {
+                    a[lane]
+                } else {
+                    b[lane]
+                };
             }
             r.write64(*d, &out, exec);
         }
@@ -88,21 +104,53 @@ fn rare(op: &Op, r: &mut Registers, exec: u32) -> bool {
     match op {
         Op::Packed { op, ty, mods, d, s } => float::packed(r, exec, *op, *ty, mods, *d, *s),
         Op::Count { op, ty, d, a } => integer::count(r, exec, *op, *ty, *d, *a),
-        Op::Dot { lanes, a_signed, b_signed, high, d, s } => {
+        Op::Dot {
+            lanes,
+            a_signed,
+            b_signed,
+            high,
+            d,
+            s,
+        } => {
             integer::dot(r, exec, *lanes, [*a_signed, *b_signed], *high, *d, *s);
         }
         Op::Set { c, d, to } => set(r, exec, c, *d, *to),
-        Op::SelectSign { wide, float, d, a, b, c } => select_sign(r, exec, *wide, *float, *d, [*a, *b, *c]),
-        Op::Pack { d, parts, count, bits } => pack(r, exec, *d, &parts[..usize::from(*count)], *bits),
-        Op::Unpack { parts, count, bits, a } => unpack(r, exec, &parts[..usize::from(*count)], *bits, *a),
-        Op::Convaddr { d, a, space, to_generic } => convert_address(r, exec, *d, *a, *space, *to_generic),
+        Op::SelectSign {
+            wide,
+            float,
+            d,
+            a,
+            b,
+            c,
+        } => select_sign(r, exec, *wide, *float, *d, [*a, *b, *c]),
+        Op::Pack {
+            d,
+            parts,
+            count,
+            bits,
+        } => pack(r, exec, *d, &parts[..usize::from(*count)], *bits),
+        Op::Unpack {
+            parts,
+            count,
+            bits,
+            a,
+        } => unpack(r, exec, &parts[..usize::from(*count)], *bits, *a),
+        Op::Convaddr {
+            d,
+            a,
+            space,
+            to_generic,
+        } => convert_address(r, exec, *d, *a, *space, *to_generic),
         Op::IsSpace { p, a, space } => {
             let addresses = *r.read64(*a);
             let holds = |address: u64| match space {
                 Space::Global | Space::Const | Space::Generic => address >> WINDOW_SHIFT == 0,
                 other => address >> WINDOW_SHIFT == window(*other) >> WINDOW_SHIFT,
             };
-            let mask = addresses.iter().enumerate().fold(0, |m, (lane, &a)| m | u32::from(holds(a)) << lane);
+            let mask = addresses
+                .iter()
+                .enumerate()
+                .fold(0, |m, (lane, &a)| m | u32::from(holds(a)) << lane);
             r.set_pred(*p, mask, exec);
         }
         Op::Nothing | Op::Nanosleep => {}
@@ -130,7 +178,9 @@ fn comparison(r: &Registers, c: &Comparison) -> (u32, u32) {
         CompareType::Int(IntType::S64) => both(compare::<i64>(r, c.compare, c.a, c.b)),
         CompareType::Int(IntType::U16) => both(compare::<u16>(r, c.compare, c.a, c.b)),
         CompareType::Int(IntType::S16) => both(compare::<i16>(r, c.compare, c.a, c.b)),
-        CompareType::Float(FloatType::F32) if !c.ftz => both(compare::<f32>(r, c.compare, c.a, c.b)),
+        CompareType::Float(FloatType::F32) if !c.ftz => {
+            both(compare::<f32>(r, c.compare, c.a, c.b))
+        }
         CompareType::Float(ty) => both(compare_float(r, c.compare, ty, c.ftz, c.a, c.b)),
         CompareType::Packed(ty) => {
             let half = |h| compare_packed(r, c.compare, ty, c.ftz, [c.a, c.b], h);
@@ -174,12 +224,22 @@ fn set(r: &mut Registers, exec: u32, c: &Comparison, d: Reg, to: Type) {
 
 fn select_sign(r: &mut Registers, exec: u32, wide: bool, float: bool, d: Reg, s: [Reg; 3]) {
     let control = *r.read32(s[2]);
-    let first = |c: u32| if float { f32::from_bits(c) >= 0.0 } else { c as i32 >= 0 };
+    let first = |c: u32| {
+        if float {
+            f32::from_bits(c) >= 0.0
+        } else {
+            c as i32 >= 0
+        }
+    };
     let (a, b) = (AnyReg { index: s[0], wide }, AnyReg { index: s[1], wide });
     let (a, b) = (r.read_any(a), r.read_any(b));
     let mut out = [0; LANES];
     for lane in 0..LANES {
-        out[lane] = if first(control[lane]) { a[lane] } else { b[lane] };
+        out[lane] = if first(control[lane]) {
+            a[lane]
+        } else {
+            b[lane]
+        };
     }
     r.write_any(AnyReg { index: d, wide }, &out, exec);
 }
@@ -190,7 +250,13 @@ fn part_mask(bits: u8) -> u64 {
 
 fn pack(r: &mut Registers, exec: u32, d: AnyReg, parts: &[AnyReg], bits: u8) {
     if let ([lo, hi], 16, false) = (parts, bits, d.wide) {
-        return map2(r, exec, d.index, [lo.index, hi.index], |lo: u32, hi: u32| lo & 0xffff | hi << 16);
+        return map2(
+            r,
+            exec,
+            d.index,
+            [lo.index, hi.index],
+            |lo: u32, hi: u32| lo & 0xffff | hi << 16,
+        );
     }
     let mut out = [0; LANES];
     for (n, part) in parts.iter().enumerate() {
@@ -212,7 +278,14 @@ fn unpack(r: &mut Registers, exec: u32, parts: &[Option<AnyReg>], bits: u8, a: A
     }
 }
 
-fn convert_address(r: &mut Registers, exec: u32, d: AnyReg, a: AnyReg, space: Space, to_generic: bool) {
+fn convert_address(
+    r: &mut Registers,
+    exec: u32,
+    d: AnyReg,
+    a: AnyReg,
+    space: Space,
+    to_generic: bool,
+) {
     let base = window(space);
     let value = r.read_any(a).map(|v| match (to_generic, base) {
         (true, _) => v | base,

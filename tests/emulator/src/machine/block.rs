@@ -113,7 +113,11 @@ impl<'p> Block<'p> {
         let launch = self.ctx.launch;
         let [gx, gy, _] = launch.grid.map(u64::from);
         self.ctx.block = index;
-        self.ctx.coordinates = [(index % gx) as u32, (index / gx % gy) as u32, (index / gx / gy) as u32];
+        self.ctx.coordinates = [
+            (index % gx) as u32,
+            (index / gx % gy) as u32,
+            (index / gx / gy) as u32,
+        ];
         self.ctx.shared.clear();
         // A pattern that stands out where a fault slips through.
         self.ctx.shared.resize(launch.shared_bytes as usize, 0xcd);
@@ -144,7 +148,9 @@ impl<'p> Block<'p> {
                 continue;
             }
             let slice = self.slice();
-            let stop = self.warps[i].run(&mut self.ctx, slice).map_err(|f| self.finding(i, *f))?;
+            let stop = self.warps[i]
+                .run(&mut self.ctx, slice)
+                .map_err(|f| self.finding(i, *f))?;
             polled &= stop == Stop::Yield;
             self.stopped(i, stop)?;
         }
@@ -154,10 +160,21 @@ impl<'p> Block<'p> {
         self.check_deadlock()?;
         self.steps += self.ctx.counters.warp_instructions - instructions;
         let idle = polled && before == (self.ctx.progress, self.states.clone());
-        self.idle_rounds = if idle && self.short_round(instructions) { self.idle_rounds + 1 } else { 0 };
+        self.idle_rounds = if idle && self.short_round(instructions) {
+            self.idle_rounds + 1
+        } else {
+            0
+        };
         if self.idle_rounds > MAX_IDLE_ROUNDS || self.steps > self.ctx.launch.step_limit {
-            let i = self.states.iter().position(|s| *s == State::Ready).unwrap_or(0);
-            let message = format!("the block made no end after {} warp instructions", self.steps);
+            let i = self
+                .states
+                .iter()
+                .position(|s| *s == State::Ready)
+                .unwrap_or(0);
+            let message = format!(
+                "the block made no end after {} warp instructions",
+                self.steps
+            );
             return Err(self.finding(i, *Fault::new(Kind::Timeout, None, message)));
         }
         Ok(Progress::Running)
@@ -207,16 +224,29 @@ impl<'p> Block<'p> {
         Ok(())
     }
 
-    fn arrive(&mut self, i: usize, kind: BarrierKind, id: u32, threads: Option<u32>) -> Result<(), Box<Finding>> {
+    fn arrive(
+        &mut self,
+        i: usize,
+        kind: BarrierKind,
+        id: u32,
+        threads: Option<u32>,
+    ) -> Result<(), Box<Finding>> {
         self.ctx.progress += 1;
         let known = self.ctx.shared_shadow.release(i as u32);
         let warp = &self.warps[i];
         let barrier = &mut self.barriers[id as usize];
         if barrier.arrived == 0 {
-            *barrier = Barrier { threads, all: true, ..Barrier::default() };
+            *barrier = Barrier {
+                threads,
+                all: true,
+                ..Barrier::default()
+            };
         }
         let message = if barrier.threads != threads {
-            Some(format!("barrier {id} for {threads:?} threads, but other warps said {:?}", barrier.threads))
+            Some(format!(
+                "barrier {id} for {threads:?} threads, but other warps said {:?}",
+                barrier.threads
+            ))
         } else if barrier.arrived >> i & 1 == 1 {
             Some(format!("warp {i} arrives twice at barrier {id}"))
         } else {
@@ -272,7 +302,9 @@ impl<'p> Block<'p> {
     /// Result of `bar.red` for a warp that is one instruction past it.
     fn write_reduction(&mut self, i: usize, barrier: &Barrier) {
         let warp = &mut self.warps[i];
-        let Some(Op::Barrier { kind, .. }) = warp.previous(&self.ctx) else { return };
+        let Some(Op::Barrier { kind, .. }) = warp.previous(&self.ctx) else {
+            return;
+        };
         let live = warp.live;
         let mask = |holds: bool| if holds { u32::MAX } else { 0 };
         match *kind {
@@ -294,9 +326,15 @@ impl<'p> Block<'p> {
         }) else {
             return Ok(());
         };
-        let exited: u32 = self.warps.iter().map(|w| (w.full & !w.live).count_ones()).sum();
+        let exited: u32 = self
+            .warps
+            .iter()
+            .map(|w| (w.full & !w.live).count_ones())
+            .sum();
         let arrived: u32 = self.barriers[id as usize].arrived.count_ones() * 32;
-        let expected = self.barriers[id as usize].threads.map_or("all threads".into(), |t| format!("{t} threads"));
+        let expected = self.barriers[id as usize]
+            .threads
+            .map_or("all threads".into(), |t| format!("{t} threads"));
         let message = format!(
             "barrier {id} waits for {expected}: {arrived} arrived, {exited} threads have exited, the rest wait elsewhere"
         );
@@ -321,8 +359,15 @@ impl<'p> Block<'p> {
             block: self.ctx.coordinates,
             thread: [thread % bx, thread / bx % by, thread / bx / by],
             ptx_line: inst.line,
-            ptx_text: program.lines.get(inst.line as usize - 1).cloned().unwrap_or_default(),
-            source: function.locations.get(inst.location as usize).map(|l| program.describe(l)),
+            ptx_text: program
+                .lines
+                .get(inst.line as usize - 1)
+                .cloned()
+                .unwrap_or_default(),
+            source: function
+                .locations
+                .get(inst.location as usize)
+                .map(|l| program.describe(l)),
         })
     }
 }

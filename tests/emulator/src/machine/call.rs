@@ -29,7 +29,12 @@ impl Warp {
 
     /// The function that the first lane calls, and the lanes that call the same one; the others
     /// come back to the call.
-    fn indirect(&self, ctx: &Context<'_>, pointers: [u64; LANES], exec: u32) -> Checked<(usize, u32)> {
+    fn indirect(
+        &self,
+        ctx: &Context<'_>,
+        pointers: [u64; LANES],
+        exec: u32,
+    ) -> Checked<(usize, u32)> {
         let lane = exec.trailing_zeros();
         let pointer = pointers[lane as usize];
         let index = ((pointer & WINDOW_MASK) >> 4).wrapping_sub(1) as usize;
@@ -38,7 +43,8 @@ impl Warp {
             let message = format!("call of {pointer:#x}, which is not a function");
             return Err(Fault::new(Kind::IllegalInstruction, lane, message));
         }
-        let same = (0..LANES as u32).filter(|&l| exec >> l & 1 == 1 && pointers[l as usize] == pointer);
+        let same =
+            (0..LANES as u32).filter(|&l| exec >> l & 1 == 1 && pointers[l as usize] == pointer);
         Ok((index, same.fold(0, |m, l| m | 1 << l)))
     }
 
@@ -47,15 +53,27 @@ impl Warp {
         let (caller, call_pc) = (self.current_frame(), self.pc());
         let depth = self.frame().depth + 1;
         if depth > MAX_DEPTH {
-            return Err(Fault::new(Kind::IllegalInstruction, None, "call stack overflow"));
+            return Err(Fault::new(
+                Kind::IllegalInstruction,
+                None,
+                "call stack overflow",
+            ));
         }
         if call.args.len() != callee.params.len() {
-            let message = format!("{} takes {} arguments, {} given", callee.name, callee.params.len(), call.args.len());
+            let message = format!(
+                "{} takes {} arguments, {} given",
+                callee.name,
+                callee.params.len(),
+                call.args.len()
+            );
             return Err(Fault::new(Kind::IllegalInstruction, None, message));
         }
         let caller_base = self.frame().local_base;
         let local_base = (self.local.len() * 4) as u32;
-        self.local.resize(self.local.len() + callee.local_size as usize / 4, [0; LANES]);
+        self.local.resize(
+            self.local.len() + callee.local_size as usize / 4,
+            [0; LANES],
+        );
         for (&(from, _), &(to, size)) in call.args.iter().zip(&callee.params) {
             self.copy_local(local_base + to, caller_base + from, size, exec);
         }
@@ -63,9 +81,21 @@ impl Warp {
             Some(top) => top.base.after(&ctx.launch.program.functions[top.function]),
             None => Base::default(),
         };
-        self.frames.push(Frame { function, base, local_base, depth, lanes: exec, caller: Some(caller), call_pc });
+        self.frames.push(Frame {
+            function,
+            base,
+            local_base,
+            depth,
+            lanes: exec,
+            caller: Some(caller),
+            call_pc,
+        });
         self.regs.enter(base, callee);
-        let stay = if self.group() == exec || !matches!(call.target, Target::Pointer(_)) { call_pc + 1 } else { call_pc };
+        let stay = if self.group() == exec || !matches!(call.target, Target::Pointer(_)) {
+            call_pc + 1
+        } else {
+            call_pc
+        };
         self.transfer(exec, self.frames.len() as u32 - 1, 0, stay);
         self.fill_specials(ctx, function);
         Ok(())
@@ -74,7 +104,11 @@ impl Warp {
     pub(super) fn return_from(&mut self, ctx: &Context<'_>, exec: u32) -> Checked<Flow> {
         let frame = self.frame().clone();
         let Some(caller) = frame.caller else {
-            return Err(Fault::new(Kind::IllegalInstruction, None, "return without a caller"));
+            return Err(Fault::new(
+                Kind::IllegalInstruction,
+                None,
+                "return without a caller",
+            ));
         };
         let callee = &ctx.launch.program.functions[frame.function];
         let caller_frame = &self.frames[caller as usize];
@@ -149,7 +183,9 @@ impl Warp {
                         ctx.coordinates[usize::from(axis)] % ctx.launch.cluster[usize::from(axis)]
                     }
                     S::ClusterNctaid(axis) => ctx.launch.cluster[usize::from(axis)],
-                    S::ClusterId(axis) => ctx.coordinates[usize::from(axis)] / ctx.launch.cluster[usize::from(axis)],
+                    S::ClusterId(axis) => {
+                        ctx.coordinates[usize::from(axis)] / ctx.launch.cluster[usize::from(axis)]
+                    }
                     S::NumClusters(axis) => {
                         ctx.launch.grid[usize::from(axis)] / ctx.launch.cluster[usize::from(axis)]
                     }
@@ -169,7 +205,9 @@ impl Warp {
     }
 
     fn argument(&self, call: &Call, n: usize, lane: usize) -> u64 {
-        call.args.get(n).map_or(0, |&(offset, _)| self.local64(offset, lane))
+        call.args
+            .get(n)
+            .map_or(0, |&(offset, _)| self.local64(offset, lane))
     }
 
     fn string(&self, ctx: &Context<'_>, address: u64, lane: usize) -> String {
@@ -187,12 +225,16 @@ impl Warp {
         for lane in (0..LANES).filter(|l| exec >> l & 1 == 1) {
             let format = self.string(ctx, self.argument(call, 0, lane), lane);
             let mut at = self.argument(call, 1, lane);
-            let text = crate::printf::format(&format, &mut |size| {
-                at = at.next_multiple_of(size);
-                let value = self.peek(ctx, at, size, lane).unwrap_or(0);
-                at += size;
-                value
-            }, &|address| self.string(ctx, address, lane));
+            let text = crate::printf::format(
+                &format,
+                &mut |size| {
+                    at = at.next_multiple_of(size);
+                    let value = self.peek(ctx, at, size, lane).unwrap_or(0);
+                    at += size;
+                    value
+                },
+                &|address| self.string(ctx, address, lane),
+            );
             ctx.launch.print(&text);
         }
         if let Some(&(offset, _)) = call.results.first() {

@@ -24,15 +24,29 @@ fn frequent(r: &mut Registers, exec: u32, c: &Convert) -> bool {
     let (d, a) = (c.d.index, c.a.index);
     match (c.to, c.from, c.b) {
         (Type::Bf16x2, Type::F32, Some(b)) if c.rounding == Rounding::Nearest => {
-            map2(r, exec, d, [a, b.index], |hi: f32, lo: f32| bf16_bits(hi) << 16 | bf16_bits(lo));
+            map2(r, exec, d, [a, b.index], |hi: f32, lo: f32| {
+                bf16_bits(hi) << 16 | bf16_bits(lo)
+            });
         }
-        (Type::Bf16, Type::F32, _) if c.rounding == Rounding::Nearest => map1(r, exec, d, a, bf16_bits),
+        (Type::Bf16, Type::F32, _) if c.rounding == Rounding::Nearest => {
+            map1(r, exec, d, a, bf16_bits)
+        }
         (Type::F32, Type::Bf16, _) => map1(r, exec, d, a, |x: u32| x << 16),
-        (Type::F32, Type::S32, _) if c.rounding == Rounding::Nearest => map1(r, exec, d, a, |x: i32| x as f32),
-        (Type::F32, Type::U32, _) if c.rounding == Rounding::Nearest => map1(r, exec, d, a, |x: u32| x as f32),
-        (Type::S32, Type::F32, _) if c.rounding == Rounding::Zero => map1(r, exec, d, a, |x: f32| x as i32),
-        (Type::S64, Type::S32, _) if c.d.wide && !c.a.wide => map1(r, exec, d, a, |x: i32| i64::from(x)),
-        (Type::U64, Type::U32, _) if c.d.wide && !c.a.wide => map1(r, exec, d, a, |x: u32| u64::from(x)),
+        (Type::F32, Type::S32, _) if c.rounding == Rounding::Nearest => {
+            map1(r, exec, d, a, |x: i32| x as f32)
+        }
+        (Type::F32, Type::U32, _) if c.rounding == Rounding::Nearest => {
+            map1(r, exec, d, a, |x: u32| x as f32)
+        }
+        (Type::S32, Type::F32, _) if c.rounding == Rounding::Zero => {
+            map1(r, exec, d, a, |x: f32| x as i32)
+        }
+        (Type::S64, Type::S32, _) if c.d.wide && !c.a.wide => {
+            map1(r, exec, d, a, |x: i32| i64::from(x))
+        }
+        (Type::U64, Type::U32, _) if c.d.wide && !c.a.wide => {
+            map1(r, exec, d, a, |x: u32| u64::from(x))
+        }
         (Type::U32 | Type::S32, Type::U64 | Type::S64, _) if !c.d.wide && c.a.wide => {
             map1(r, exec, d, a, |x: u64| x as u32);
         }
@@ -55,7 +69,11 @@ fn general(r: &mut Registers, exec: u32, c: &Convert) {
     for lane in (0..LANES).filter(|lane| exec >> lane & 1 == 1) {
         out[lane] = match &b {
             Some(b) => {
-                let half = if c.to == Type::F16x2 { Type::F16 } else { Type::Bf16 };
+                let half = if c.to == Type::F16x2 {
+                    Type::F16
+                } else {
+                    Type::Bf16
+                };
                 one(c, half, a[lane]) << 16 | one(c, half, b[lane])
             }
             None => one(c, c.to, a[lane]),
@@ -68,7 +86,11 @@ fn decode(ty: Type, bits: u64, ftz: bool) -> Value {
     match ty {
         Type::F32 | Type::Tf32 => {
             let x = f32::from_bits(bits as u32);
-            let flushed = if ftz && x.is_subnormal() { 0.0f32.copysign(x) } else { x };
+            let flushed = if ftz && x.is_subnormal() {
+                0.0f32.copysign(x)
+            } else {
+                x
+            };
             Value::Float(f64::from(flushed))
         }
         Type::F64 => Value::Float(f64::from_bits(bits)),
@@ -113,9 +135,17 @@ fn direction(rounding: Rounding, x: f64) -> f64 {
 }
 
 fn encode(c: &Convert, to: Type, x: f64) -> u64 {
-    let mut x = if c.integral { direction(c.rounding, x) } else { x };
+    let mut x = if c.integral {
+        direction(c.rounding, x)
+    } else {
+        x
+    };
     if c.sat {
-        x = if x.is_nan() { 0.0 } else { x.clamp(0.0, 1.0) + 0.0 };
+        x = if x.is_nan() {
+            0.0
+        } else {
+            x.clamp(0.0, 1.0) + 0.0
+        };
     }
     if c.relu && x < 0.0 {
         x = 0.0;
@@ -125,12 +155,24 @@ fn encode(c: &Convert, to: Type, x: f64) -> u64 {
         Type::F16 => u64::from(rounding::to_f16(x, c.rounding).to_bits()),
         Type::Bf16 => u64::from(rounding::to_bf16(x, c.rounding).to_bits()),
         Type::Tf32 => {
-            let y = if x.is_nan() { rounding::CANONICAL_NAN } else { round(x, TF32, c.rounding) as f32 };
+            let y = if x.is_nan() {
+                rounding::CANONICAL_NAN
+            } else {
+                round(x, TF32, c.rounding) as f32
+            };
             u64::from(y.to_bits())
         }
         _ => {
-            let y = if x.is_nan() { rounding::CANONICAL_NAN } else { round(x, F32, c.rounding) as f32 };
-            let flushed = if c.ftz && y.is_subnormal() { 0.0f32.copysign(y) } else { y };
+            let y = if x.is_nan() {
+                rounding::CANONICAL_NAN
+            } else {
+                round(x, F32, c.rounding) as f32
+            };
+            let flushed = if c.ftz && y.is_subnormal() {
+                0.0f32.copysign(y)
+            } else {
+                y
+            };
             u64::from(flushed.to_bits())
         }
     }
@@ -139,7 +181,11 @@ fn encode(c: &Convert, to: Type, x: f64) -> u64 {
 /// Smallest and largest value of an integer type.
 fn range(to: Type) -> (i128, i128) {
     let bits = to.bits();
-    if to.is_signed() { (-(1i128 << (bits - 1)), (1i128 << (bits - 1)) - 1) } else { (0, (1i128 << bits) - 1) }
+    if to.is_signed() {
+        (-(1i128 << (bits - 1)), (1i128 << (bits - 1)) - 1)
+    } else {
+        (0, (1i128 << bits) - 1)
+    }
 }
 
 fn integer(c: &Convert, to: Type, i: i128) -> u64 {
@@ -148,7 +194,11 @@ fn integer(c: &Convert, to: Type, i: i128) -> u64 {
     // Truncate to the destination type, then extend by its sign.
     let shift = 64 - to.bits();
     let bits = (value as u64) << shift;
-    if to.is_signed() { (bits as i64 >> shift) as u64 } else { bits >> shift }
+    if to.is_signed() {
+        (bits as i64 >> shift) as u64
+    } else {
+        bits >> shift
+    }
 }
 
 /// Out-of-range values clamp to the type's range; NaN gives zero.

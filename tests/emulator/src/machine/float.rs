@@ -9,7 +9,15 @@ use crate::ptx::ops::{Compare, FloatMods, FloatOp, FloatType, Reg, Rounding};
 
 /// Dispatches on the operand type.
 #[inline(always)]
-pub fn float(r: &mut Registers, exec: u32, op: FloatOp, ty: FloatType, mods: &FloatMods, d: Reg, s: [Reg; 3]) {
+pub fn float(
+    r: &mut Registers,
+    exec: u32,
+    op: FloatOp,
+    ty: FloatType,
+    mods: &FloatMods,
+    d: Reg,
+    s: [Reg; 3],
+) {
     match ty {
         FloatType::F32 if mods.is_plain() && plain_f32(r, exec, op, d, s) => {}
         FloatType::F32 => general::<f32>(r, exec, op, mods, d, s),
@@ -32,7 +40,9 @@ fn plain_f32(r: &mut Registers, exec: u32, op: FloatOp, d: Reg, s: [Reg; 3]) -> 
         FloatOp::Add => map2(r, exec, d, two, |a: f32, b: f32| canonical(a + b)),
         FloatOp::Sub => map2(r, exec, d, two, |a: f32, b: f32| canonical(a - b)),
         FloatOp::Mul => map2(r, exec, d, two, |a: f32, b: f32| canonical(a * b)),
-        FloatOp::Fma => map3(r, exec, d, s, |a: f32, b: f32, c: f32| canonical(a.mul_add(b, c))),
+        FloatOp::Fma => map3(r, exec, d, s, |a: f32, b: f32, c: f32| {
+            canonical(a.mul_add(b, c))
+        }),
         FloatOp::Div => map2(r, exec, d, two, |a: f32, b: f32| canonical(a / b)),
         FloatOp::Max => map2(r, exec, d, two, |a: f32, b: f32| max_f32(a, b)),
         FloatOp::Min => map2(r, exec, d, two, |a: f32, b: f32| -max_f32(-a, -b)),
@@ -51,8 +61,20 @@ fn plain_f32(r: &mut Registers, exec: u32, op: FloatOp, d: Reg, s: [Reg; 3]) -> 
 #[inline(always)]
 fn max_f32(a: f32, b: f32) -> f32 {
     let equal = f32::from_bits(a.to_bits() & b.to_bits());
-    let ordered = if a > b { a } else if a == b { equal } else { b };
-    let number = if a.is_nan() { b } else if b.is_nan() { a } else { ordered };
+    let ordered = if a > b {
+        a
+    } else if a == b {
+        equal
+    } else {
+        b
+    };
+    let number = if a.is_nan() {
+        b
+    } else if b.is_nan() {
+        a
+    } else {
+        ordered
+    };
     canonical(number)
 }
 
@@ -97,12 +119,16 @@ macro_rules! narrow {
         }
     };
 }
-narrow!(f32, |v| f64::from(v), rounding::to_f32, 0x8000_0000);
+narrow!(f32, f64::from, rounding::to_f32, 0x8000_0000);
 narrow!(f16, |v: f16| v.to_f64(), rounding::to_f16, 0x8000);
 narrow!(bf16, |v: bf16| v.to_f64(), rounding::to_bf16, 0x8000);
 
 fn flush<T: Narrow>(x: T, ftz: bool) -> T {
-    if ftz && x.is_subnormal() { x.zero_like() } else { x }
+    if ftz && x.is_subnormal() {
+        x.zero_like()
+    } else {
+        x
+    }
 }
 
 /// Result of an op in f64, exact or rounded to odd.
@@ -139,7 +165,14 @@ fn one<T: Narrow>(op: FloatOp, mods: &FloatMods, a: T, b: T, c: T) -> T {
     let result = flush(result, mods.ftz);
     if mods.sat {
         let x = result.exact();
-        return T::rounded(if x.is_nan() { 0.0 } else { x.clamp(0.0, 1.0) + 0.0 }, Rounding::Nearest);
+        return T::rounded(
+            if x.is_nan() {
+                0.0
+            } else {
+                x.clamp(0.0, 1.0) + 0.0
+            },
+            Rounding::Nearest,
+        );
     }
     if mods.relu && result.negative() && !result.is_nan_value() {
         return T::rounded(0.0, Rounding::Nearest);
@@ -149,7 +182,11 @@ fn one<T: Narrow>(op: FloatOp, mods: &FloatMods, a: T, b: T, c: T) -> T {
 
 fn min_max<T: Narrow>(op: FloatOp, mods: &FloatMods, a: T, b: T) -> T {
     let sign = a.negative() != b.negative();
-    let (a, b) = if mods.xorsign_abs { (a.flip_sign(false, true), b.flip_sign(false, true)) } else { (a, b) };
+    let (a, b) = if mods.xorsign_abs {
+        (a.flip_sign(false, true), b.flip_sign(false, true))
+    } else {
+        (a, b)
+    };
     let (x, y) = (a.exact(), b.exact());
     let nan = T::rounded(f64::NAN, Rounding::Nearest);
     let chosen = match (x.is_nan(), y.is_nan()) {
@@ -163,10 +200,21 @@ fn min_max<T: Narrow>(op: FloatOp, mods: &FloatMods, a: T, b: T) -> T {
             if a_less == (op == FloatOp::Min) { a } else { b }
         }
     };
-    if mods.xorsign_abs { chosen.flip_sign(sign, false) } else { chosen }
+    if mods.xorsign_abs {
+        chosen.flip_sign(sign, false)
+    } else {
+        chosen
+    }
 }
 
-fn general<T: Narrow>(r: &mut Registers, exec: u32, op: FloatOp, mods: &FloatMods, d: Reg, s: [Reg; 3]) {
+fn general<T: Narrow>(
+    r: &mut Registers,
+    exec: u32,
+    op: FloatOp,
+    mods: &FloatMods,
+    d: Reg,
+    s: [Reg; 3],
+) {
     if let Some(found) = test::<T>(r, op, s[0]) {
         return r.set_pred(d, found, exec);
     }
@@ -226,7 +274,15 @@ fn double(r: &mut Registers, exec: u32, op: FloatOp, mods: &FloatMods, d: Reg, s
             FloatOp::Max => min_max_f64(a, b, false),
             other => evaluate(other, a, b, c),
         };
-        if mods.sat { if result.is_nan() { 0.0 } else { result.clamp(0.0, 1.0) } } else { result }
+        if mods.sat {
+            if result.is_nan() {
+                0.0
+            } else {
+                result.clamp(0.0, 1.0)
+            }
+        } else {
+            result
+        }
     });
 }
 
@@ -242,7 +298,15 @@ fn min_max_f64(a: f64, b: f64, min: bool) -> f64 {
 }
 
 /// Both halves of a packed register.
-pub fn packed(r: &mut Registers, exec: u32, op: FloatOp, ty: FloatType, mods: &FloatMods, d: Reg, s: [Reg; 3]) {
+pub fn packed(
+    r: &mut Registers,
+    exec: u32,
+    op: FloatOp,
+    ty: FloatType,
+    mods: &FloatMods,
+    d: Reg,
+    s: [Reg; 3],
+) {
     match ty {
         FloatType::F16 => packed_as::<f16>(r, exec, op, mods, d, s),
         _ => packed_as::<bf16>(r, exec, op, mods, d, s),
@@ -258,9 +322,18 @@ fn packed_as<T: Narrow + Lane<Bits = u32>>(
     s: [Reg; 3],
 ) {
     let half = |a: u32, b: u32, c: u32| {
-        one(op, mods, T::from_bits(a & 0xffff), T::from_bits(b & 0xffff), T::from_bits(c & 0xffff)).to_bits()
+        one(
+            op,
+            mods,
+            T::from_bits(a & 0xffff),
+            T::from_bits(b & 0xffff),
+            T::from_bits(c & 0xffff),
+        )
+        .to_bits()
     };
-    map3(r, exec, d, s, |a: u32, b: u32, c: u32| half(a, b, c) | half(a >> 16, b >> 16, c >> 16) << 16);
+    map3(r, exec, d, s, |a: u32, b: u32, c: u32| {
+        half(a, b, c) | half(a >> 16, b >> 16, c >> 16) << 16
+    });
 }
 
 #[inline(always)]
@@ -301,23 +374,47 @@ pub fn compare<T: Lane + PartialOrd>(r: &Registers, compare: Compare, a: Reg, b:
 /// Lanes for which the comparison holds, subnormals counting as zero if `ftz`.
 pub fn compare_float(r: &Registers, op: Compare, ty: FloatType, ftz: bool, a: Reg, b: Reg) -> u32 {
     match ty {
-        FloatType::F32 if ftz => compare2(r, a, b, |a: f32, b: f32| holds(op, &flush(a, true), &flush(b, true))),
+        FloatType::F32 if ftz => compare2(r, a, b, |a: f32, b: f32| {
+            holds(op, &flush(a, true), &flush(b, true))
+        }),
         FloatType::F32 => compare::<f32>(r, op, a, b),
         FloatType::F64 => compare::<f64>(r, op, a, b),
-        FloatType::F16 => compare2(r, a, b, |a: f16, b: f16| holds(op, &flush(a, ftz), &flush(b, ftz))),
-        FloatType::Bf16 => compare2(r, a, b, |a: bf16, b: bf16| holds(op, &flush(a, ftz), &flush(b, ftz))),
+        FloatType::F16 => compare2(r, a, b, |a: f16, b: f16| {
+            holds(op, &flush(a, ftz), &flush(b, ftz))
+        }),
+        FloatType::Bf16 => compare2(r, a, b, |a: bf16, b: bf16| {
+            holds(op, &flush(a, ftz), &flush(b, ftz))
+        }),
     }
 }
 
 /// Comparison of one half (0 or 1) of packed registers.
-pub fn compare_packed(r: &Registers, op: Compare, ty: FloatType, ftz: bool, s: [Reg; 2], half: u32) -> u32 {
+pub fn compare_packed(
+    r: &Registers,
+    op: Compare,
+    ty: FloatType,
+    ftz: bool,
+    s: [Reg; 2],
+    half: u32,
+) -> u32 {
     let (a, b) = (r.read32(s[0]), r.read32(s[1]));
     let mut out = 0;
     for lane in 0..LANES {
-        let (x, y) = ((a[lane] >> (16 * half)) as u16, (b[lane] >> (16 * half)) as u16);
+        let (x, y) = (
+            (a[lane] >> (16 * half)) as u16,
+            (b[lane] >> (16 * half)) as u16,
+        );
         let hit = match ty {
-            FloatType::F16 => holds(op, &flush(f16::from_bits(x), ftz), &flush(f16::from_bits(y), ftz)),
-            _ => holds(op, &flush(bf16::from_bits(x), ftz), &flush(bf16::from_bits(y), ftz)),
+            FloatType::F16 => holds(
+                op,
+                &flush(f16::from_bits(x), ftz),
+                &flush(f16::from_bits(y), ftz),
+            ),
+            _ => holds(
+                op,
+                &flush(bf16::from_bits(x), ftz),
+                &flush(bf16::from_bits(y), ftz),
+            ),
         };
         out |= u32::from(hit) << lane;
     }

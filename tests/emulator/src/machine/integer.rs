@@ -37,8 +37,7 @@ int!(u16 => u16, i16 => u16, u32 => u32, i32 => u32, u64 => u64, i64 => u64);
 #[inline(always)]
 pub fn integer(r: &mut Registers, exec: u32, op: IntOp, ty: IntType, d: Reg, s: [Reg; 4]) {
     match ty {
-        IntType::U32 if common_u32(r, exec, op, d, s) => {}
-        IntType::S32 if common_u32(r, exec, op, d, s) => {}
+        IntType::U32 | IntType::S32 if common_u32(r, exec, op, ty == IntType::S32, d, s) => {}
         IntType::U64 | IntType::S64 if common_u64(r, exec, op, d, s) => {}
         IntType::U16 => typed::<u16>(r, exec, op, d, s),
         IntType::S16 => typed::<i16>(r, exec, op, d, s),
@@ -49,21 +48,33 @@ pub fn integer(r: &mut Registers, exec: u32, op: IntOp, ty: IntType, d: Reg, s: 
     }
 }
 
-/// The frequent ops whose result does not depend on signedness, kept free of wide arithmetic.
+/// The frequent ops, kept free of wide arithmetic.
 #[inline(always)]
-fn common_u32(r: &mut Registers, exec: u32, op: IntOp, d: Reg, s: [Reg; 4]) -> bool {
+fn common_u32(r: &mut Registers, exec: u32, op: IntOp, signed: bool, d: Reg, s: [Reg; 4]) -> bool {
     let two = [s[0], s[1]];
     match op {
+        IntOp::Shr if signed => map2(r, exec, d, two, |a: i32, b: u32| a >> b.min(31)),
+        IntOp::Shr => map2(r, exec, d, two, |a: u32, b: u32| {
+            a.checked_shr(b).unwrap_or(0)
+        }),
+        IntOp::Min if signed => map2(r, exec, d, two, |a: i32, b: i32| a.min(b)),
+        IntOp::Min => map2(r, exec, d, two, |a: u32, b: u32| a.min(b)),
+        IntOp::Max if signed => map2(r, exec, d, two, |a: i32, b: i32| a.max(b)),
+        IntOp::Max => map2(r, exec, d, two, |a: u32, b: u32| a.max(b)),
         IntOp::Add => map2(r, exec, d, two, u32::wrapping_add),
         IntOp::Sub => map2(r, exec, d, two, u32::wrapping_sub),
         IntOp::MulLo => map2(r, exec, d, two, u32::wrapping_mul),
         IntOp::MadLo => {
-            map3(r, exec, d, [s[0], s[1], s[2]], |a: u32, b: u32, c: u32| a.wrapping_mul(b).wrapping_add(c));
+            map3(r, exec, d, [s[0], s[1], s[2]], |a: u32, b: u32, c: u32| {
+                a.wrapping_mul(b).wrapping_add(c)
+            });
         }
         IntOp::And => map2(r, exec, d, two, |a: u32, b: u32| a & b),
         IntOp::Or => map2(r, exec, d, two, |a: u32, b: u32| a | b),
         IntOp::Xor => map2(r, exec, d, two, |a: u32, b: u32| a ^ b),
-        IntOp::Shl => map2(r, exec, d, two, |a: u32, b: u32| a.checked_shl(b).unwrap_or(0)),
+        IntOp::Shl => map2(r, exec, d, two, |a: u32, b: u32| {
+            a.checked_shl(b).unwrap_or(0)
+        }),
         _ => return false,
     }
     true
@@ -79,7 +90,9 @@ fn common_u64(r: &mut Registers, exec: u32, op: IntOp, d: Reg, s: [Reg; 4]) -> b
         IntOp::And => map2(r, exec, d, two, |a: u64, b: u64| a & b),
         IntOp::Or => map2(r, exec, d, two, |a: u64, b: u64| a | b),
         IntOp::Xor => map2(r, exec, d, two, |a: u64, b: u64| a ^ b),
-        IntOp::Shl => map2(r, exec, d, two, |a: u64, b: u32| a.checked_shl(b).unwrap_or(0)),
+        IntOp::Shl => map2(r, exec, d, two, |a: u64, b: u32| {
+            a.checked_shl(b).unwrap_or(0)
+        }),
         _ => return false,
     }
     true
@@ -89,17 +102,25 @@ fn common_u64(r: &mut Registers, exec: u32, op: IntOp, d: Reg, s: [Reg; 4]) -> b
 #[inline(never)]
 fn typed<T: Int>(r: &mut Registers, exec: u32, op: IntOp, d: Reg, s: [Reg; 4]) {
     let (two, three) = ([s[0], s[1]], [s[0], s[1], s[2]]);
-    let unary = |r: &mut Registers, f: fn(T) -> i128| map1(r, exec, d, s[0], |a: T| T::narrow(f(a)));
-    let binary = |r: &mut Registers, f: fn(T, T) -> i128| map2(r, exec, d, two, |a: T, b: T| T::narrow(f(a, b)));
-    let ternary =
-        |r: &mut Registers, f: fn(T, T, T) -> i128| map3(r, exec, d, three, |a: T, b: T, c: T| T::narrow(f(a, b, c)));
+    let unary =
+        |r: &mut Registers, f: fn(T) -> i128| map1(r, exec, d, s[0], |a: T| T::narrow(f(a)));
+    let binary = |r: &mut Registers, f: fn(T, T) -> i128| {
+        map2(r, exec, d, two, |a: T, b: T| T::narrow(f(a, b)))
+    };
+    let ternary = |r: &mut Registers, f: fn(T, T, T) -> i128| {
+        map3(r, exec, d, three, |a: T, b: T, c: T| T::narrow(f(a, b, c)))
+    };
     match op {
         IntOp::Add => binary(r, |a, b| a.wide() + b.wide()),
         IntOp::Sub => binary(r, |a, b| a.wide() - b.wide()),
         IntOp::MulLo => binary(r, |a, b| a.wide().wrapping_mul(b.wide())),
         IntOp::MulHi => binary(r, |a, b| a.wide().wrapping_mul(b.wide()) >> T::BITS),
-        IntOp::MadLo => ternary(r, |a, b, c| a.wide().wrapping_mul(b.wide()).wrapping_add(c.wide())),
-        IntOp::MadHi => ternary(r, |a, b, c| (a.wide().wrapping_mul(b.wide()) >> T::BITS).wrapping_add(c.wide())),
+        IntOp::MadLo => ternary(r, |a, b, c| {
+            a.wide().wrapping_mul(b.wide()).wrapping_add(c.wide())
+        }),
+        IntOp::MadHi => ternary(r, |a, b, c| {
+            (a.wide().wrapping_mul(b.wide()) >> T::BITS).wrapping_add(c.wide())
+        }),
         IntOp::Sad => ternary(r, |a, b, c| (a.wide() - b.wide()).abs() + c.wide()),
         // Division by zero gives all ones, the remainder its dividend, as the hardware does.
         IntOp::Div => binary(r, |a, b| a.wide().checked_div(b.wide()).unwrap_or(-1)),
@@ -114,13 +135,17 @@ fn typed<T: Int>(r: &mut Registers, exec: u32, op: IntOp, d: Reg, s: [Reg; 4]) {
         IntOp::Not => unary(r, |a| !a.wide()),
         IntOp::Cnot => unary(r, |a| i128::from(a.bits() == 0)),
         IntOp::Shl => map2(r, exec, d, two, |a: T, b: u32| T::narrow(shift_left(a, b))),
-        IntOp::Shr => map2(r, exec, d, two, |a: T, b: u32| T::narrow(a.wide() >> b.min(T::BITS))),
+        IntOp::Shr => map2(r, exec, d, two, |a: T, b: u32| {
+            T::narrow(a.wide() >> b.min(T::BITS))
+        }),
         IntOp::Brev => unary(r, |a| i128::from(a.bits().reverse_bits() >> (64 - T::BITS))),
         IntOp::AddSat => binary(r, |a, b| clamp_s32(a.wide() + b.wide())),
         IntOp::SubSat => binary(r, |a, b| clamp_s32(a.wide() - b.wide())),
         IntOp::Bfe => map3(r, exec, d, three, extract::<T>),
         IntOp::Bfi => insert::<T>(r, exec, d, s),
-        IntOp::AddCarry(..) | IntOp::SubCarry(..) | IntOp::MadCarry { .. } => carrying::<T>(r, exec, op, d, three),
+        IntOp::AddCarry(..) | IntOp::SubCarry(..) | IntOp::MadCarry { .. } => {
+            carrying::<T>(r, exec, op, d, three)
+        }
         _ => only32(r, exec, op, d, s),
     }
 }
@@ -204,13 +229,19 @@ fn carrying<T: Int>(r: &mut Registers, exec: u32, op: IntOp, d: Reg, s: [Reg; 3]
 fn only32(r: &mut Registers, exec: u32, op: IntOp, d: Reg, s: [Reg; 4]) {
     let (two, three) = ([s[0], s[1]], [s[0], s[1], s[2]]);
     match op {
-        IntOp::Mul24Lo => map2(r, exec, d, two, |a: u32, b: u32| low24(a).wrapping_mul(low24(b))),
+        IntOp::Mul24Lo => map2(r, exec, d, two, |a: u32, b: u32| {
+            low24(a).wrapping_mul(low24(b))
+        }),
         IntOp::Mad24Lo => {
-            map3(r, exec, d, three, |a: u32, b: u32, c: u32| low24(a).wrapping_mul(low24(b)).wrapping_add(c));
+            map3(r, exec, d, three, |a: u32, b: u32, c: u32| {
+                low24(a).wrapping_mul(low24(b)).wrapping_add(c)
+            });
         }
         IntOp::Lop3(table) => map3(r, exec, d, three, |a, b, c| lop3(table, a, b, c)),
         IntOp::Prmt(mode) => map3(r, exec, d, three, |a, b, c| permute(mode, a, b, c)),
-        IntOp::Shf { left, clamp } => map3(r, exec, d, three, |a, b, c| funnel(left, clamp, a, b, c)),
+        IntOp::Shf { left, clamp } => {
+            map3(r, exec, d, three, |a, b, c| funnel(left, clamp, a, b, c))
+        }
         IntOp::Bmsk => map2(r, exec, d, two, |a: u32, b: u32| {
             let field = mask(b.min(32));
             if a >= 32 { 0 } else { (field << a) as u32 }
@@ -236,7 +267,11 @@ fn lop3(table: u8, a: u32, b: u32, c: u32) -> u32 {
 fn funnel(left: bool, clamp: bool, a: u32, b: u32, c: u32) -> u32 {
     let by = if clamp { c.min(32) } else { c & 31 };
     let both = u64::from(b) << 32 | u64::from(a);
-    if left { ((u128::from(both) << by) >> 32) as u32 } else { (u128::from(both) >> by) as u32 }
+    if left {
+        ((u128::from(both) << by) >> 32) as u32
+    } else {
+        (u128::from(both) >> by) as u32
+    }
 }
 
 fn permute(mode: PrmtMode, a: u32, b: u32, c: u32) -> u32 {
@@ -268,7 +303,14 @@ fn permute(mode: PrmtMode, a: u32, b: u32, c: u32) -> u32 {
 
 /// Products of twice the operands' width.
 #[inline(always)]
-pub fn wide_multiply(r: &mut Registers, exec: u32, ty: IntType, d: Reg, ab: [Reg; 2], c: Option<Reg>) {
+pub fn wide_multiply(
+    r: &mut Registers,
+    exec: u32,
+    ty: IntType,
+    d: Reg,
+    ab: [Reg; 2],
+    c: Option<Reg>,
+) {
     match (ty, c) {
         (IntType::S32, None) => map2(r, exec, d, ab, |a: i32, b: i32| i64::from(a) * i64::from(b)),
         (IntType::U32, None) => map2(r, exec, d, ab, |a: u32, b: u32| u64::from(a) * u64::from(b)),
@@ -306,7 +348,11 @@ fn count_one<T: Int>(op: CountOp, a: T) -> u32 {
         CountOp::Clz => leading(a.bits()),
         CountOp::Bfind { shift_amount } => {
             // Of a negative number the most significant zero counts.
-            let bits = if a.wide() < 0 { T::narrow(!a.wide()).bits() } else { a.bits() };
+            let bits = if a.wide() < 0 {
+                T::narrow(!a.wide()).bits()
+            } else {
+                a.bits()
+            };
             match (bits, shift_amount) {
                 (0, _) => u32::MAX,
                 (_, true) => leading(bits),
@@ -317,21 +363,41 @@ fn count_one<T: Int>(op: CountOp, a: T) -> u32 {
 }
 
 /// `dp4a` and `dp2a`: dot products of bytes (with bytes, or with 16-bit halves).
-pub fn dot(r: &mut Registers, exec: u32, lanes: u8, signed: [bool; 2], high: bool, d: Reg, s: [Reg; 3]) {
+pub fn dot(
+    r: &mut Registers,
+    exec: u32,
+    lanes: u8,
+    signed: [bool; 2],
+    high: bool,
+    d: Reg,
+    s: [Reg; 3],
+) {
     let byte = |v: u32, n: u32, signed: bool| {
         let b = (v >> (8 * n)) as u8;
-        if signed { i64::from(b as i8) } else { i64::from(b) }
+        if signed {
+            i64::from(b as i8)
+        } else {
+            i64::from(b)
+        }
     };
     let half = |v: u32, n: u32, signed: bool| {
         let h = (v >> (16 * n)) as u16;
-        if signed { i64::from(h as i16) } else { i64::from(h) }
+        if signed {
+            i64::from(h as i16)
+        } else {
+            i64::from(h)
+        }
     };
     map3(r, exec, d, s, |a: u32, b: u32, c: u32| {
         let sum: i64 = if lanes == 4 {
-            (0..4).map(|n| byte(a, n, signed[0]) * byte(b, n, signed[1])).sum()
+            (0..4)
+                .map(|n| byte(a, n, signed[0]) * byte(b, n, signed[1]))
+                .sum()
         } else {
             let first = if high { 2 } else { 0 };
-            (0..2).map(|n| half(a, n, signed[0]) * byte(b, first + n, signed[1])).sum()
+            (0..2)
+                .map(|n| half(a, n, signed[0]) * byte(b, first + n, signed[1]))
+                .sum()
         };
         c.wrapping_add(sum as u32)
     });

@@ -50,7 +50,10 @@ impl Launch<'_> {
     pub fn param(&self, at: u64, size: u64, lane: usize) -> Checked<u64> {
         let range = at as usize..(at + size) as usize;
         let Some(bytes) = self.params.get(range) else {
-            let message = format!("parameter read of {size} bytes at {at} of {}", self.params.len());
+            let message = format!(
+                "parameter read of {size} bytes at {at} of {}",
+                self.params.len()
+            );
             return Err(Fault::new(Kind::OutOfBounds, lane as u32, message));
         };
         let mut out = [0; 8];
@@ -72,7 +75,10 @@ impl Launch<'_> {
         let blocks: u64 = self.grid.iter().map(|&g| u64::from(g)).product();
         let workers = (rayon::current_num_threads() as u64).min(blocks).max(1);
         let (next, stop) = (AtomicU64::new(0), AtomicBool::new(false));
-        let total = Mutex::new(Counters { launches: 1, ..Counters::default() });
+        let total = Mutex::new(Counters {
+            launches: 1,
+            ..Counters::default()
+        });
         (0..workers).into_par_iter().try_for_each(|_| {
             let mut block = Block::new(self);
             while !stop.load(Relaxed) {

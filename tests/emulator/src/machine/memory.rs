@@ -41,7 +41,11 @@ impl Buffer {
         let layout = Self::layout(len)?;
         // SAFETY: the layout's size is not zero.
         let start = NonNull::new(unsafe { alloc_zeroed(layout) })?;
-        Some(Self { start, len, owned: true })
+        Some(Self {
+            start,
+            len,
+            owned: true,
+        })
     }
 }
 
@@ -65,7 +69,10 @@ pub struct Allocation {
 
 impl Allocation {
     fn at(&self, offset: u64, len: u64) -> *mut u8 {
-        debug_assert!(offset + len <= self.size, "bounds are checked by the caller");
+        debug_assert!(
+            offset + len <= self.size,
+            "bounds are checked by the caller"
+        );
         self.buffer.start.as_ptr().wrapping_add(offset as usize)
     }
 
@@ -118,7 +125,9 @@ impl Allocation {
                         .map(u64::from)
                         .map_err(u64::from),
                 ),
-                _ => either(AtomicU64::from_ptr(at.cast()).fetch_update(Relaxed, Relaxed, |v| Some(f(v)))),
+                _ => either(
+                    AtomicU64::from_ptr(at.cast()).fetch_update(Relaxed, Relaxed, |v| Some(f(v))),
+                ),
             }
         }
     }
@@ -158,8 +167,14 @@ pub struct Memory {
 impl Memory {
     /// Memory of `capacity` bytes.
     pub fn new(capacity: u64) -> Self {
-        let state = State { next: FIRST_ADDRESS, ..State::default() };
-        Self { capacity, state: Mutex::new(state) }
+        let state = State {
+            next: FIRST_ADDRESS,
+            ..State::default()
+        };
+        Self {
+            capacity,
+            state: Mutex::new(state),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -192,17 +207,37 @@ impl Memory {
         state.next = (base + size + GUARD).next_multiple_of(ALIGNMENT);
         state.used += size;
         let shadow = Shadow::new(size as usize);
-        state.live.insert(base, Arc::new(Allocation { base, size, buffer, shadow }));
+        state.live.insert(
+            base,
+            Arc::new(Allocation {
+                base,
+                size,
+                buffer,
+                shadow,
+            }),
+        );
         Ok(base)
     }
 
     /// Makes host memory visible to kernels at its own address; all of it counts as defined.
     pub fn register_host(&self, start: NonNull<u8>, size: u64) {
         let base = start.as_ptr() as u64;
-        let buffer = Buffer { start, len: size as usize, owned: false };
+        let buffer = Buffer {
+            start,
+            len: size as usize,
+            owned: false,
+        };
         let shadow = Shadow::new(size as usize);
         shadow.define(0, size);
-        self.lock().live.insert(base, Arc::new(Allocation { base, size, buffer, shadow }));
+        self.lock().live.insert(
+            base,
+            Arc::new(Allocation {
+                base,
+                size,
+                buffer,
+                shadow,
+            }),
+        );
     }
 
     /// Ends what [`Self::register_host`] began; false if the address is not registered.
@@ -216,7 +251,10 @@ impl Memory {
     /// [`MemoryError::InvalidAddress`] if it is not the base of a live allocation.
     pub fn free(&self, base: u64) -> Result<(), MemoryError> {
         let mut state = self.lock();
-        let allocation = state.live.remove(&base).ok_or(MemoryError::InvalidAddress)?;
+        let allocation = state
+            .live
+            .remove(&base)
+            .ok_or(MemoryError::InvalidAddress)?;
         state.used -= allocation.size;
         if state.freed.len() < MAX_FREED {
             state.freed.insert(base, allocation.size);
@@ -226,7 +264,11 @@ impl Memory {
 
     fn find(&self, address: u64, len: u64) -> Result<(Arc<Allocation>, u64), MemoryError> {
         let state = self.lock();
-        let found = state.live.range(..=address).next_back().map(|(_, a)| a.clone());
+        let found = state
+            .live
+            .range(..=address)
+            .next_back()
+            .map(|(_, a)| a.clone());
         let allocation = found.ok_or(MemoryError::InvalidAddress)?;
         let offset = address - allocation.base;
         match offset.checked_add(len) {
@@ -243,7 +285,11 @@ impl Memory {
         let (allocation, offset) = self.find(address, bytes.len() as u64)?;
         // SAFETY: the range lies inside the live buffer, which `allocation` keeps alive.
         unsafe {
-            std::ptr::copy_nonoverlapping(bytes.as_ptr(), allocation.at(offset, bytes.len() as u64), bytes.len());
+            std::ptr::copy_nonoverlapping(
+                bytes.as_ptr(),
+                allocation.at(offset, bytes.len() as u64),
+                bytes.len(),
+            );
         }
         allocation.shadow.define(offset, bytes.len() as u64);
         Ok(())
@@ -257,7 +303,11 @@ impl Memory {
         let (allocation, offset) = self.find(address, bytes.len() as u64)?;
         // SAFETY: as in `write`.
         unsafe {
-            std::ptr::copy_nonoverlapping(allocation.at(offset, bytes.len() as u64), bytes.as_mut_ptr(), bytes.len());
+            std::ptr::copy_nonoverlapping(
+                allocation.at(offset, bytes.len() as u64),
+                bytes.as_mut_ptr(),
+                bytes.len(),
+            );
         }
         Ok(())
     }
@@ -267,7 +317,9 @@ impl Memory {
     /// # Errors
     /// As [`Self::write`].
     pub fn fill(&self, address: u64, pattern: &[u8], count: u64) -> Result<(), MemoryError> {
-        let len = count.checked_mul(pattern.len() as u64).ok_or(MemoryError::InvalidAddress)?;
+        let len = count
+            .checked_mul(pattern.len() as u64)
+            .ok_or(MemoryError::InvalidAddress)?;
         let (allocation, offset) = self.find(address, len)?;
         let start = allocation.at(offset, len);
         if let [byte] = pattern {
@@ -311,7 +363,10 @@ impl Memory {
             state.launches += 1;
             epoch = 1;
         }
-        let view = View { live: state.live.values().cloned().collect(), freed: state.freed.clone() };
+        let view = View {
+            live: state.live.values().cloned().collect(),
+            freed: state.freed.clone(),
+        };
         (view, epoch)
     }
 }
@@ -326,17 +381,23 @@ pub struct View {
 impl View {
     /// Index of the allocation that `address` falls into or behind.
     pub fn find(&self, address: u64) -> Option<usize> {
-        let index = self.live.partition_point(|a| a.base <= address).checked_sub(1)?;
+        let index = self
+            .live
+            .partition_point(|a| a.base <= address)
+            .checked_sub(1)?;
         (address - self.live[index].base < self.live[index].size).then_some(index)
     }
 
-    pub fn get(&self, index: usize) -> Option<&Allocation> {
-        self.live.get(index).map(|a| &**a)
+    pub fn get(&self, index: usize) -> Option<&Arc<Allocation>> {
+        self.live.get(index)
     }
 
     /// Whether an address lies in memory that was freed.
     pub fn was_freed(&self, address: u64) -> bool {
-        self.freed.range(..=address).next_back().is_some_and(|(base, size)| address - base < *size)
+        self.freed
+            .range(..=address)
+            .next_back()
+            .is_some_and(|(base, size)| address - base < *size)
     }
 
     /// Describes where an address lies, for messages.
@@ -348,7 +409,10 @@ impl View {
         match index.checked_sub(1).and_then(|i| self.live.get(i)) {
             Some(a) if address >= a.base => {
                 let past = (address - a.base).saturating_sub(a.size);
-                format!("{past} bytes past the end of the {}-byte allocation at {:#x}", a.size, a.base)
+                format!(
+                    "{past} bytes past the end of the {}-byte allocation at {:#x}",
+                    a.size, a.base
+                )
             }
             _ => "no allocation".into(),
         }

@@ -5,6 +5,7 @@ pub mod alu;
 pub mod atomic;
 pub mod block;
 pub mod call;
+pub mod checks;
 pub mod convert;
 pub mod float;
 pub mod integer;

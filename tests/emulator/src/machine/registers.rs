@@ -51,13 +51,17 @@ impl Registers {
     /// Opens a frame at `base`, fills in its constants and makes it current.
     pub fn enter(&mut self, base: Base, function: &Function) {
         self.base = base;
-        let (end32, end64) = (base.r32 + function.regs32 as usize, base.r64 + function.regs64 as usize);
+        let (end32, end64) = (
+            base.r32 + function.regs32 as usize,
+            base.r64 + function.regs64 as usize,
+        );
         let end_preds = base.preds + function.preds as usize;
         self.r32.truncate(base.r32);
         self.r64.truncate(base.r64);
         self.preds.truncate(base.preds);
         self.r32.resize(end32, [POISON; LANES]);
-        self.r64.resize(end64, [u64::from(POISON) << 32 | u64::from(POISON); LANES]);
+        self.r64
+            .resize(end64, [u64::from(POISON) << 32 | u64::from(POISON); LANES]);
         self.preds.resize(end_preds, 0);
         for &(reg, value) in &function.constants32 {
             self.r32[base.r32 + reg as usize] = [value; LANES];
@@ -85,7 +89,11 @@ impl Registers {
 
     /// A register of either width, zero-extended.
     pub fn read_any(&self, reg: AnyReg) -> [u64; LANES] {
-        if reg.wide { *self.read64(reg.index) } else { self.read32(reg.index).map(u64::from) }
+        if reg.wide {
+            *self.read64(reg.index)
+        } else {
+            self.read32(reg.index).map(u64::from)
+        }
     }
 
     pub fn pred(&self, reg: Reg) -> u32 {
@@ -170,10 +178,26 @@ macro_rules! lane {
 lane!(u32, u32, read32, write32, |b| b, |v| v);
 lane!(i32, u32, read32, write32, |b| b as i32, |v| v as u32);
 lane!(u16, u32, read32, write32, |b| b as u16, u32::from);
-lane!(i16, u32, read32, write32, |b| b as i16, |v| u32::from(v as u16));
+lane!(i16, u32, read32, write32, |b| b as i16, |v| u32::from(
+    v as u16
+));
 lane!(f32, u32, read32, write32, f32::from_bits, f32::to_bits);
-lane!(f16, u32, read32, write32, |b| f16::from_bits(b as u16), |v: f16| u32::from(v.to_bits()));
-lane!(bf16, u32, read32, write32, |b| bf16::from_bits(b as u16), |v: bf16| u32::from(v.to_bits()));
+lane!(
+    f16,
+    u32,
+    read32,
+    write32,
+    |b| f16::from_bits(b as u16),
+    |v: f16| u32::from(v.to_bits())
+);
+lane!(
+    bf16,
+    u32,
+    read32,
+    write32,
+    |b| bf16::from_bits(b as u16),
+    |v: bf16| u32::from(v.to_bits())
+);
 lane!(u64, u64, read64, write64, |b| b, |v| v);
 lane!(i64, u64, read64, write64, |b| b as i64, |v| v as u64);
 lane!(f64, u64, read64, write64, f64::from_bits, f64::to_bits);
@@ -218,7 +242,12 @@ pub fn map3<A: Lane, B: Lane, C: Lane, D: Lane>(
     let mut out = [D::Bits::default(); LANES];
     let (a, b, c) = (A::view(r, s[0]), B::view(r, s[1]), C::view(r, s[2]));
     for lane in 0..LANES {
-        out[lane] = f(A::from_bits(a[lane]), B::from_bits(b[lane]), C::from_bits(c[lane])).to_bits();
+        out[lane] = f(
+            A::from_bits(a[lane]),
+            B::from_bits(b[lane]),
+            C::from_bits(c[lane]),
+        )
+        .to_bits();
     }
     D::write(r, d, &out, exec);
 }

@@ -14,10 +14,26 @@ pub struct Format {
     largest: f64,
 }
 
-pub const F32: Format = Format { precision: 24, min_exponent: -126, largest: f32::MAX as f64 };
-pub const F16: Format = Format { precision: 11, min_exponent: -14, largest: 65504.0 };
-pub const BF16: Format = Format { precision: 8, min_exponent: -126, largest: 3.389_531_389_251_535_5e38 };
-pub const TF32: Format = Format { precision: 11, min_exponent: -126, largest: 3.401_162_134_214_653_5e38 };
+pub const F32: Format = Format {
+    precision: 24,
+    min_exponent: -126,
+    largest: f32::MAX as f64,
+};
+pub const F16: Format = Format {
+    precision: 11,
+    min_exponent: -14,
+    largest: 65504.0,
+};
+pub const BF16: Format = Format {
+    precision: 8,
+    min_exponent: -126,
+    largest: 3.389_531_389_251_535_5e38,
+};
+pub const TF32: Format = Format {
+    precision: 11,
+    min_exponent: -126,
+    largest: 3.401_162_134_214_653_5e38,
+};
 
 /// 2^e for exponents of normal f64 numbers.
 fn power_of_two(e: i32) -> f64 {
@@ -49,7 +65,11 @@ pub fn round(x: f64, format: Format, rounding: Rounding) -> f64 {
         Rounding::Down => x < 0.0,
         Rounding::Up => x > 0.0,
     };
-    if to_infinity { f64::INFINITY.copysign(x) } else { format.largest.copysign(x) }
+    if to_infinity {
+        f64::INFINITY.copysign(x)
+    } else {
+        format.largest.copysign(x)
+    }
 }
 
 /// `a + b` rounded to odd: rounding it again to at most 51 bits equals rounding the exact sum
@@ -65,7 +85,11 @@ pub fn add_to_odd(a: f64, b: f64) -> f64 {
         return sum;
     }
     let grows = (error > 0.0) == (sum > 0.0);
-    f64::from_bits(if grows { sum.to_bits() + 1 } else { sum.to_bits() - 1 })
+    f64::from_bits(if grows {
+        sum.to_bits() + 1
+    } else {
+        sum.to_bits() - 1
+    })
 }
 
 /// An integer as f64, rounded to odd when it has more than 53 bits.
@@ -77,7 +101,11 @@ pub fn integer_to_odd(x: i128) -> f64 {
 
 /// The f16 nearest in the given direction.
 pub fn to_f16(x: f64, rounding: Rounding) -> f16 {
-    if x.is_nan() { f16::from_bits(0x7fff) } else { f16::from_f64(round(x, F16, rounding)) }
+    if x.is_nan() {
+        f16::from_bits(0x7fff)
+    } else {
+        f16::from_f64(round(x, F16, rounding))
+    }
 }
 
 /// The bf16 nearest in the given direction.
@@ -91,7 +119,11 @@ pub fn to_bf16(x: f64, rounding: Rounding) -> bf16 {
 
 /// The f32 nearest in the given direction.
 pub fn to_f32(x: f64, rounding: Rounding) -> f32 {
-    if x.is_nan() { CANONICAL_NAN } else { round(x, F32, rounding) as f32 }
+    if x.is_nan() {
+        CANONICAL_NAN
+    } else {
+        round(x, F32, rounding) as f32
+    }
 }
 
 /// The NaN that single-precision arithmetic produces.

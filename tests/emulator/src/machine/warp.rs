@@ -41,7 +41,11 @@ pub enum Stop {
     Exited,
     /// Used up its slice, or polls for something.
     Yield,
-    Barrier { kind: BarrierKind, id: u32, threads: Option<u32> },
+    Barrier {
+        kind: BarrierKind,
+        id: u32,
+        threads: Option<u32>,
+    },
     ClusterArrive,
     ClusterWait,
 }
@@ -80,7 +84,12 @@ impl Warp {
             index: 0,
             live: 0,
             full: 0,
-            current: Group { pc: 0, mask: 0, frame: 0, waiting: false },
+            current: Group {
+                pc: 0,
+                mask: 0,
+                frame: 0,
+                waiting: false,
+            },
             others: Vec::new(),
             frames: Vec::new(),
             local: Vec::new(),
@@ -95,7 +104,12 @@ impl Warp {
         self.regs.reset(function);
         self.index = index;
         (self.live, self.full) = (mask, mask);
-        self.current = Group { pc: 0, mask, frame: 0, waiting: false };
+        self.current = Group {
+            pc: 0,
+            mask,
+            frame: 0,
+            waiting: false,
+        };
         self.others.clear();
         self.frames.clear();
         self.frames.push(Frame {
@@ -108,7 +122,8 @@ impl Warp {
             call_pc: 0,
         });
         self.local.clear();
-        self.local.resize(function.local_size as usize / 4, [0; LANES]);
+        self.local
+            .resize(function.local_size as usize / 4, [0; LANES]);
         self.copies = Copies::default();
         self.polling = false;
         self.fill_specials(ctx, ctx.launch.function);
@@ -238,9 +253,15 @@ impl Warp {
         let missing = self.live & !self.current.mask;
         let (kind, what) = match inst.op {
             Op::Barrier { .. } => (Kind::Barrier, "barrier reached by a diverged warp"),
-            _ => (Kind::WarpSync, "warp-level instruction that not all named lanes reach together"),
+            _ => (
+                Kind::WarpSync,
+                "warp-level instruction that not all named lanes reach together",
+            ),
         };
-        let message = format!("{what}: lanes {:#010x} are here, lanes {missing:#010x} are not", self.current.mask);
+        let message = format!(
+            "{what}: lanes {:#010x} are here, lanes {missing:#010x} are not",
+            self.current.mask
+        );
         Fault::new(kind, self.first_lane(), message)
     }
 
@@ -260,7 +281,12 @@ impl Warp {
             Op::Return if self.frame().caller.is_some() => return self.return_from(ctx, exec),
             Op::Exit | Op::Return => return Ok(self.exit(exec)),
             Op::Call(call) => return self.call(ctx, call, exec),
-            Op::Barrier { kind, id, threads, aligned } => {
+            Op::Barrier {
+                kind,
+                id,
+                threads,
+                aligned,
+            } => {
                 return self.barrier(*kind, *id, *threads, *aligned, exec);
             }
             Op::LocalAddress { d, offset } => {
@@ -276,8 +302,20 @@ impl Warp {
                     ctx.launch.races.fence(ctx.block);
                 }
             }
-            Op::Trap => return Err(Fault::new(Kind::IllegalInstruction, None, "trap instruction executed")),
-            Op::Breakpoint => return Err(Fault::new(Kind::IllegalInstruction, None, "breakpoint executed")),
+            Op::Trap => {
+                return Err(Fault::new(
+                    Kind::IllegalInstruction,
+                    None,
+                    "trap instruction executed",
+                ));
+            }
+            Op::Breakpoint => {
+                return Err(Fault::new(
+                    Kind::IllegalInstruction,
+                    None,
+                    "breakpoint executed",
+                ));
+            }
             other => return self.warp_level(ctx, other, exec),
         }
         Ok(Flow::Next)
@@ -297,7 +335,11 @@ impl Warp {
             self.current.pc = to;
         } else {
             ctx.counters.divergent_branches += 1;
-            self.others.push(Group { pc: to, mask: exec, ..self.current });
+            self.others.push(Group {
+                pc: to,
+                mask: exec,
+                ..self.current
+            });
             self.current.mask = staying;
             self.current.pc += 1;
         }
@@ -314,10 +356,15 @@ impl Warp {
                 let message = format!("branch index {chosen} of {} targets", targets.len());
                 return Err(Fault::new(Kind::IllegalInstruction, lane, message));
             };
-            let same = (0..LANES as u32).filter(|&l| rest >> l & 1 == 1 && index[l as usize] == chosen);
+            let same =
+                (0..LANES as u32).filter(|&l| rest >> l & 1 == 1 && index[l as usize] == chosen);
             let mask = same.fold(0, |m, l| m | 1 << l);
             rest &= !mask;
-            self.others.push(Group { pc: to, mask, ..self.current });
+            self.others.push(Group {
+                pc: to,
+                mask,
+                ..self.current
+            });
         }
         let staying = self.current.mask & !exec;
         Ok(self.leave(staying))
@@ -355,9 +402,18 @@ impl Warp {
     pub(super) fn transfer(&mut self, exec: u32, frame: u32, pc: u32, stay_pc: u32) {
         let staying = self.current.mask & !exec;
         if staying != 0 {
-            self.others.push(Group { pc: stay_pc, mask: staying, ..self.current });
+            self.others.push(Group {
+                pc: stay_pc,
+                mask: staying,
+                ..self.current
+            });
         }
-        self.current = Group { pc, mask: exec, frame, waiting: false };
+        self.current = Group {
+            pc,
+            mask: exec,
+            frame,
+            waiting: false,
+        };
         self.regs.select(self.frames[frame as usize].base);
     }
 
@@ -381,15 +437,24 @@ impl Warp {
                 return Ok(Flow::Moved);
             }
             let missing = self.live & !exec;
-            let form = if aligned { "aligned barrier" } else { "barrier" };
-            let message = format!("{form} reached by lanes {exec:#010x} only, not by lanes {missing:#010x}");
+            let form = if aligned {
+                "aligned barrier"
+            } else {
+                "barrier"
+            };
+            let message =
+                format!("{form} reached by lanes {exec:#010x} only, not by lanes {missing:#010x}");
             return Err(Fault::new(Kind::Barrier, self.first_lane(), message));
         }
         let lane = exec.trailing_zeros() as usize;
         let id = self.regs.read32(id)[lane];
         let threads = threads.map(|t| self.regs.read32(t)[lane]);
         if id >= 16 {
-            return Err(Fault::new(Kind::Barrier, None, format!("barrier {id} does not exist, only 0 to 15")));
+            return Err(Fault::new(
+                Kind::Barrier,
+                None,
+                format!("barrier {id} does not exist, only 0 to 15"),
+            ));
         }
         if let Some(count) = threads.filter(|t| t % 32 != 0 || *t == 0) {
             let message = format!("barrier for {count} threads, which is not a multiple of 32");
@@ -402,10 +467,14 @@ impl Warp {
     /// Lane addresses of an operand.
     pub fn addresses(&self, address: &Address) -> [u64; LANES] {
         if address.base.wide {
-            self.regs.read64(address.base.index).map(|a| a.wrapping_add_signed(address.offset))
+            self.regs
+                .read64(address.base.index)
+                .map(|a| a.wrapping_add_signed(address.offset))
         } else {
             let offset = address.offset as u32;
-            self.regs.read32(address.base.index).map(|a| u64::from(a.wrapping_add(offset)))
+            self.regs
+                .read32(address.base.index)
+                .map(|a| u64::from(a.wrapping_add(offset)))
         }
     }
 }
@@ -424,11 +493,23 @@ fn count(ctx: &mut Context<'_>, inst: &Inst, exec: u32) {
     counters.lane_instructions += lanes;
     counters.by_class[inst.class as usize] += 1;
     match &inst.op {
-        Op::Float { op: FloatOp::Fma, .. } => counters.flop += 2 * lanes,
-        Op::Float { op: FloatOp::Add | FloatOp::Sub | FloatOp::Mul, .. } => counters.flop += lanes,
-        Op::Packed { op: FloatOp::Fma, .. } => counters.flop += 4 * lanes,
-        Op::Packed { op: FloatOp::Add | FloatOp::Sub | FloatOp::Mul, .. } => counters.flop += 2 * lanes,
-        _ if inst.class == Class::Barrier => counters.barriers += u64::from(matches!(inst.op, Op::Barrier { .. })),
+        Op::Float {
+            op: FloatOp::Fma, ..
+        } => counters.flop += 2 * lanes,
+        Op::Float {
+            op: FloatOp::Add | FloatOp::Sub | FloatOp::Mul,
+            ..
+        } => counters.flop += lanes,
+        Op::Packed {
+            op: FloatOp::Fma, ..
+        } => counters.flop += 4 * lanes,
+        Op::Packed {
+            op: FloatOp::Add | FloatOp::Sub | FloatOp::Mul,
+            ..
+        } => counters.flop += 2 * lanes,
+        _ if inst.class == Class::Barrier => {
+            counters.barriers += u64::from(matches!(inst.op, Op::Barrier { .. }))
+        }
         _ => {}
     }
 }

@@ -1,8 +1,8 @@
 //! Warp-level ops: shuffles, votes, matches, reductions, and the entry to matrix and
 //! asynchronous instructions.
 
-use super::access::lanes;
 use super::block::Context;
+use super::checks::lanes;
 use super::registers::LANES;
 use super::warp::{Flow, Stop, Warp};
 use crate::ptx::ops::{AnyReg, AtomicOp, Op, Reg, ShuffleMode, VoteMode};
@@ -30,7 +30,12 @@ fn member_register(op: &Op) -> Option<Reg> {
 }
 
 impl Warp {
-    pub(super) fn warp_level(&mut self, ctx: &mut Context<'_>, op: &Op, exec: u32) -> Checked<Flow> {
+    pub(super) fn warp_level(
+        &mut self,
+        ctx: &mut Context<'_>,
+        op: &Op,
+        exec: u32,
+    ) -> Checked<Flow> {
         if let Some(reg) = member_register(op) {
             return self.for_members(op, *self.regs.read32(reg), exec);
         }
@@ -62,11 +67,14 @@ impl Warp {
         let mut rest = exec;
         while rest != 0 {
             let named = masks[rest.trailing_zeros() as usize];
-            let part = lanes(rest).filter(|&l| masks[l] == named).fold(0, |m, l| m | 1 << l);
+            let part = lanes(rest)
+                .filter(|&l| masks[l] == named)
+                .fold(0, |m, l| m | 1 << l);
             rest &= !part;
             if part & !named != 0 {
                 let lane = (part & !named).trailing_zeros();
-                let message = format!("member mask {named:#010x} does not name the executing lane {lane}");
+                let message =
+                    format!("member mask {named:#010x} does not name the executing lane {lane}");
                 return Err(Fault::new(Kind::WarpSync, lane, message));
             }
             if let Meeting::Wait = self.meet(named & self.live, part)? {
@@ -83,10 +91,26 @@ impl Warp {
 
     fn member_op(&mut self, op: &Op, exec: u32, named: u32) {
         match op {
-            Op::Shuffle { mode, d, p, a, b, c, .. } => self.shuffle(*mode, (*d, *p), [*a, *b, *c], exec, named),
-            Op::Vote { mode, d, p, negated, .. } => self.vote(*mode, *d, *p, *negated, exec),
+            Op::Shuffle {
+                mode,
+                d,
+                p,
+                a,
+                b,
+                c,
+                ..
+            } => self.shuffle(*mode, (*d, *p), [*a, *b, *c], exec, named),
+            Op::Vote {
+                mode,
+                d,
+                p,
+                negated,
+                ..
+            } => self.vote(*mode, *d, *p, *negated, exec),
             Op::Match { all, d, p, a, .. } => self.match_lanes(*all, *d, *p, *a, exec),
-            Op::Redux { op, signed, d, a, .. } => self.redux(*op, *signed, *d, *a, exec),
+            Op::Redux {
+                op, signed, d, a, ..
+            } => self.redux(*op, *signed, *d, *a, exec),
             Op::Elect { d, p, .. } => {
                 let leader = exec.trailing_zeros();
                 if let Some(d) = d {
@@ -114,7 +138,8 @@ impl Warp {
             return Ok(Meeting::Wait);
         }
         let missing = needed & !exec;
-        let message = format!("instruction for lanes {needed:#010x} executed without lanes {missing:#010x}");
+        let message =
+            format!("instruction for lanes {needed:#010x} executed without lanes {missing:#010x}");
         Err(Fault::new(Kind::WarpSync, self.first_lane(), message))
     }
 
@@ -126,7 +151,11 @@ impl Warp {
         exec: u32,
         named: u32,
     ) {
-        let (a, b, c) = (*self.regs.read32(s[0]), *self.regs.read32(s[1]), *self.regs.read32(s[2]));
+        let (a, b, c) = (
+            *self.regs.read32(s[0]),
+            *self.regs.read32(s[1]),
+            *self.regs.read32(s[2]),
+        );
         let mut out = [0; LANES];
         let mut valid = 0;
         for lane in lanes(exec) {
@@ -146,7 +175,11 @@ impl Warp {
             let from = if inside { from & 31 } else { me };
             // From a lane that takes no part the value is undefined; poison makes its use show.
             let defined = (named & self.live & exec) >> from & 1 == 1;
-            out[lane] = if defined { a[from as usize] } else { 0xdead_beef };
+            out[lane] = if defined {
+                a[from as usize]
+            } else {
+                0xdead_beef
+            };
             valid |= u32::from(inside) << lane;
         }
         self.regs.write32(d, &out, exec);
@@ -156,21 +189,28 @@ impl Warp {
     }
 
     fn vote(&mut self, mode: VoteMode, d: Reg, p: Reg, negated: bool, exec: u32) {
-        let value = if negated { !self.regs.pred(p) } else { self.regs.pred(p) } & exec;
+        let value = if negated {
+            !self.regs.pred(p)
+        } else {
+            self.regs.pred(p)
+        } & exec;
         let holds = match mode {
             VoteMode::Ballot => return self.regs.write32(d, &[value; LANES], exec),
             VoteMode::All => value == exec,
             VoteMode::Any => value != 0,
             VoteMode::Uniform => value == exec || value == 0,
         };
-        self.regs.set_pred(d, if holds { u32::MAX } else { 0 }, exec);
+        self.regs
+            .set_pred(d, if holds { u32::MAX } else { 0 }, exec);
     }
 
     fn match_lanes(&mut self, all: bool, d: Reg, p: Option<Reg>, a: AnyReg, exec: u32) {
         let value = self.regs.read_any(a);
         let mut out = [0; LANES];
         for lane in lanes(exec) {
-            out[lane] = lanes(exec).filter(|&l| value[l] == value[lane]).fold(0, |m, l| m | 1 << l);
+            out[lane] = lanes(exec)
+                .filter(|&l| value[l] == value[lane])
+                .fold(0, |m, l| m | 1 << l);
         }
         if all {
             let same = out[exec.trailing_zeros() as usize] == exec;
@@ -194,7 +234,10 @@ impl Warp {
             (_, true) => (x as i32).max(y as i32) as u32,
             (_, false) => x.max(y),
         };
-        let total = lanes(exec).map(|lane| value[lane]).reduce(combine).unwrap_or(0);
+        let total = lanes(exec)
+            .map(|lane| value[lane])
+            .reduce(combine)
+            .unwrap_or(0);
         self.regs.write32(d, &[total; LANES], exec);
     }
 }

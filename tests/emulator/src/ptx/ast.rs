@@ -70,7 +70,13 @@ impl Type {
         match self {
             Type::Pred => 1,
             Type::B8 | Type::U8 | Type::S8 => 8,
-            Type::B16 | Type::U16 | Type::S16 | Type::F16 | Type::Bf16 | Type::E4m3x2 | Type::E5m2x2 => 16,
+            Type::B16
+            | Type::U16
+            | Type::S16
+            | Type::F16
+            | Type::Bf16
+            | Type::E4m3x2
+            | Type::E5m2x2 => 16,
             Type::B64 | Type::U64 | Type::S64 | Type::F64 => 64,
             Type::B128 => 128,
             _ => 32,
@@ -87,7 +93,10 @@ impl Type {
     }
 
     pub fn is_float(self) -> bool {
-        matches!(self, Type::F16 | Type::Bf16 | Type::F32 | Type::F64 | Type::Tf32)
+        matches!(
+            self,
+            Type::F16 | Type::Bf16 | Type::F32 | Type::F64 | Type::Tf32
+        )
     }
 }
 
@@ -155,7 +164,11 @@ pub enum Operand {
     /// `(a, b)` of a call
     Group(Vec<Operand>),
     /// `[base + offset]`, with the coordinates of a tensor access
-    Address { base: Box<Operand>, offset: i64, coordinates: Vec<Operand> },
+    Address {
+        base: Box<Operand>,
+        offset: i64,
+        coordinates: Vec<Operand>,
+    },
     /// `symbol + offset`
     Offset(String, i64),
 }

@@ -33,7 +33,12 @@ pub struct Lexeme<'a> {
 /// # Errors
 /// An unterminated comment or string, or a malformed number, named with its line.
 pub fn tokenize(text: &str) -> Result<Vec<Lexeme<'_>>, ParseError> {
-    Lexer { text, at: 0, line: 1 }.run()
+    Lexer {
+        text,
+        at: 0,
+        line: 1,
+    }
+    .run()
 }
 
 struct Lexer<'a> {
@@ -51,7 +56,10 @@ impl<'a> Lexer<'a> {
         let mut out = Vec::with_capacity(self.text.len() / 4);
         while let Some(byte) = self.skip_blank()? {
             let line = self.line;
-            out.push(Lexeme { token: self.token(byte)?, line });
+            out.push(Lexeme {
+                token: self.token(byte)?,
+                line,
+            });
         }
         Ok(out)
     }
@@ -80,7 +88,9 @@ impl<'a> Lexer<'a> {
                 }
                 (Some(b'/'), Some(b'*')) => {
                     let rest = &self.text[self.at..];
-                    let end = rest.find("*/").ok_or_else(|| self.error("unterminated comment"))?;
+                    let end = rest
+                        .find("*/")
+                        .ok_or_else(|| self.error("unterminated comment"))?;
                     self.line += rest[..end].bytes().filter(|&b| b == b'\n').count() as u32;
                     self.at += end + 2;
                 }
@@ -94,7 +104,9 @@ impl<'a> Lexer<'a> {
             b'0'..=b'9' => self.number(),
             b'"' => {
                 let rest = &self.text[self.at + 1..];
-                let end = rest.find('"').ok_or_else(|| self.error("unterminated string"))?;
+                let end = rest
+                    .find('"')
+                    .ok_or_else(|| self.error("unterminated string"))?;
                 self.at += end + 2;
                 Ok(Token::Str(&rest[..end]))
             }
@@ -140,13 +152,16 @@ impl<'a> Lexer<'a> {
 
     fn number(&mut self) -> Result<Token<'a>, ParseError> {
         let word = self.word();
-        let fraction = self.peek(0) == Some(b'.') && self.peek(1).is_some_and(|b| b.is_ascii_digit());
+        let fraction =
+            self.peek(0) == Some(b'.') && self.peek(1).is_some_and(|b| b.is_ascii_digit());
         if fraction {
             let start = self.at - word.len();
             self.at += 1;
             self.word();
             let text = &self.text[start..self.at];
-            let value: f64 = text.parse().map_err(|_| self.error(format!("malformed number `{text}`")))?;
+            let value: f64 = text
+                .parse()
+                .map_err(|_| self.error(format!("malformed number `{text}`")))?;
             return Ok(Token::Float64(value.to_bits()));
         }
         parse_literal(word).ok_or_else(|| self.error(format!("malformed number `{word}`")))

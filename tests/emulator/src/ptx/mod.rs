@@ -21,7 +21,11 @@ pub struct ParseError {
 
 impl ParseError {
     pub fn at(line: u32, message: impl Into<String>) -> Self {
-        Self { line, message: message.into(), function: None }
+        Self {
+            line,
+            message: message.into(),
+            function: None,
+        }
     }
 }
 

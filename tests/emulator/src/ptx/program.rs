@@ -70,7 +70,12 @@ impl Program {
         let name = |file: u32| self.files.get(&file).map_or("?", String::as_str);
         match location.inlined_at {
             Some((file, line)) => {
-                format!("{}:{} inlined at {}:{line}", name(location.file), location.line, name(file))
+                format!(
+                    "{}:{} inlined at {}:{line}",
+                    name(location.file),
+                    location.line,
+                    name(file)
+                )
             }
             None => format!("{}:{}", name(location.file), location.line),
         }
@@ -98,7 +103,10 @@ pub fn initial_bytes(
         out.extend(bits.to_le_bytes().iter().take(width));
     }
     if out.len() as u64 > variable.size {
-        return Err(format!("initialiser of {} has more values than the variable", variable.name));
+        return Err(format!(
+            "initialiser of {} has more values than the variable",
+            variable.name
+        ));
     }
     Ok(out)
 }

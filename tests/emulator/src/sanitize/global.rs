@@ -41,9 +41,13 @@ impl Touch {
 pub enum Conflict {
     Uninitialized,
     /// Another block wrote the byte.
-    Written { by: u32 },
+    Written {
+        by: u32,
+    },
     /// Another block read the byte that is now written; None if several did.
-    ReadBy { by: Option<u32> },
+    ReadBy {
+        by: Option<u32>,
+    },
 }
 
 /// Unpacked shadow word.
@@ -111,7 +115,9 @@ impl LaunchState {
         Self {
             epoch,
             fenced: (0..slots).map(|_| AtomicU8::new(0)).collect(),
-            mixed: (0..TABLE_SHARDS).map(|_| Mutex::new(HashMap::new())).collect(),
+            mixed: (0..TABLE_SHARDS)
+                .map(|_| Mutex::new(HashMap::new()))
+                .collect(),
             any_fence: AtomicBool::new(false),
         }
     }
@@ -125,7 +131,9 @@ impl LaunchState {
     }
 
     fn has_fenced(&self, block: u64) -> bool {
-        self.fenced.get(block as usize).is_some_and(|f| f.load(Relaxed) != 0)
+        self.fenced
+            .get(block as usize)
+            .is_some_and(|f| f.load(Relaxed) != 0)
     }
 }
 
@@ -142,7 +150,10 @@ impl Toucher<'_> {
     /// Whether a conflict is excused: the other block fenced its accesses and this one has read
     /// an atomic since, the pattern of "last block done" reductions.
     fn excused(&self, other: Option<u64>) -> bool {
-        self.acquired && other.map_or(self.launch.any_fence.load(Relaxed), |o| self.launch.has_fenced(o))
+        self.acquired
+            && other.map_or(self.launch.any_fence.load(Relaxed), |o| {
+                self.launch.has_fenced(o)
+            })
     }
 }
 
@@ -192,7 +203,9 @@ impl Shadow {
     /// Whether every byte of a range was written.
     pub fn is_defined(&self, start: u64, len: u64) -> bool {
         let mut all = true;
-        self.for_words(start, len, |word, mask| all &= word.load(Relaxed) & mask == mask);
+        self.for_words(start, len, |word, mask| {
+            all &= word.load(Relaxed) & mask == mask
+        });
         all
     }
 
@@ -220,8 +233,14 @@ impl Shadow {
 
     /// Records an access of `len` bytes at `start` (in bounds) and reports what is wrong with it.
     #[inline]
-    pub fn touch(&self, start: u64, len: u64, touch: Touch, by: &Toucher<'_>) -> Result<(), Conflict> {
-        if start % 4 == 0 && len % 4 == 0 {
+    pub fn touch(
+        &self,
+        start: u64,
+        len: u64,
+        touch: Touch,
+        by: &Toucher<'_>,
+    ) -> Result<(), Conflict> {
+        if start.is_multiple_of(4) && len.is_multiple_of(4) {
             for word in &self.words[(start / 4) as usize..((start + len) / 4) as usize] {
                 touch_word(word, 0xf, touch, by)?;
             }
@@ -244,24 +263,40 @@ fn touch_word(word: &AtomicU64, mask: u64, touch: Touch, by: &Toucher<'_>) -> Re
     let me = by.block & BLOCK_MASK;
     let current = w.epoch == by.launch.epoch && !w.mixed;
     // Nothing to record when the same block repeats what it did.
-    if current && touch == Touch::Read && w.reader == me && w.read & mask == mask && w.written == 0 {
-        return if w.defined & mask == mask { Ok(()) } else { Err(Conflict::Uninitialized) };
+    let known_reader = w.reader == me || w.many_readers;
+    if current && touch == Touch::Read && known_reader && w.read & mask == mask && w.written == 0 {
+        return if w.defined & mask == mask {
+            Ok(())
+        } else {
+            Err(Conflict::Uninitialized)
+        };
     }
-    if current && touch == Touch::Write && w.writer == me && w.written & mask == mask && w.read == 0 {
+    if current && touch == Touch::Write && w.writer == me && w.written & mask == mask && w.read == 0
+    {
         return Ok(());
     }
     record(word, old, mask, touch, by)
 }
 
 #[inline(never)]
-fn record(word: &AtomicU64, mut old: u64, mask: u64, touch: Touch, by: &Toucher<'_>) -> Result<(), Conflict> {
+fn record(
+    word: &AtomicU64,
+    mut old: u64,
+    mask: u64,
+    touch: Touch,
+    by: &Toucher<'_>,
+) -> Result<(), Conflict> {
     loop {
         let mut w = Word::unpack(old);
         if touch.reads() && w.defined & mask != mask {
             return Err(Conflict::Uninitialized);
         }
         if w.epoch != by.launch.epoch {
-            w = Word { defined: w.defined, epoch: by.launch.epoch, ..Word::default() };
+            w = Word {
+                defined: w.defined,
+                epoch: by.launch.epoch,
+                ..Word::default()
+            };
         }
         if w.mixed || !update(&mut w, mask, touch, by)? {
             return record_mixed(word, mask, touch, by);
@@ -278,7 +313,9 @@ fn update(w: &mut Word, mask: u64, touch: Touch, by: &Toucher<'_>) -> Result<boo
     let me = by.block & BLOCK_MASK;
     if w.written & mask != 0 && w.writer != me {
         if !by.excused(Some(w.writer)) {
-            return Err(Conflict::Written { by: w.writer as u32 });
+            return Err(Conflict::Written {
+                by: w.writer as u32,
+            });
         }
         w.written &= !mask;
     }
@@ -290,7 +327,9 @@ fn update(w: &mut Word, mask: u64, touch: Touch, by: &Toucher<'_>) -> Result<boo
         if w.read & mask != 0 && foreign {
             let other = (!w.many_readers).then_some(w.reader);
             if !by.excused(other) {
-                return Err(Conflict::ReadBy { by: other.map(|o| o as u32) });
+                return Err(Conflict::ReadBy {
+                    by: other.map(|o| o as u32),
+                });
             }
             w.read &= !mask;
         }
@@ -314,7 +353,12 @@ fn update(w: &mut Word, mask: u64, touch: Touch, by: &Toucher<'_>) -> Result<boo
 }
 
 /// The byte-exact path.
-fn record_mixed(word: &AtomicU64, mask: u64, touch: Touch, by: &Toucher<'_>) -> Result<(), Conflict> {
+fn record_mixed(
+    word: &AtomicU64,
+    mask: u64,
+    touch: Touch,
+    by: &Toucher<'_>,
+) -> Result<(), Conflict> {
     let key = word as *const AtomicU64 as u64;
     let shard = &by.launch.mixed[(key / 8) as usize % TABLE_SHARDS];
     let mut table = shard.lock().unwrap_or_else(PoisonError::into_inner);
@@ -324,9 +368,21 @@ fn record_mixed(word: &AtomicU64, mask: u64, touch: Touch, by: &Toucher<'_>) -> 
         if w.mixed && w.epoch == by.launch.epoch {
             break table.entry(key).or_default();
         }
-        let kept = if w.epoch == by.launch.epoch { w } else { Word::default() };
-        let marked = Word { defined: w.defined, mixed: true, epoch: by.launch.epoch, ..Word::default() };
-        if word.compare_exchange(old, marked.pack(), Relaxed, Relaxed).is_ok() {
+        let kept = if w.epoch == by.launch.epoch {
+            w
+        } else {
+            Word::default()
+        };
+        let marked = Word {
+            defined: w.defined,
+            mixed: true,
+            epoch: by.launch.epoch,
+            ..Word::default()
+        };
+        if word
+            .compare_exchange(old, marked.pack(), Relaxed, Relaxed)
+            .is_ok()
+        {
             break table.entry(key).insert_entry(expand(kept)).into_mut();
         }
     };
@@ -358,10 +414,15 @@ fn touch_byte(byte: &mut Byte, me: u64, touch: Touch, by: &Toucher<'_>) -> Resul
         if let Some(reader) = byte.reader.filter(|&r| r != me || byte.many_readers) {
             let other = (!byte.many_readers).then_some(reader);
             if !by.excused(other) {
-                return Err(Conflict::ReadBy { by: other.map(|o| o as u32) });
+                return Err(Conflict::ReadBy {
+                    by: other.map(|o| o as u32),
+                });
             }
         }
-        *byte = Byte { writer: Some(me), ..Byte::default() };
+        *byte = Byte {
+            writer: Some(me),
+            ..Byte::default()
+        };
     } else {
         byte.many_readers |= byte.reader.is_some_and(|r| r != me);
         byte.reader = Some(me);

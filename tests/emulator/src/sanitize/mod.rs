@@ -76,7 +76,11 @@ pub struct Fault {
 
 impl Fault {
     pub fn new(kind: Kind, lane: impl Into<Option<u32>>, message: impl Into<String>) -> Box<Self> {
-        Box::new(Self { kind, message: message.into(), lane: lane.into() })
+        Box::new(Self {
+            kind,
+            message: message.into(),
+            lane: lane.into(),
+        })
     }
 }
 
@@ -101,9 +105,20 @@ pub struct Finding {
 impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ([bx, by, bz], [tx, ty, tz]) = (self.block, self.thread);
-        write!(f, "{}: {}\n  in kernel {}", self.kind.name(), self.message, self.kernel)?;
+        write!(
+            f,
+            "{}: {}\n  in kernel {}",
+            self.kind.name(),
+            self.message,
+            self.kernel
+        )?;
         write!(f, ", block ({bx}, {by}, {bz}), thread ({tx}, {ty}, {tz})")?;
-        write!(f, "\n  at PTX line {}: {}", self.ptx_line, self.ptx_text.trim())?;
+        write!(
+            f,
+            "\n  at PTX line {}: {}",
+            self.ptx_line,
+            self.ptx_text.trim()
+        )?;
         match &self.source {
             Some(source) => write!(f, "\n  source {source}"),
             None => Ok(()),

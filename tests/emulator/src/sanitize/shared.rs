@@ -1,7 +1,7 @@
 //! Shadow of a block's shared memory: definedness, copies in flight, and races between warps.
 //!
-//! A block runs on one thread, so its events are totally ordered by a clock. `synced[w][v]` is
-//! the time up to which everything warp `v` did is ordered before what warp `w` does next;
+//! A block runs on one thread, so its events are totally ordered by a clock. Each warp knows the
+//! time up to which everything another warp did is ordered before what it does next itself;
 //! barriers raise it. Two accesses race when neither is ordered before the other, as in
 //! FastTrack (Flanagan and Freund, 2009), with the readers of a word, and the warps that did
 //! atomics on it, kept as masks with the time of the first of them: a race may be missed among
@@ -65,13 +65,31 @@ const FRESH: Word = Word {
 #[derive(Debug)]
 pub struct Shadow {
     words: Vec<Word>,
-    synced: [[u32; MAX_WARPS]; MAX_WARPS],
+    known: [Known; MAX_WARPS],
     now: u32,
 }
 
+/// What a warp knows of the others.
+#[derive(Clone, Copy, Debug)]
+struct Known {
+    /// Time up to which each warp's accesses are ordered before this warp's next ones.
+    synced: [u32; MAX_WARPS],
+    /// The largest of them: accesses since then are ordered before nothing here.
+    latest: u32,
+}
+
+const NOTHING: Known = Known {
+    synced: [0; MAX_WARPS],
+    latest: 0,
+};
+
 impl Default for Shadow {
     fn default() -> Self {
-        Self { words: Vec::new(), synced: [[0; MAX_WARPS]; MAX_WARPS], now: 1 }
+        Self {
+            words: Vec::new(),
+            known: [NOTHING; MAX_WARPS],
+            now: 1,
+        }
     }
 }
 
@@ -80,31 +98,13 @@ impl Shadow {
     pub fn reset(&mut self, bytes: usize) {
         self.words.clear();
         self.words.resize(bytes.div_ceil(4), FRESH);
-        self.synced = [[0; MAX_WARPS]; MAX_WARPS];
+        self.known = [NOTHING; MAX_WARPS];
         self.now = 1;
-    }
-
-    /// Orders everything the warps of `mask` did before everything they do next.
-    pub fn synchronize(&mut self, mask: u32) {
-        // What any of them knew, all of them know now.
-        let mut known = [0; MAX_WARPS];
-        for w in (0..MAX_WARPS).filter(|w| mask >> w & 1 == 1) {
-            for v in 0..MAX_WARPS {
-                known[v] = known[v].max(self.synced[w][v]);
-            }
-        }
-        for v in (0..MAX_WARPS).filter(|v| mask >> v & 1 == 1) {
-            known[v] = self.now;
-        }
-        for w in (0..MAX_WARPS).filter(|w| mask >> w & 1 == 1) {
-            self.synced[w] = known;
-        }
-        self.now += 1;
     }
 
     /// Snapshot of what warp `w` knows, for release through an mbarrier.
     pub fn release(&mut self, warp: u32) -> [u32; MAX_WARPS] {
-        let mut known = self.synced[warp as usize];
+        let mut known = self.known[warp as usize].synced;
         known[warp as usize] = self.now;
         self.now += 1;
         known
@@ -112,9 +112,16 @@ impl Shadow {
 
     /// Orders a released snapshot before what warp `w` does next.
     pub fn acquire(&mut self, warp: u32, known: &[u32; MAX_WARPS]) {
-        for (mine, theirs) in self.synced[warp as usize].iter_mut().zip(known) {
+        let mine = &mut self.known[warp as usize];
+        for (mine, theirs) in mine.synced.iter_mut().zip(known) {
             *mine = (*mine).max(*theirs);
         }
+        let others = mine
+            .synced
+            .iter()
+            .enumerate()
+            .filter(|(v, _)| *v != warp as usize);
+        mine.latest = others.map(|(_, &time)| time).max().unwrap_or(0);
     }
 
     /// Marks a copy into the bytes as in flight; they count as untouched until it lands.
@@ -139,7 +146,10 @@ impl Shadow {
     pub fn define(&mut self, start: u32, len: u32) {
         self.each(start, len, |word, mask| {
             let kept = word.state | mask;
-            *word = Word { state: kept & !(mask << 4), ..FRESH };
+            *word = Word {
+                state: kept & !(mask << 4),
+                ..FRESH
+            };
         });
     }
 
@@ -156,10 +166,10 @@ impl Shadow {
     /// Records an access (in bounds) and reports what is wrong with it.
     #[inline]
     pub fn touch(&mut self, start: u32, len: u32, touch: Touch, warp: u32) -> Result<(), Conflict> {
-        let (synced, now) = (&self.synced[warp as usize], self.now);
-        if start % 4 == 0 && len % 4 == 0 {
+        let (known, now) = (&self.known[warp as usize], self.now);
+        if start.is_multiple_of(4) && len.is_multiple_of(4) {
             for word in &mut self.words[(start / 4) as usize..((start + len) / 4) as usize] {
-                touch_word(word, 0xf, touch, warp, synced, now)?;
+                touch_word(word, 0xf, touch, warp, known, now)?;
             }
             return Ok(());
         }
@@ -167,7 +177,14 @@ impl Shadow {
         while at < end {
             let stop = end.min((at / 4 + 1) * 4);
             let mask = (((1u32 << (stop - at)) - 1) << (at % 4)) as u8;
-            touch_word(&mut self.words[(at / 4) as usize], mask, touch, warp, synced, now)?;
+            touch_word(
+                &mut self.words[(at / 4) as usize],
+                mask,
+                touch,
+                warp,
+                known,
+                now,
+            )?;
             at = stop;
         }
         Ok(())
@@ -176,13 +193,16 @@ impl Shadow {
 
 /// Warps of `mask` other than `warp` whose accesses at `time` are not ordered before it.
 #[inline(always)]
-fn unordered(mask: u32, time: u32, warp: u32, synced: &[u32; MAX_WARPS]) -> u32 {
+fn unordered(mask: u32, time: u32, warp: u32, known: &Known) -> u32 {
     let mut rest = mask & !(1 << warp);
+    if time > known.latest {
+        return rest;
+    }
     let mut out = 0;
     while rest != 0 {
         let v = rest.trailing_zeros();
         rest &= rest - 1;
-        if synced[v as usize] < time {
+        if known.synced[v as usize] < time {
             out |= 1 << v;
         }
     }
@@ -195,7 +215,7 @@ fn touch_word(
     mask: u8,
     touch: Touch,
     warp: u32,
-    synced: &[u32; MAX_WARPS],
+    known: &Known,
     now: u32,
 ) -> Result<(), Conflict> {
     if word.state >> 4 & mask != 0 {
@@ -205,16 +225,22 @@ fn touch_word(
         return Err(Conflict::Uninitialized);
     }
     let foreign_writer = word.writer != NOBODY && u32::from(word.writer) != warp;
-    if word.written & mask != 0 && foreign_writer && synced[usize::from(word.writer)] < word.write_time {
+    if word.written & mask != 0
+        && foreign_writer
+        && known.synced[usize::from(word.writer)] < word.write_time
+    {
         return Err(Conflict::WrittenBy(u32::from(word.writer)));
     }
-    if touch != Touch::Atomic && word.atomics != 0 && unordered(word.atomics, word.first_atomic, warp, synced) != 0 {
+    if touch != Touch::Atomic
+        && word.atomics != 0
+        && unordered(word.atomics, word.first_atomic, warp, known) != 0
+    {
         return Err(Conflict::Atomic);
     }
     match touch {
         Touch::Read => {
             // Readers known to lie before this read need not be remembered.
-            if word.readers != 0 && unordered(word.readers, word.first_read, warp, synced) == 0 {
+            if word.readers != 0 && unordered(word.readers, word.first_read, warp, known) == 0 {
                 word.readers = 0;
             }
             if word.readers == 0 {
@@ -224,14 +250,18 @@ fn touch_word(
             word.read |= mask;
         }
         Touch::Write | Touch::Atomic => {
-            let readers = if word.read & mask != 0 { word.readers } else { 0 };
-            let racing = unordered(readers, word.first_read, warp, synced);
+            let readers = if word.read & mask != 0 {
+                word.readers
+            } else {
+                0
+            };
+            let racing = unordered(readers, word.first_read, warp, known);
             if racing != 0 {
                 return Err(Conflict::ReadBy(racing));
             }
             word.state |= mask;
             if touch == Touch::Atomic {
-                if unordered(word.atomics, word.first_atomic, warp, synced) == 0 {
+                if unordered(word.atomics, word.first_atomic, warp, known) == 0 {
                     word.atomics = 0;
                 }
                 if word.atomics == 0 {

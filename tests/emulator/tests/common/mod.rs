@@ -10,7 +10,9 @@ use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cuda_emulator::{Backend, Counters, Emulator, emulator, install};
-use cudarc::driver::{CudaContext, CudaFunction, CudaModule, DriverError, LaunchConfig, PushKernelArg, sys};
+use cudarc::driver::{
+    CudaContext, CudaFunction, CudaModule, DriverError, LaunchConfig, PushKernelArg, sys,
+};
 use cudarc::nvrtc::Ptx;
 
 /// A context on the GPU or the emulator.
@@ -30,15 +32,23 @@ pub fn emu() -> &'static Emulator {
 
 /// Loads PTX text.
 pub fn module(context: &Arc<CudaContext>, ptx: &str) -> Arc<CudaModule> {
-    context.load_module(Ptx::from_src(ptx)).unwrap_or_else(|e| panic!("{e:?}: {}", emu().last_finding()))
+    context
+        .load_module(Ptx::from_src(ptx))
+        .unwrap_or_else(|e| panic!("{e:?}: {}", emu().last_finding()))
 }
 
 pub fn function(module: &Arc<CudaModule>, name: &str) -> CudaFunction {
-    module.load_function(name).unwrap_or_else(|e| panic!("{name}: {e:?}"))
+    module
+        .load_function(name)
+        .unwrap_or_else(|e| panic!("{name}: {e:?}"))
 }
 
 pub fn config(grid: u32, block: u32) -> LaunchConfig {
-    LaunchConfig { grid_dim: (grid, 1, 1), block_dim: (block, 1, 1), shared_mem_bytes: 0 }
+    LaunchConfig {
+        grid_dim: (grid, 1, 1),
+        block_dim: (block, 1, 1),
+        shared_mem_bytes: 0,
+    }
 }
 
 /// Counters of this thread's last launch.
@@ -61,13 +71,22 @@ fn nvcc() -> PathBuf {
     let home = std::env::var_os("CUDA_HOME").map(|h| PathBuf::from(h).join("bin/nvcc"));
     let path = std::env::var_os("PATH").unwrap_or_default();
     let on_path = std::env::split_paths(&path).map(|p| p.join("nvcc"));
-    let target = std::env::current_exe().ok().and_then(|e| Some(e.ancestors().nth(3)?.join("nvcc/lib")));
+    let target = std::env::current_exe()
+        .ok()
+        .and_then(|e| Some(e.ancestors().nth(3)?.join("nvcc/lib")));
     let installed = target.into_iter().flat_map(|lib| {
-        std::fs::read_dir(lib).into_iter().flatten().flatten().map(|python| {
-            python.path().join("site-packages/nvidia/cu13/bin/nvcc")
-        })
+        std::fs::read_dir(lib)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|python| python.path().join("site-packages/nvidia/cu13/bin/nvcc"))
     });
-    let found = named.into_iter().chain(home).chain(on_path).chain(installed).find(|p| p.is_file());
+    let found = named
+        .into_iter()
+        .chain(home)
+        .chain(on_path)
+        .chain(installed)
+        .find(|p| p.is_file());
     found.or_else(python_package).expect(
         "nvcc was not found. Install it with tests/emulator/setup_nvcc.sh, or install the CUDA toolkit 13 and set NVCC",
     )
@@ -83,16 +102,30 @@ fn python_package() -> Option<PathBuf> {
 /// Runs nvcc on `tests/kernels/<name>.cu`; `output` is the kind of file (`ptx`, `fatbin`, `cubin`).
 pub fn nvcc_compile(name: &str, output: &str, arguments: &[&str]) -> Vec<u8> {
     let source = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!("tests/kernels/{name}.cu"));
-    let unique = format!("{name}-{}-{:?}", std::process::id(), std::thread::current().id());
+    let unique = format!(
+        "{name}-{}-{:?}",
+        std::process::id(),
+        std::thread::current().id()
+    );
     let target = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("{unique}.{output}"));
     let run = Command::new(nvcc())
-        .args(["-O3", "-std=c++17", "-lineinfo", &format!("-{output}"), "-o"])
+        .args([
+            "-O3",
+            "-std=c++17",
+            "-lineinfo",
+            &format!("-{output}"),
+            "-o",
+        ])
         .arg(&target)
         .arg(&source)
         .args(arguments)
         .output()
         .expect("nvcc starts");
-    assert!(run.status.success(), "nvcc: {}", String::from_utf8_lossy(&run.stderr));
+    assert!(
+        run.status.success(),
+        "nvcc: {}",
+        String::from_utf8_lossy(&run.stderr)
+    );
     let bytes = std::fs::read(&target).expect("nvcc's output");
     std::fs::remove_file(&target).expect("nvcc's output can be removed");
     bytes
@@ -102,10 +135,12 @@ pub fn nvcc_compile(name: &str, output: &str, arguments: &[&str]) -> Vec<u8> {
 pub fn compile(name: &str, architecture: &str) -> String {
     static CACHE: Mutex<BTreeMap<String, String>> = Mutex::new(BTreeMap::new());
     let mut cache = CACHE.lock().unwrap_or_else(PoisonError::into_inner);
-    let compiled = cache.entry(format!("{name} {architecture}")).or_insert_with(|| {
-        let bytes = nvcc_compile(name, "ptx", &[&format!("-arch={architecture}")]);
-        String::from_utf8(bytes).expect("PTX is text")
-    });
+    let compiled = cache
+        .entry(format!("{name} {architecture}"))
+        .or_insert_with(|| {
+            let bytes = nvcc_compile(name, "ptx", &[&format!("-arch={architecture}")]);
+            String::from_utf8(bytes).expect("PTX is text")
+        });
     compiled.clone()
 }
 
@@ -167,7 +202,9 @@ pub fn evaluate(body: &str, inputs: &[[u64; 3]]) -> Vec<u64> {
     let kernel = function(&module(&context, &ptx), "probe");
     let flat: Vec<u64> = inputs.iter().flatten().copied().collect();
     let input = stream.clone_htod(&flat).expect("a copy to the device");
-    let mut output = stream.alloc_zeros::<u64>(inputs.len()).expect("device memory");
+    let mut output = stream
+        .alloc_zeros::<u64>(inputs.len())
+        .expect("device memory");
     let count = inputs.len() as u32;
     let mut launch = stream.launch_builder(&kernel);
     launch.arg(&input).arg(&mut output).arg(&count);
@@ -188,5 +225,8 @@ pub fn evaluate32(body: &str, inputs: &[[u32; 3]]) -> Vec<u32> {
 {body}
     cvt.u64.u32 %o, %r;"
     );
-    evaluate(&body, &wide).into_iter().map(|v| v as u32).collect()
+    evaluate(&body, &wide)
+        .into_iter()
+        .map(|v| v as u32)
+        .collect()
 }

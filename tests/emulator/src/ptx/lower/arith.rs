@@ -2,8 +2,8 @@
 
 use super::super::ast::{Instruction, Operand, Type};
 use super::super::ops::{
-    BoolOp, Class, Compare, CompareType, Comparison, CountOp, FloatMods, FloatOp, FloatType, IntOp, IntType, Op,
-    PrmtMode, Reg, Rounding,
+    BoolOp, Class, Compare, CompareType, Comparison, CountOp, FloatMods, FloatOp, FloatType, IntOp,
+    IntType, Op, PrmtMode, Reg, Rounding,
 };
 use super::{FunctionLowering, Result, last_type, operand};
 
@@ -100,7 +100,11 @@ impl FunctionLowering<'_> {
             _ => {}
         }
         // prmt alone has a modifier behind its type.
-        let last = if i.parts[0] == "prmt" { i.parts.get(1) } else { i.parts.last() };
+        let last = if i.parts[0] == "prmt" {
+            i.parts.get(1)
+        } else {
+            i.parts.last()
+        };
         let Some(ty) = last.and_then(|p| Type::parse(p)) else {
             return Ok(None);
         };
@@ -124,14 +128,25 @@ impl FunctionLowering<'_> {
                 let (a, b) = (self.pred(operand(i, 1)?)?, self.pred(operand(i, 2)?)?);
                 Op::PredLogic { op, d, a, b }
             }
-            ("not", _) => Op::PredNot { d: self.pred(operand(i, 0)?)?, a: self.pred(operand(i, 1)?)? },
-            ("mov", _) => Op::PredMove { d: self.pred(operand(i, 0)?)?, a: self.pred(operand(i, 1)?)? },
+            ("not", _) => Op::PredNot {
+                d: self.pred(operand(i, 0)?)?,
+                a: self.pred(operand(i, 1)?)?,
+            },
+            ("mov", _) => Op::PredMove {
+                d: self.pred(operand(i, 0)?)?,
+                a: self.pred(operand(i, 1)?)?,
+            },
             _ => return Ok(None),
         };
         Ok(Some((op, Class::Predicate)))
     }
 
-    fn float(&mut self, i: &Instruction, ty: FloatType, packed: bool) -> Result<Option<(Op, Class)>> {
+    fn float(
+        &mut self,
+        i: &Instruction,
+        ty: FloatType,
+        packed: bool,
+    ) -> Result<Option<(Op, Class)>> {
         let (op, sources) = match i.parts[0].as_str() {
             "add" => (FloatOp::Add, 2),
             "sub" => (FloatOp::Sub, 2),
@@ -164,8 +179,16 @@ impl FunctionLowering<'_> {
         for (n, slot) in s.iter_mut().enumerate().take(sources) {
             *slot = self.src(operand(i, n + 1)?, wide)?;
         }
-        let class = if matches!(ty, FloatType::F16 | FloatType::Bf16) { Class::Half } else { Class::Float };
-        let op = if packed { Op::Packed { op, ty, mods, d, s } } else { Op::Float { op, ty, mods, d, s } };
+        let class = if matches!(ty, FloatType::F16 | FloatType::Bf16) {
+            Class::Half
+        } else {
+            Class::Float
+        };
+        let op = if packed {
+            Op::Packed { op, ty, mods, d, s }
+        } else {
+            Op::Float { op, ty, mods, d, s }
+        };
         Ok(Some((op, class)))
     }
 
@@ -182,7 +205,16 @@ impl FunctionLowering<'_> {
         let (ty, _) = float_type(last_type(i)?).ok_or("not a float type")?;
         let d = self.pred(operand(i, 0)?)?;
         let a = self.src(operand(i, 1)?, ty == FloatType::F64)?;
-        Ok((Op::Float { op, ty, mods: FloatMods::default(), d, s: [a, 0, 0] }, Class::Float))
+        Ok((
+            Op::Float {
+                op,
+                ty,
+                mods: FloatMods::default(),
+                d,
+                s: [a, 0, 0],
+            },
+            Class::Float,
+        ))
     }
 
     fn integer(&mut self, i: &Instruction, ty: IntType) -> Result<Option<(Op, Class)>> {
@@ -201,11 +233,25 @@ impl FunctionLowering<'_> {
             "subc" => (IntOp::SubCarry(true, i.has("cc")), &[wide, wide]),
             "mad" if i.has("cc") => {
                 let high = i.has("hi");
-                (IntOp::MadCarry { high, reads: false, writes: true }, &[wide, wide, wide])
+                (
+                    IntOp::MadCarry {
+                        high,
+                        reads: false,
+                        writes: true,
+                    },
+                    &[wide, wide, wide],
+                )
             }
             "madc" => {
                 let (high, writes) = (i.has("hi"), i.has("cc"));
-                (IntOp::MadCarry { high, reads: true, writes }, &[wide, wide, wide])
+                (
+                    IntOp::MadCarry {
+                        high,
+                        reads: true,
+                        writes,
+                    },
+                    &[wide, wide, wide],
+                )
             }
             "add" => (IntOp::Add, &[wide, wide]),
             "sub" => (IntOp::Sub, &[wide, wide]),
@@ -234,7 +280,8 @@ impl FunctionLowering<'_> {
             "brev" => (IntOp::Brev, &[wide]),
             "lop3" => {
                 let table = super::immediate(operand(i, 4)?)?;
-                let table = u8::try_from(table).map_err(|_| format!("lop3 table {table} is not 8 bits"))?;
+                let table =
+                    u8::try_from(table).map_err(|_| format!("lop3 table {table} is not 8 bits"))?;
                 (IntOp::Lop3(table), &[false, false, false])
             }
             "prmt" => (IntOp::Prmt(prmt_mode(i)?), &[false, false, false]),
@@ -262,7 +309,11 @@ impl FunctionLowering<'_> {
         let wide = matches!(ty, IntType::U32 | IntType::S32);
         let d = self.dst(operand(i, 0)?, wide)?;
         let (a, b) = (self.src32(operand(i, 1)?)?, self.src32(operand(i, 2)?)?);
-        let c = if i.parts[0] == "mad" { Some(self.src(operand(i, 3)?, wide)?) } else { None };
+        let c = if i.parts[0] == "mad" {
+            Some(self.src(operand(i, 3)?, wide)?)
+        } else {
+            None
+        };
         Ok((Op::Wide { ty, d, a, b, c }, Class::Integer))
     }
 
@@ -271,7 +322,9 @@ impl FunctionLowering<'_> {
         let op = match i.parts[0].as_str() {
             "popc" => CountOp::Popc,
             "clz" => CountOp::Clz,
-            _ => CountOp::Bfind { shift_amount: i.has("shiftamt") },
+            _ => CountOp::Bfind {
+                shift_amount: i.has("shiftamt"),
+            },
         };
         let d = self.dst(operand(i, 0)?, false)?;
         let a = self.src(operand(i, 1)?, is_wide(ty))?;
@@ -281,35 +334,68 @@ impl FunctionLowering<'_> {
     fn dot(&mut self, i: &Instruction) -> Result<(Op, Class)> {
         let lanes = if i.parts[0] == "dp4a" { 4 } else { 2 };
         let types: Vec<Type> = i.parts[1..].iter().filter_map(|p| Type::parse(p)).collect();
-        let [a_type, b_type] = types[..] else { return Err("expected two operand types".into()) };
+        let [a_type, b_type] = types[..] else {
+            return Err("expected two operand types".into());
+        };
         let d = self.dst(operand(i, 0)?, false)?;
         let mut s = [0; 3];
         for (n, slot) in s.iter_mut().enumerate() {
             *slot = self.src32(operand(i, n + 1)?)?;
         }
         let (a_signed, b_signed) = (a_type.is_signed(), b_type.is_signed());
-        Ok((Op::Dot { lanes, a_signed, b_signed, high: i.has("hi"), d, s }, Class::Integer))
+        Ok((
+            Op::Dot {
+                lanes,
+                a_signed,
+                b_signed,
+                high: i.has("hi"),
+                d,
+                s,
+            },
+            Class::Integer,
+        ))
     }
 
     fn select(&mut self, i: &Instruction) -> Result<(Op, Class)> {
         if i.parts[0] == "selp" {
             let wide = last_type(i)?.bits() == 64;
             let d = self.dst(operand(i, 0)?, wide)?;
-            let (a, b) = (self.src(operand(i, 1)?, wide)?, self.src(operand(i, 2)?, wide)?);
+            let (a, b) = (
+                self.src(operand(i, 1)?, wide)?,
+                self.src(operand(i, 2)?, wide)?,
+            );
             let p = self.pred(operand(i, 3)?)?;
             return Ok((Op::Select { wide, d, a, b, p }, Class::Predicate));
         }
         let types: Vec<Type> = i.parts[1..].iter().filter_map(|p| Type::parse(p)).collect();
-        let [ty, by] = types[..] else { return Err("expected two types".into()) };
+        let [ty, by] = types[..] else {
+            return Err("expected two types".into());
+        };
         let wide = ty.bits() == 64;
         let d = self.dst(operand(i, 0)?, wide)?;
-        let (a, b) = (self.src(operand(i, 1)?, wide)?, self.src(operand(i, 2)?, wide)?);
+        let (a, b) = (
+            self.src(operand(i, 1)?, wide)?,
+            self.src(operand(i, 2)?, wide)?,
+        );
         let c = self.src32(operand(i, 3)?)?;
-        Ok((Op::SelectSign { wide, float: by == Type::F32, d, a, b, c }, Class::Predicate))
+        Ok((
+            Op::SelectSign {
+                wide,
+                float: by == Type::F32,
+                d,
+                a,
+                b,
+                c,
+            },
+            Class::Predicate,
+        ))
     }
 
     fn comparison(&mut self, i: &Instruction) -> Result<Comparison> {
-        let compare = i.parts[1..].iter().find_map(|p| compare(p)).ok_or("no comparison operator")?;
+        let compare = i.parts[1..]
+            .iter()
+            .find_map(|p| compare(p))
+            .ok_or("no comparison operator")?;
         let ty = last_type(i)?;
         let (ty, wide) = match (float_type(ty), int_type(ty)) {
             (Some((f, true)), _) => (CompareType::Packed(f), false),
@@ -317,7 +403,10 @@ impl FunctionLowering<'_> {
             (_, Some(t)) => (CompareType::Int(t), is_wide(t)),
             _ => return Err("not a comparable type".into()),
         };
-        let (a, b) = (self.src(operand(i, 1)?, wide)?, self.src(operand(i, 2)?, wide)?);
+        let (a, b) = (
+            self.src(operand(i, 1)?, wide)?,
+            self.src(operand(i, 2)?, wide)?,
+        );
         let combine = match i.parts[1..].iter().find_map(|p| bool_op(p)) {
             Some(op) => {
                 let (p, negated) = self.signed_pred(operand(i, 3)?)?;
@@ -325,7 +414,14 @@ impl FunctionLowering<'_> {
             }
             None => None,
         };
-        Ok(Comparison { compare, ty, ftz: i.has("ftz"), combine, a, b })
+        Ok(Comparison {
+            compare,
+            ty,
+            ftz: i.has("ftz"),
+            combine,
+            a,
+            b,
+        })
     }
 
     fn setp(&mut self, i: &Instruction) -> Result<(Op, Class)> {
@@ -349,7 +445,9 @@ impl FunctionLowering<'_> {
 /// Modifiers that some integer op has; any other one is unknown.
 fn check_integer_modifiers(i: &Instruction) -> Result<()> {
     const KNOWN: [&str; 9] = ["lo", "hi", "wide", "sat", "cc", "clamp", "wrap", "l", "r"];
-    let unknown = i.parts[1..].iter().find(|p| Type::parse(p).is_none() && !KNOWN.contains(&p.as_str()));
+    let unknown = i.parts[1..]
+        .iter()
+        .find(|p| Type::parse(p).is_none() && !KNOWN.contains(&p.as_str()));
     match unknown {
         Some(_) if i.parts[0] == "prmt" => Ok(()),
         Some(part) => Err(format!("unknown modifier `.{part}`")),

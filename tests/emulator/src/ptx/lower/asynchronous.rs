@@ -9,9 +9,15 @@ impl FunctionLowering<'_> {
         let op = match i.parts[0].as_str() {
             "cp" if i.has("bulk") => self.bulk(i)?,
             "cp" if i.has("mbarrier") => {
-                let kind = MbarrierOp::CopyArrive { no_increment: i.has("noinc") };
+                let kind = MbarrierOp::CopyArrive {
+                    no_increment: i.has("noinc"),
+                };
                 let address = self.address(operand(i, 0)?)?;
-                Op::Mbarrier { op: Box::new(kind), address, cluster: false }
+                Op::Mbarrier {
+                    op: Box::new(kind),
+                    address,
+                    cluster: false,
+                }
             }
             "cp" if i.has("async") => self.copy_async(i)?,
             "mbarrier" => self.mbarrier(i)?,
@@ -19,7 +25,11 @@ impl FunctionLowering<'_> {
                 let wide = i.parts.last().is_some_and(|p| p == "u64");
                 let d = self.dest(operand(i, 0)?, wide)?;
                 let a = self.source(operand(i, 1)?, wide)?;
-                Op::MapCluster { d, a, rank: self.src32(operand(i, 2)?)? }
+                Op::MapCluster {
+                    d,
+                    a,
+                    rank: self.src32(operand(i, 2)?)?,
+                }
             }
             _ => return Ok(None),
         };
@@ -31,10 +41,16 @@ impl FunctionLowering<'_> {
             return Ok(Op::CopyCommit);
         }
         if i.has("wait_all") {
-            return Ok(Op::CopyWait { pending: 0, all: true });
+            return Ok(Op::CopyWait {
+                pending: 0,
+                all: true,
+            });
         }
         if i.has("wait_group") {
-            return Ok(Op::CopyWait { pending: Self::constant_operand(i, 0)?, all: false });
+            return Ok(Op::CopyWait {
+                pending: Self::constant_operand(i, 0)?,
+                all: false,
+            });
         }
         let destination = self.address(operand(i, 0)?)?;
         let source = self.address(operand(i, 1)?)?;
@@ -56,7 +72,13 @@ impl FunctionLowering<'_> {
             }
         }
         let size = size as u8;
-        Ok(Op::CopyAsync(Box::new(CopyAsync { destination, source, size, source_size, ignore })))
+        Ok(Op::CopyAsync(Box::new(CopyAsync {
+            destination,
+            source,
+            size,
+            source_size,
+            ignore,
+        })))
     }
 
     fn bulk(&mut self, i: &Instruction) -> Result<Op> {
@@ -64,10 +86,16 @@ impl FunctionLowering<'_> {
             return Ok(Op::BulkCommit);
         }
         if i.has("wait_group") {
-            return Ok(Op::BulkWait { pending: Self::constant_operand(i, 0)? });
+            return Ok(Op::BulkWait {
+                pending: Self::constant_operand(i, 0)?,
+            });
         }
-        let spaces: Vec<&str> =
-            i.parts.iter().map(String::as_str).filter(|p| p.starts_with("shared::") || *p == "global").collect();
+        let spaces: Vec<&str> = i
+            .parts
+            .iter()
+            .map(String::as_str)
+            .filter(|p| p.starts_with("shared::") || *p == "global")
+            .collect();
         let load = match spaces[..] {
             ["shared::cluster" | "shared::cta", "global"] => true,
             ["global", "shared::cta"] => false,
@@ -86,13 +114,24 @@ impl FunctionLowering<'_> {
         let Operand::Address { coordinates, .. } = global else {
             return Err("expected an address".into());
         };
-        let coordinates = coordinates.iter().map(|c| self.src32(c)).collect::<Result<Vec<_>>>()?;
+        let coordinates = coordinates
+            .iter()
+            .map(|c| self.src32(c))
+            .collect::<Result<Vec<_>>>()?;
         if tensor && !(1..=5).contains(&coordinates.len()) {
             return Err(format!("{} tensor coordinates", coordinates.len()));
         }
-        let bytes = if tensor { None } else { Some(self.src32(operand(i, 2)?)?) };
+        let bytes = if tensor {
+            None
+        } else {
+            Some(self.src32(operand(i, 2)?)?)
+        };
         let barrier_at = if tensor { 2 } else { 3 };
-        let barrier = if load { Some(self.address(operand(i, barrier_at)?)?) } else { None };
+        let barrier = if load {
+            Some(self.address(operand(i, barrier_at)?)?)
+        } else {
+            None
+        };
         let multicast = if i.has("multicast::cluster") {
             Some(self.src32(operand(i, barrier_at + 1)?)?)
         } else {
@@ -101,7 +140,14 @@ impl FunctionLowering<'_> {
         let (shared, global) = (self.address(shared)?, self.address(global)?);
         let reduce_add = i.has("reduce");
         Ok(Op::BulkCopy(Box::new(BulkCopy {
-            load, shared, global, bytes, coordinates, barrier, multicast, reduce_add,
+            load,
+            shared,
+            global,
+            bytes,
+            coordinates,
+            barrier,
+            multicast,
+            reduce_add,
         })))
     }
 
@@ -109,27 +155,56 @@ impl FunctionLowering<'_> {
         let kind = i.parts.get(1).map_or("", String::as_str);
         let cluster = i.has("shared::cluster");
         let (op, at) = match kind {
-            "init" => (MbarrierOp::Init { count: self.src32(operand(i, 1)?)? }, 0),
+            "init" => (
+                MbarrierOp::Init {
+                    count: self.src32(operand(i, 1)?)?,
+                },
+                0,
+            ),
             "inval" => (MbarrierOp::Invalidate, 0),
             "arrive" | "arrive_drop" => (self.mbarrier_arrive(i, kind == "arrive_drop")?, 1),
-            "expect_tx" => (MbarrierOp::ExpectTx { bytes: self.src32(operand(i, 1)?)? }, 0),
-            "complete_tx" => (MbarrierOp::CompleteTx { bytes: self.src32(operand(i, 1)?)? }, 0),
+            "expect_tx" => (
+                MbarrierOp::ExpectTx {
+                    bytes: self.src32(operand(i, 1)?)?,
+                },
+                0,
+            ),
+            "complete_tx" => (
+                MbarrierOp::CompleteTx {
+                    bytes: self.src32(operand(i, 1)?)?,
+                },
+                0,
+            ),
             "try_wait" | "test_wait" => {
                 let p = self.pred(operand(i, 0)?)?;
                 let blocking = kind == "try_wait";
                 let op = if i.has("parity") {
                     let parity = Some(self.src32(operand(i, 2)?)?);
-                    MbarrierOp::Test { p, parity, state: None, blocking }
+                    MbarrierOp::Test {
+                        p,
+                        parity,
+                        state: None,
+                        blocking,
+                    }
                 } else {
                     let state = Some(self.src(operand(i, 2)?, true)?);
-                    MbarrierOp::Test { p, parity: None, state, blocking }
+                    MbarrierOp::Test {
+                        p,
+                        parity: None,
+                        state,
+                        blocking,
+                    }
                 };
                 (op, 1)
             }
             _ => return Err("unknown opcode".into()),
         };
         let address = self.address(operand(i, at)?)?;
-        Ok(Op::Mbarrier { op: Box::new(op), address, cluster })
+        Ok(Op::Mbarrier {
+            op: Box::new(op),
+            address,
+            cluster,
+        })
     }
 
     fn mbarrier_arrive(&mut self, i: &Instruction, drop: bool) -> Result<MbarrierOp> {
@@ -138,7 +213,16 @@ impl FunctionLowering<'_> {
             other => Some(self.dest(other, true)?),
         };
         let extra = i.operands.get(2).map(|o| self.src32(o)).transpose()?;
-        let (count, expect) = if i.has("expect_tx") { (None, extra) } else { (extra, None) };
-        Ok(MbarrierOp::Arrive { d, count, expect, drop })
+        let (count, expect) = if i.has("expect_tx") {
+            (None, extra)
+        } else {
+            (extra, None)
+        };
+        Ok(MbarrierOp::Arrive {
+            d,
+            count,
+            expect,
+            drop,
+        })
     }
 }

@@ -1,7 +1,9 @@
 //! Branches, calls, barriers, votes and shuffles.
 
 use super::super::ast::{Instruction, Operand};
-use super::super::ops::{AtomicOp, BarrierKind, Call, Class, Op, Reg, ShuffleMode, Target, VoteMode};
+use super::super::ops::{
+    AtomicOp, BarrierKind, Call, Class, Op, Reg, ShuffleMode, Target, VoteMode,
+};
 use super::{FunctionLowering, Result, Symbol, immediate, last_type, operand};
 
 impl FunctionLowering<'_> {
@@ -17,16 +19,30 @@ impl FunctionLowering<'_> {
             "nanosleep" => (Op::Nanosleep, Class::Other),
             "setmaxnreg" | "griddepcontrol" | "pmevent" => (Op::Nothing, Class::Other),
             "bar" | "barrier" if i.has("cluster") => {
-                let op = if i.has("arrive") { Op::ClusterArrive } else { Op::ClusterWait };
+                let op = if i.has("arrive") {
+                    Op::ClusterArrive
+                } else {
+                    Op::ClusterWait
+                };
                 (op, Class::Barrier)
             }
-            "bar" if i.has("warp") => (Op::WarpSync { members: self.src32(operand(i, 0)?)? }, Class::Barrier),
+            "bar" if i.has("warp") => (
+                Op::WarpSync {
+                    members: self.src32(operand(i, 0)?)?,
+                },
+                Class::Barrier,
+            ),
             "bar" | "barrier" => (self.barrier(i)?, Class::Barrier),
             "shfl" => (self.shuffle(i)?, Class::Warp),
             "vote" => (self.vote(i)?, Class::Warp),
             "match" => (self.match_lanes(i)?, Class::Warp),
             "redux" => (self.redux(i)?, Class::Warp),
-            "activemask" => (Op::Activemask { d: self.dst(operand(i, 0)?, false)? }, Class::Warp),
+            "activemask" => (
+                Op::Activemask {
+                    d: self.dst(operand(i, 0)?, false)?,
+                },
+                Class::Warp,
+            ),
             "elect" => (self.elect(i)?, Class::Warp),
             _ => return Ok(None),
         }))
@@ -51,7 +67,10 @@ impl FunctionLowering<'_> {
         let targets = self.branch_targets.get(&list).cloned();
         let targets = targets.ok_or_else(|| format!("undefined branch targets {list}"))?;
         self.fixups.push((self.out.code.len(), targets, i.line));
-        Ok(Op::BranchIndex { targets: Vec::new(), a })
+        Ok(Op::BranchIndex {
+            targets: Vec::new(),
+            a,
+        })
     }
 
     /// Offset and size of the frame-local variables a call passes.
@@ -94,7 +113,11 @@ impl FunctionLowering<'_> {
                 _ => return Err(format!("call of the undefined function {name}")),
             }
         };
-        Ok(Op::Call(Box::new(Call { target, args, results })))
+        Ok(Op::Call(Box::new(Call {
+            target,
+            args,
+            results,
+        })))
     }
 
     fn barrier(&mut self, i: &Instruction) -> Result<Op> {
@@ -103,25 +126,57 @@ impl FunctionLowering<'_> {
             let d = operand(i, 0)?;
             let id = self.src32(operand(i, 1)?)?;
             let has_threads = i.operands.len() == 4;
-            let threads = if has_threads { Some(self.src32(operand(i, 2)?)?) } else { None };
+            let threads = if has_threads {
+                Some(self.src32(operand(i, 2)?)?)
+            } else {
+                None
+            };
             let (p, negated) = self.signed_pred(operand(i, if has_threads { 3 } else { 2 })?)?;
             let kind = if i.has("popc") {
-                BarrierKind::Popc { d: self.dst(d, false)?, p, negated }
+                BarrierKind::Popc {
+                    d: self.dst(d, false)?,
+                    p,
+                    negated,
+                }
             } else if i.has("and") {
-                BarrierKind::And { d: self.pred(d)?, p, negated }
+                BarrierKind::And {
+                    d: self.pred(d)?,
+                    p,
+                    negated,
+                }
             } else {
-                BarrierKind::Or { d: self.pred(d)?, p, negated }
+                BarrierKind::Or {
+                    d: self.pred(d)?,
+                    p,
+                    negated,
+                }
             };
-            return Ok(Op::Barrier { kind, id, threads, aligned });
+            return Ok(Op::Barrier {
+                kind,
+                id,
+                threads,
+                aligned,
+            });
         }
-        let kind = if i.has("arrive") { BarrierKind::Arrive } else { BarrierKind::Sync };
+        let kind = if i.has("arrive") {
+            BarrierKind::Arrive
+        } else {
+            BarrierKind::Sync
+        };
         let id = self.src32(operand(i, 0)?)?;
         let threads = match i.operands.get(1) {
             Some(count) => Some(self.src32(count)?),
-            None if kind == BarrierKind::Arrive => return Err("an arrival without a thread count".into()),
+            None if kind == BarrierKind::Arrive => {
+                return Err("an arrival without a thread count".into());
+            }
             None => None,
         };
-        Ok(Op::Barrier { kind, id, threads, aligned })
+        Ok(Op::Barrier {
+            kind,
+            id,
+            threads,
+            aligned,
+        })
     }
 
     fn shuffle(&mut self, i: &Instruction) -> Result<Op> {
@@ -140,7 +195,15 @@ impl FunctionLowering<'_> {
         for (n, slot) in s.iter_mut().enumerate() {
             *slot = self.src32(operand(i, n + 1)?)?;
         }
-        Ok(Op::Shuffle { mode, d, p, a: s[0], b: s[1], c: s[2], members: s[3] })
+        Ok(Op::Shuffle {
+            mode,
+            d,
+            p,
+            a: s[0],
+            b: s[1],
+            c: s[2],
+            members: s[3],
+        })
     }
 
     fn vote(&mut self, i: &Instruction) -> Result<Op> {
@@ -152,7 +215,13 @@ impl FunctionLowering<'_> {
             other => return Err(format!("unknown vote mode `.{other}`")),
         };
         let (p, negated) = self.signed_pred(operand(i, 1)?)?;
-        Ok(Op::Vote { mode, d, p, negated, members: self.src32(operand(i, 2)?)? })
+        Ok(Op::Vote {
+            mode,
+            d,
+            p,
+            negated,
+            members: self.src32(operand(i, 2)?)?,
+        })
     }
 
     fn match_lanes(&mut self, i: &Instruction) -> Result<Op> {
@@ -161,7 +230,13 @@ impl FunctionLowering<'_> {
             d => (self.dst(d, false)?, None),
         };
         let a = self.source(operand(i, 1)?, last_type(i)?.bits() == 64)?;
-        Ok(Op::Match { all: i.has("all"), d, p, a, members: self.src32(operand(i, 2)?)? })
+        Ok(Op::Match {
+            all: i.has("all"),
+            d,
+            p,
+            a,
+            members: self.src32(operand(i, 2)?)?,
+        })
     }
 
     fn redux(&mut self, i: &Instruction) -> Result<Op> {
@@ -180,7 +255,13 @@ impl FunctionLowering<'_> {
         }
         let d = self.dst(operand(i, 0)?, false)?;
         let a = self.src32(operand(i, 1)?)?;
-        Ok(Op::Redux { op, signed: ty.is_signed(), d, a, members: self.src32(operand(i, 2)?)? })
+        Ok(Op::Redux {
+            op,
+            signed: ty.is_signed(),
+            d,
+            a,
+            members: self.src32(operand(i, 2)?)?,
+        })
     }
 
     fn elect(&mut self, i: &Instruction) -> Result<Op> {
@@ -191,7 +272,11 @@ impl FunctionLowering<'_> {
             Operand::Name(name) if name == "_" => None,
             other => Some(self.dst(other, false)?),
         };
-        Ok(Op::Elect { d, p: self.pred(p)?, members: self.src32(operand(i, 1)?)? })
+        Ok(Op::Elect {
+            d,
+            p: self.pred(p)?,
+            members: self.src32(operand(i, 1)?)?,
+        })
     }
 
     /// An immediate, for operands that must be one.

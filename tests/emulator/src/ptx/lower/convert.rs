@@ -11,9 +11,20 @@ impl FunctionLowering<'_> {
             "cvt" => (self.convert(i)?, Class::Convert),
             "cvta" => (self.convert_address(i)?, Class::Move),
             "isspacep" => {
-                let space = i.parts.get(1).and_then(|s| Space::parse(s)).ok_or("unknown state space")?;
+                let space = i
+                    .parts
+                    .get(1)
+                    .and_then(|s| Space::parse(s))
+                    .ok_or("unknown state space")?;
                 let p = self.pred(operand(i, 0)?)?;
-                (Op::IsSpace { p, a: self.src(operand(i, 1)?, true)?, space }, Class::Predicate)
+                (
+                    Op::IsSpace {
+                        p,
+                        a: self.src(operand(i, 1)?, true)?,
+                        space,
+                    },
+                    Class::Predicate,
+                )
             }
             _ => return Ok(None),
         }))
@@ -27,12 +38,19 @@ impl FunctionLowering<'_> {
             (_, Operand::List(parts)) => self.pack(ty, to, parts),
             (_, Operand::Name(name)) if name.starts_with('%') && special(name).is_some() => {
                 let which = special(name).ok_or("unknown special register")?;
-                Ok(Op::Special { which, d: self.dest(to, ty.bits() == 64)? })
+                Ok(Op::Special {
+                    which,
+                    d: self.dest(to, ty.bits() == 64)?,
+                })
             }
             _ => {
                 let wide = ty.bits() == 64;
                 let d = self.dst(to, wide)?;
-                Ok(Op::Move { wide, d, a: self.src(from, wide)? })
+                Ok(Op::Move {
+                    wide,
+                    d,
+                    a: self.src(from, wide)?,
+                })
             }
         }
     }
@@ -40,11 +58,19 @@ impl FunctionLowering<'_> {
     fn pack(&mut self, ty: Type, to: &Operand, list: &[Operand]) -> Result<Op> {
         let (bits, count) = part_width(ty, list.len())?;
         let d = self.dest(to, ty.bits() == 64)?;
-        let mut parts = [AnyReg { index: 0, wide: false }; 4];
+        let mut parts = [AnyReg {
+            index: 0,
+            wide: false,
+        }; 4];
         for (slot, part) in parts.iter_mut().zip(list) {
             *slot = self.source(part, bits == 64)?;
         }
-        Ok(Op::Pack { d, parts, count, bits })
+        Ok(Op::Pack {
+            d,
+            parts,
+            count,
+            bits,
+        })
     }
 
     fn unpack(&mut self, ty: Type, list: &[Operand], from: &Operand) -> Result<Op> {
@@ -53,14 +79,25 @@ impl FunctionLowering<'_> {
         let mut parts = [None; 4];
         for (slot, part) in parts.iter_mut().zip(list) {
             let discarded = matches!(part, Operand::Name(n) if n == "_");
-            *slot = if discarded { None } else { Some(self.dest(part, bits == 64)?) };
+            *slot = if discarded {
+                None
+            } else {
+                Some(self.dest(part, bits == 64)?)
+            };
         }
-        Ok(Op::Unpack { parts, count, bits, a })
+        Ok(Op::Unpack {
+            parts,
+            count,
+            bits,
+            a,
+        })
     }
 
     fn convert(&mut self, i: &Instruction) -> Result<Op> {
         let types: Vec<Type> = i.parts[1..].iter().filter_map(|p| Type::parse(p)).collect();
-        let [to, from] = types[..] else { return Err("expected two types".into()) };
+        let [to, from] = types[..] else {
+            return Err("expected two types".into());
+        };
         let packed = matches!(to, Type::F16x2 | Type::Bf16x2) && from == Type::F32;
         let mut c = Convert {
             from,
@@ -73,7 +110,11 @@ impl FunctionLowering<'_> {
             satfinite: false,
             d: self.dest(operand(i, 0)?, to.bits() == 64)?,
             a: self.source(operand(i, 1)?, from.bits() == 64)?,
-            b: if packed { Some(self.source(operand(i, 2)?, false)?) } else { None },
+            b: if packed {
+                Some(self.source(operand(i, 2)?, false)?)
+            } else {
+                None
+            },
         };
         for part in i.parts[1..].iter().filter(|p| Type::parse(p).is_none()) {
             (c.rounding, c.integral) = match part.as_str() {
@@ -98,7 +139,12 @@ impl FunctionLowering<'_> {
                 }
             };
         }
-        let supported = |t: Type| !matches!(t, Type::E4m3x2 | Type::E5m2x2 | Type::U16x2 | Type::S16x2 | Type::Pred);
+        let supported = |t: Type| {
+            !matches!(
+                t,
+                Type::E4m3x2 | Type::E5m2x2 | Type::U16x2 | Type::S16x2 | Type::Pred
+            )
+        };
         if !supported(to) || !supported(from) || from == Type::Tf32 || c.satfinite {
             return Err("unknown conversion".into());
         }
@@ -106,18 +152,28 @@ impl FunctionLowering<'_> {
     }
 
     fn convert_address(&mut self, i: &Instruction) -> Result<Op> {
-        let space = i.parts[1..].iter().find_map(|p| Space::parse(p)).ok_or("unknown state space")?;
+        let space = i.parts[1..]
+            .iter()
+            .find_map(|p| Space::parse(p))
+            .ok_or("unknown state space")?;
         let wide = last_type(i)?.bits() == 64;
         let d = self.dest(operand(i, 0)?, wide)?;
         let a = self.source(operand(i, 1)?, wide)?;
-        Ok(Op::Convaddr { d, a, space, to_generic: !i.has("to") })
+        Ok(Op::Convaddr {
+            d,
+            a,
+            space,
+            to_generic: !i.has("to"),
+        })
     }
 }
 
 fn part_width(ty: Type, count: usize) -> Result<(u8, u8)> {
     let bits = ty.bits() as usize;
     if !matches!(count, 2 | 4) || bits > 64 {
-        return Err(format!("a vector of {count} parts does not fill {bits} bits"));
+        return Err(format!(
+            "a vector of {count} parts does not fill {bits} bits"
+        ));
     }
     Ok(((bits / count) as u8, count as u8))
 }

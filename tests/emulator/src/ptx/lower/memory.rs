@@ -6,8 +6,21 @@ use super::{FunctionLowering, Result, Symbol, last_type, operand};
 
 /// Modifiers of loads and stores that change neither value nor checking.
 fn is_hint(part: &str) -> bool {
-    matches!(part, "nc" | "ca" | "cg" | "cs" | "lu" | "cv" | "wb" | "wt" | "weak" | "cta" | "cluster" | "gpu" | "sys")
-        || part.starts_with("L1::")
+    matches!(
+        part,
+        "nc" | "ca"
+            | "cg"
+            | "cs"
+            | "lu"
+            | "cv"
+            | "wb"
+            | "wt"
+            | "weak"
+            | "cta"
+            | "cluster"
+            | "gpu"
+            | "sys"
+    ) || part.starts_with("L1::")
         || part.starts_with("L2::")
         || part == "unified"
 }
@@ -19,15 +32,34 @@ impl FunctionLowering<'_> {
             "st" => self.load_store(i, false)?,
             "atom" => (self.atomic(i, true)?, Class::Atomic),
             "red" if !i.has("async") => (self.atomic(i, false)?, Class::Atomic),
-            "membar" => (Op::Fence { device: !i.has("cta") }, Class::Barrier),
+            "membar" => (
+                Op::Fence {
+                    device: !i.has("cta"),
+                },
+                Class::Barrier,
+            ),
             "fence" => {
-                let proxy = i.parts[1..].iter().any(|p| p.starts_with("proxy") || p.starts_with("mbarrier_init"));
-                (Op::Fence { device: !proxy && !i.has("cta") }, Class::Barrier)
+                let proxy = i.parts[1..]
+                    .iter()
+                    .any(|p| p.starts_with("proxy") || p.starts_with("mbarrier_init"));
+                (
+                    Op::Fence {
+                        device: !proxy && !i.has("cta"),
+                    },
+                    Class::Barrier,
+                )
             }
             "prefetch" | "prefetchu" | "applypriority" | "discard" => (Op::Nothing, Class::Other),
             "createpolicy" => {
                 let d = self.dst(operand(i, 0)?, true)?;
-                (Op::Move { wide: true, d, a: self.constant(0, true).index }, Class::Other)
+                (
+                    Op::Move {
+                        wide: true,
+                        d,
+                        a: self.constant(0, true).index,
+                    },
+                    Class::Other,
+                )
             }
             _ => return Ok(None),
         }))
@@ -35,8 +67,13 @@ impl FunctionLowering<'_> {
 
     /// The state space of an access; parameters of device functions lie in local memory.
     fn space(&self, i: &Instruction, address: &Operand) -> Space {
-        let space = i.parts[1..].iter().find_map(|p| Space::parse(p)).unwrap_or(Space::Generic);
-        let Operand::Address { base, .. } = address else { return space };
+        let space = i.parts[1..]
+            .iter()
+            .find_map(|p| Space::parse(p))
+            .unwrap_or(Space::Generic);
+        let Operand::Address { base, .. } = address else {
+            return space;
+        };
         match &**base {
             Operand::Name(name) if space == Space::Param => match self.find(name) {
                 Some(Symbol::Local(_)) => Space::Local,
@@ -62,16 +99,26 @@ impl FunctionLowering<'_> {
         let space = self.space(i, operand(i, address)?);
         let elements = Self::elements(operand(i, data)?);
         if elements.len() != lanes || ty.bits() > 64 || ty == Type::Pred {
-            return Err(format!("{} elements where {lanes} were expected", elements.len()));
+            return Err(format!(
+                "{} elements where {lanes} were expected",
+                elements.len()
+            ));
         }
-        let mut regs = [AnyReg { index: 0, wide: false }; 4];
+        let mut regs = [AnyReg {
+            index: 0,
+            wide: false,
+        }; 4];
         let mut discard = 0;
         for (n, (slot, element)) in regs.iter_mut().zip(elements).enumerate() {
             let wide = ty.bits() == 64;
             if load && matches!(element, Operand::Name(name) if name == "_") {
                 discard |= 1 << n;
             } else {
-                *slot = if load { self.dest(element, wide)? } else { self.source(element, wide)? };
+                *slot = if load {
+                    self.dest(element, wide)?
+                } else {
+                    self.source(element, wide)?
+                };
             }
         }
         let access = Box::new(Access {
@@ -85,7 +132,14 @@ impl FunctionLowering<'_> {
             address: self.address(operand(i, address)?)?,
         });
         let class = access_class(space, load);
-        Ok((if load { Op::Load(access) } else { Op::Store(access) }, class))
+        Ok((
+            if load {
+                Op::Load(access)
+            } else {
+                Op::Store(access)
+            },
+            class,
+        ))
     }
 
     fn atomic(&mut self, i: &Instruction, returns: bool) -> Result<Op> {
@@ -111,12 +165,28 @@ impl FunctionLowering<'_> {
         let op = op.ok_or("no atomic operation")?;
         let at = usize::from(returns);
         let wide = ty.bits() == 64;
-        let d = if returns { Some(self.dest(operand(i, 0)?, wide)?) } else { None };
+        let d = if returns {
+            Some(self.dest(operand(i, 0)?, wide)?)
+        } else {
+            None
+        };
         let b = self.source(operand(i, at + 1)?, wide)?;
-        let c = if op == AtomicOp::Cas { Some(self.source(operand(i, at + 2)?, wide)?) } else { None };
+        let c = if op == AtomicOp::Cas {
+            Some(self.source(operand(i, at + 2)?, wide)?)
+        } else {
+            None
+        };
         let space = self.space(i, operand(i, at)?);
         let address = self.address(operand(i, at)?)?;
-        Ok(Op::Atomic(Box::new(Atomic { space, op, ty, d, address, b, c })))
+        Ok(Op::Atomic(Box::new(Atomic {
+            space,
+            op,
+            ty,
+            d,
+            address,
+            b,
+            c,
+        })))
     }
 }
 

@@ -6,13 +6,14 @@ mod asynchronous;
 mod control;
 mod convert;
 mod memory;
+mod operands;
 mod tensor;
 
 use std::collections::HashMap;
 
 use super::ParseError;
 use super::ast::{self, Instruction, Operand, SourceLocation, Space, Statement, Type, Variable};
-use super::ops::{Address, AnyReg, Class, FixedSpecial, Inst, Op, Reg};
+use super::ops::{AnyReg, Class, FixedSpecial, Inst, Op, Reg};
 use super::program::{FUNCTION_WINDOW, Function, PARAM_WINDOW, Program, SHARED_WINDOW};
 
 /// Errors of lowering one instruction; the line is added by the caller.
@@ -57,8 +58,16 @@ pub fn lower(
     globals: HashMap<String, (u64, u64)>,
     text: &str,
 ) -> std::result::Result<Program, ParseError> {
-    let defined: Vec<&ast::Function> = module.functions.iter().filter(|f| f.body.is_some()).collect();
-    let function_index = defined.iter().enumerate().map(|(i, f)| (f.name.as_str(), i)).collect();
+    let defined: Vec<&ast::Function> = module
+        .functions
+        .iter()
+        .filter(|f| f.body.is_some())
+        .collect();
+    let function_index = defined
+        .iter()
+        .enumerate()
+        .map(|(i, f)| (f.name.as_str(), i))
+        .collect();
     let mut shared = Shared {
         module,
         globals: &globals,
@@ -77,10 +86,14 @@ pub fn lower(
     }
     let mut functions = Vec::with_capacity(defined.len());
     for function in &defined {
-        functions.push(FunctionLowering::new(&shared, function).run(function).map_err(|mut e| {
-            e.function = Some(function.name.clone());
-            e
-        })?);
+        functions.push(
+            FunctionLowering::new(&shared, function)
+                .run(function)
+                .map_err(|mut e| {
+                    e.function = Some(function.name.clone());
+                    e
+                })?,
+        );
     }
     let entries = functions.iter().enumerate().filter(|(_, f)| f.is_entry);
     let kernels = entries.map(|(i, f)| (f.name.clone(), i)).collect();
@@ -98,7 +111,9 @@ pub fn lower(
 /// Address of a device function as a generic pointer.
 pub fn function_address(module: &ast::Module, name: &str) -> Option<u64> {
     let mut defined = module.functions.iter().filter(|f| f.body.is_some());
-    defined.position(|f| f.name == name).map(|i| FUNCTION_WINDOW + ((i as u64 + 1) << 4))
+    defined
+        .position(|f| f.name == name)
+        .map(|i| FUNCTION_WINDOW + ((i as u64 + 1) << 4))
 }
 
 /// Reserves room for a variable; returns its offset.
@@ -106,7 +121,13 @@ fn place(size: &mut u32, variable: &Variable) -> std::result::Result<u32, ParseE
     let start = u64::from(*size).next_multiple_of(variable.align.max(1));
     let end = start + variable.size;
     *size = u32::try_from(end).map_err(|_| {
-        ParseError::at(variable.line, format!("variable {} is too large: {} bytes", variable.name, variable.size))
+        ParseError::at(
+            variable.line,
+            format!(
+                "variable {} is too large: {} bytes",
+                variable.name, variable.size
+            ),
+        )
     })?;
     Ok(start as u32)
 }
@@ -171,13 +192,20 @@ impl<'m> FunctionLowering<'m> {
     /// The limits that ptxas enforces.
     fn check_sizes(&self, function: &ast::Function) -> std::result::Result<(), ParseError> {
         let limits = [
-            ("static shared memory", self.out.shared_size, MAX_STATIC_SHARED),
+            (
+                "static shared memory",
+                self.out.shared_size,
+                MAX_STATIC_SHARED,
+            ),
             ("local memory", self.out.local_size, MAX_LOCAL),
             ("parameters", self.out.param_bytes, MAX_PARAMS),
         ];
         for (what, size, limit) in limits {
             if size > limit {
-                return Err(ParseError::at(function.line, format!("{size} bytes of {what}, more than {limit}")));
+                return Err(ParseError::at(
+                    function.line,
+                    format!("{size} bytes of {what}, more than {limit}"),
+                ));
             }
         }
         Ok(())
@@ -187,7 +215,11 @@ impl<'m> FunctionLowering<'m> {
         let mut size = 0;
         for variable in &function.params {
             let offset = place(&mut size, variable)?;
-            let symbol = if function.is_entry { Symbol::Param(offset) } else { Symbol::Local(offset) };
+            let symbol = if function.is_entry {
+                Symbol::Param(offset)
+            } else {
+                Symbol::Local(offset)
+            };
             self.scopes[0].insert(variable.name.clone(), symbol);
             self.out.params.push((offset, variable.size as u32));
         }
@@ -220,7 +252,10 @@ impl<'m> FunctionLowering<'m> {
         self.out.dynamic_shared = u32::try_from(start)
             .map_err(|_| ParseError::at(self.line, "shared variables are too large"))?;
         for variable in &self.shared.dynamic {
-            self.scopes[0].insert(variable.name.clone(), Symbol::Shared(self.out.dynamic_shared));
+            self.scopes[0].insert(
+                variable.name.clone(),
+                Symbol::Shared(self.out.dynamic_shared),
+            );
         }
         Ok(())
     }
@@ -236,7 +271,8 @@ impl<'m> FunctionLowering<'m> {
             }
             Statement::Registers(ty, names) => {
                 for (name, count) in names {
-                    self.declare(*ty, name, *count).map_err(|m| ParseError::at(self.line, m))?;
+                    self.declare(*ty, name, *count)
+                        .map_err(|m| ParseError::at(self.line, m))?;
                 }
             }
             Statement::Variable(variable) => self.variable(variable)?,
@@ -261,7 +297,9 @@ impl<'m> FunctionLowering<'m> {
         }
         let symbol = match variable.space {
             Space::Shared => Symbol::Shared(self.out.dynamic_shared),
-            Space::Local | Space::Param => Symbol::Local(place(&mut self.out.local_size, variable)?),
+            Space::Local | Space::Param => {
+                Symbol::Local(place(&mut self.out.local_size, variable)?)
+            }
             _ => {
                 let message = format!("variable {} in an unsupported state space", variable.name);
                 return Err(ParseError::at(variable.line, message));
@@ -300,9 +338,16 @@ impl<'m> FunctionLowering<'m> {
     }
 
     fn new_reg(&mut self, wide: bool) -> AnyReg {
-        let counter = if wide { &mut self.out.regs64 } else { &mut self.out.regs32 };
+        let counter = if wide {
+            &mut self.out.regs64
+        } else {
+            &mut self.out.regs32
+        };
         *counter += 1;
-        AnyReg { index: *counter - 1, wide }
+        AnyReg {
+            index: *counter - 1,
+            wide,
+        }
     }
 
     fn new_pred(&mut self) -> Reg {
@@ -312,7 +357,13 @@ impl<'m> FunctionLowering<'m> {
 
     fn emit(&mut self, op: Op, guard: Option<(Reg, bool)>, class: Class) {
         let location = (self.out.locations.len() as u32).wrapping_sub(1);
-        self.out.code.push(Inst { op, guard, class, line: self.line, location });
+        self.out.code.push(Inst {
+            op,
+            guard,
+            class,
+            line: self.line,
+            location,
+        });
     }
 
     fn instruction(&mut self, i: &Instruction) -> Result<()> {
@@ -348,7 +399,10 @@ impl<'m> FunctionLowering<'m> {
                 let found = self.labels.get(name).copied();
                 found.ok_or_else(|| ParseError::at(line, format!("undefined label {name}")))
             };
-            let resolved = names.iter().map(find).collect::<std::result::Result<Vec<_>, _>>()?;
+            let resolved = names
+                .iter()
+                .map(find)
+                .collect::<std::result::Result<Vec<_>, _>>()?;
             match &mut self.out.code[index].op {
                 Op::Branch { to } => *to = resolved[0],
                 Op::BranchIndex { targets, .. } => *targets = resolved,
@@ -357,181 +411,13 @@ impl<'m> FunctionLowering<'m> {
         }
         Ok(())
     }
-
-    fn find(&self, name: &str) -> Option<Symbol> {
-        self.scopes.iter().rev().find_map(|s| s.get(name).copied())
-    }
-
-    fn constant(&mut self, value: u64, wide: bool) -> AnyReg {
-        if wide {
-            if let Some(&index) = self.constants64.get(&value) {
-                return AnyReg { index, wide };
-            }
-            let reg = self.new_reg(true);
-            self.constants64.insert(value, reg.index);
-            self.out.constants64.push((reg.index, value));
-            return reg;
-        }
-        let value = value as u32;
-        if let Some(&index) = self.constants32.get(&value) {
-            return AnyReg { index, wide };
-        }
-        let reg = self.new_reg(false);
-        self.constants32.insert(value, reg.index);
-        self.out.constants32.push((reg.index, value));
-        reg
-    }
-
-    /// A value that has no register of its own: a symbol's address or a special register.
-    fn named_value(&mut self, name: &str, wide: bool) -> Result<AnyReg> {
-        if let Some(special) = fixed_special(name) {
-            if let Some(&reg) = self.specials.get(&(special, wide)) {
-                return Ok(reg);
-            }
-            let reg = self.new_reg(wide);
-            self.specials.insert((special, wide), reg);
-            self.out.specials.push((reg, special));
-            return Ok(reg);
-        }
-        if name == "WARP_SZ" {
-            return Ok(self.constant(32, wide));
-        }
-        let value = match self.find(name) {
-            Some(Symbol::Shared(offset)) => u64::from(offset),
-            Some(Symbol::Param(offset)) => u64::from(offset) | PARAM_WINDOW,
-            Some(Symbol::Local(offset)) => {
-                let d = self.new_reg(true);
-                self.emit(Op::LocalAddress { d: d.index, offset }, None, Class::Move);
-                return Ok(d);
-            }
-            _ => self.module_symbol(name).ok_or_else(|| format!("undefined name `{name}`"))?,
-        };
-        Ok(self.constant(value, wide))
-    }
-
-    fn module_symbol(&self, name: &str) -> Option<u64> {
-        if let Some(&(address, _)) = self.shared.globals.get(name) {
-            return Some(address);
-        }
-        if let Some(&offset) = self.shared.shared.get(name) {
-            return Some(u64::from(offset));
-        }
-        function_address(self.shared.module, name)
-    }
-
-    /// A source of either width; immediates take the width asked for.
-    fn source(&mut self, operand: &Operand, wide: bool) -> Result<AnyReg> {
-        match operand {
-            Operand::Name(name) => match self.find(name) {
-                Some(Symbol::Register(reg)) => Ok(reg),
-                Some(Symbol::Predicate(_)) => Err(format!("{name} is a predicate")),
-                _ => self.named_value(name, wide),
-            },
-            Operand::Offset(name, offset) => {
-                let address = match self.find(name) {
-                    Some(Symbol::Shared(base)) => u64::from(base),
-                    Some(Symbol::Local(base)) => {
-                        let d = self.new_reg(true);
-                        let offset = base.wrapping_add(*offset as u32);
-                        self.emit(Op::LocalAddress { d: d.index, offset }, None, Class::Move);
-                        return Ok(d);
-                    }
-                    _ => self.module_symbol(name).ok_or_else(|| format!("undefined name `{name}`"))?,
-                };
-                Ok(self.constant(address.wrapping_add_signed(*offset), wide))
-            }
-            Operand::Int(v) => Ok(self.constant(*v, wide)),
-            Operand::Float32(bits) if wide => Ok(self.constant(f64::from(f32::from_bits(*bits)).to_bits(), true)),
-            Operand::Float32(bits) => Ok(self.constant(u64::from(*bits), false)),
-            Operand::Float64(bits) if wide => Ok(self.constant(*bits, true)),
-            Operand::Float64(bits) => {
-                Ok(self.constant(u64::from((f64::from_bits(*bits) as f32).to_bits()), false))
-            }
-            other => Err(format!("unexpected operand {other:?}")),
-        }
-    }
-
-    /// A source of exactly this width.
-    fn src(&mut self, operand: &Operand, wide: bool) -> Result<Reg> {
-        let reg = self.source(operand, wide)?;
-        if reg.wide != wide {
-            let width = if wide { 64 } else { 32 };
-            return Err(format!("operand {operand:?} is not {width} bits wide"));
-        }
-        Ok(reg.index)
-    }
-
-    fn src32(&mut self, operand: &Operand) -> Result<Reg> {
-        self.src(operand, false)
-    }
-
-    /// A destination of either width; `_` gets a register nobody reads.
-    fn dest(&mut self, operand: &Operand, wide: bool) -> Result<AnyReg> {
-        match operand {
-            Operand::Name(name) if name == "_" => Ok(self.new_reg(wide)),
-            Operand::Name(name) => match self.find(name) {
-                Some(Symbol::Register(reg)) => Ok(reg),
-                _ => Err(format!("`{name}` is not a register")),
-            },
-            other => Err(format!("unexpected destination {other:?}")),
-        }
-    }
-
-    fn dst(&mut self, operand: &Operand, wide: bool) -> Result<Reg> {
-        let reg = self.dest(operand, wide)?;
-        if reg.wide != wide {
-            let width = if wide { 64 } else { 32 };
-            return Err(format!("destination {operand:?} is not {width} bits wide"));
-        }
-        Ok(reg.index)
-    }
-
-    /// A predicate register; the constants 0 and 1 are allowed.
-    fn pred(&mut self, operand: &Operand) -> Result<Reg> {
-        match operand {
-            Operand::Name(name) if name == "_" => Ok(self.new_pred()),
-            Operand::Name(name) => match self.find(name) {
-                Some(Symbol::Predicate(p)) => Ok(p),
-                _ => Err(format!("`{name}` is not a predicate")),
-            },
-            Operand::Int(value) => {
-                let p = self.new_pred();
-                if *value != 0 {
-                    self.out.true_preds.push(p);
-                }
-                Ok(p)
-            }
-            other => Err(format!("unexpected predicate {other:?}")),
-        }
-    }
-
-    /// A predicate that may be negated.
-    fn signed_pred(&mut self, operand: &Operand) -> Result<(Reg, bool)> {
-        match operand {
-            Operand::Not(name) => Ok((self.pred(&Operand::Name(name.clone()))?, true)),
-            other => Ok((self.pred(other)?, false)),
-        }
-    }
-
-    fn address(&mut self, operand: &Operand) -> Result<Address> {
-        let Operand::Address { base, offset, .. } = operand else {
-            return Err(format!("expected an address, found {operand:?}"));
-        };
-        Ok(Address { base: self.source(base, true)?, offset: *offset })
-    }
-
-    /// Elements of a vector operand, or the operand itself.
-    fn elements(operand: &Operand) -> &[Operand] {
-        match operand {
-            Operand::List(list) => list,
-            other => std::slice::from_ref(other),
-        }
-    }
 }
 
 /// Operand number `n`.
 fn operand(i: &Instruction, n: usize) -> Result<&Operand> {
-    i.operands.get(n).ok_or_else(|| format!("operand {} is missing", n + 1))
+    i.operands
+        .get(n)
+        .ok_or_else(|| format!("operand {} is missing", n + 1))
 }
 
 /// The last modifier, as a type.
@@ -546,43 +432,6 @@ fn immediate(o: &Operand) -> Result<u64> {
         Operand::Int(v) => Ok(*v),
         other => Err(format!("expected a constant, found {other:?}")),
     }
-}
-
-fn fixed_special(name: &str) -> Option<FixedSpecial> {
-    use FixedSpecial as S;
-    let (root, component) = name.split_once('.').unwrap_or((name, ""));
-    let axis = match component {
-        "x" => Some(0),
-        "y" => Some(1),
-        "z" => Some(2),
-        _ => None,
-    };
-    Some(match (root, axis) {
-        ("%tid", Some(a)) => S::Tid(a),
-        ("%ntid", Some(a)) => S::Ntid(a),
-        ("%ctaid", Some(a)) => S::Ctaid(a),
-        ("%nctaid", Some(a)) => S::Nctaid(a),
-        ("%cluster_ctaid", Some(a)) => S::ClusterCtaid(a),
-        ("%cluster_nctaid", Some(a)) => S::ClusterNctaid(a),
-        ("%clusterid", Some(a)) => S::ClusterId(a),
-        ("%nclusterid", Some(a)) => S::NumClusters(a),
-        ("%cluster_ctarank", _) => S::ClusterCtarank,
-        ("%cluster_nctarank", _) => S::ClusterNctarank,
-        ("%laneid", _) => S::LaneId,
-        ("%warpid", _) => S::WarpId,
-        ("%nwarpid", _) => S::NumWarps,
-        ("%smid", _) => S::SmId,
-        ("%nsmid", _) => S::NumSms,
-        ("%gridid", _) => S::GridId,
-        ("%lanemask_eq", _) => S::LanemaskEq,
-        ("%lanemask_lt", _) => S::LanemaskLt,
-        ("%lanemask_le", _) => S::LanemaskLe,
-        ("%lanemask_gt", _) => S::LanemaskGt,
-        ("%lanemask_ge", _) => S::LanemaskGe,
-        ("%dynamic_smem_size", _) => S::DynamicShared,
-        ("%total_smem_size", _) => S::TotalShared,
-        _ => return None,
-    })
 }
 
 /// Base added to an address of this space to make it generic.

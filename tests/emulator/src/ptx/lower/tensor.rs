@@ -22,22 +22,37 @@ impl FunctionLowering<'_> {
             "wgmma" if i.has("mma_async") => (self.wgmma(i)?, Class::Tensor),
             "wgmma" if i.has("fence") => (Op::Nothing, Class::Async),
             "wgmma" if i.has("commit_group") => (Op::WgmmaCommit, Class::Async),
-            "wgmma" if i.has("wait_group") => {
-                (Op::WgmmaWait { pending: Self::constant_operand(i, 0)? }, Class::Async)
-            }
+            "wgmma" if i.has("wait_group") => (
+                Op::WgmmaWait {
+                    pending: Self::constant_operand(i, 0)?,
+                },
+                Class::Async,
+            ),
             _ => return Ok(None),
         }))
     }
 
     /// Exactly `N` 32-bit registers of a vector operand; the rest of the array is zero.
-    fn fragment<const N: usize>(&mut self, o: &Operand, count: usize, write: bool) -> Result<[Reg; N]> {
+    fn fragment<const N: usize>(
+        &mut self,
+        o: &Operand,
+        count: usize,
+        write: bool,
+    ) -> Result<[Reg; N]> {
         let elements = Self::elements(o);
         if elements.len() != count {
-            return Err(format!("a fragment of {} registers where {count} were expected", elements.len()));
+            return Err(format!(
+                "a fragment of {} registers where {count} were expected",
+                elements.len()
+            ));
         }
         let mut out = [0; N];
         for (slot, element) in out.iter_mut().zip(elements) {
-            *slot = if write { self.dst(element, false)? } else { self.src32(element)? };
+            *slot = if write {
+                self.dst(element, false)?
+            } else {
+                self.src32(element)?
+            };
         }
         Ok(out)
     }
@@ -48,7 +63,11 @@ impl FunctionLowering<'_> {
         };
         let types = &i.parts[i.parts.len() - 4..];
         let layout_known = i.has("sync") && i.has("row") && i.has("col");
-        if !layout_known || i.parts.len() != shape_at + 7 || types[1] != types[2] || types[0] != types[3] {
+        if !layout_known
+            || i.parts.len() != shape_at + 7
+            || types[1] != types[2]
+            || types[0] != types[3]
+        {
             return Err("unknown opcode: matrix layout or types".into());
         }
         let ty = mma_type(&types[1])?;
@@ -77,7 +96,12 @@ impl FunctionLowering<'_> {
     }
 
     fn matrix(&mut self, i: &Instruction, data: usize, address: usize) -> Result<Box<Matrix>> {
-        let count = match i.parts.iter().find(|p| matches!(p.as_str(), "x1" | "x2" | "x4")).map(String::as_str) {
+        let count = match i
+            .parts
+            .iter()
+            .find(|p| matches!(p.as_str(), "x1" | "x2" | "x4"))
+            .map(String::as_str)
+        {
             Some("x1") => 1,
             Some("x2") => 2,
             Some("x4") => 4,
@@ -88,27 +112,49 @@ impl FunctionLowering<'_> {
         }
         let regs = self.fragment(operand(i, data)?, count, data == 0)?;
         let address = self.address(operand(i, address)?)?;
-        Ok(Box::new(Matrix { count: count as u8, transpose: i.has("trans"), regs, address }))
+        Ok(Box::new(Matrix {
+            count: count as u8,
+            transpose: i.has("trans"),
+            regs,
+            address,
+        }))
     }
 
     fn wgmma(&mut self, i: &Instruction) -> Result<Op> {
-        let shape = i.parts.iter().find(|p| p.starts_with("m64n")).ok_or("no wgmma shape")?;
-        let (n, k) = shape["m64n".len()..].split_once('k').ok_or("no wgmma shape")?;
+        let shape = i
+            .parts
+            .iter()
+            .find(|p| p.starts_with("m64n"))
+            .ok_or("no wgmma shape")?;
+        let (n, k) = shape["m64n".len()..]
+            .split_once('k')
+            .ok_or("no wgmma shape")?;
         let n: u16 = n.parse().map_err(|_| "malformed wgmma shape".to_string())?;
-        let types: Vec<&String> = i.parts[1..].iter().filter(|p| Type::parse(p).is_some()).collect();
-        let [d_type, a_type, b_type] = types[..] else { return Err("expected three types".into()) };
+        let types: Vec<&String> = i.parts[1..]
+            .iter()
+            .filter(|p| Type::parse(p).is_some())
+            .collect();
+        let [d_type, a_type, b_type] = types[..] else {
+            return Err("expected three types".into());
+        };
         let ty = mma_type(a_type)?;
         let k_known = k == if ty == MmaType::Tf32 { "8" } else { "16" };
-        if a_type != b_type || !k_known || n == 0 || n % 8 != 0 || n > 256 {
+        if a_type != b_type || !k_known || n == 0 || !n.is_multiple_of(8) || n > 256 {
             return Err("unknown opcode: wgmma shape or types".into());
         }
         let half_accumulate = d_type == "f16";
         let count = usize::from(n) / if half_accumulate { 4 } else { 2 };
         let destinations = Self::elements(operand(i, 0)?);
         if destinations.len() != count {
-            return Err(format!("{} accumulator registers where {count} were expected", destinations.len()));
+            return Err(format!(
+                "{} accumulator registers where {count} were expected",
+                destinations.len()
+            ));
         }
-        let d = destinations.iter().map(|o| self.dst(o, false)).collect::<Result<Vec<_>>>()?;
+        let d = destinations
+            .iter()
+            .map(|o| self.dst(o, false))
+            .collect::<Result<Vec<_>>>()?;
         let (mut a, mut a_descriptor) = (Vec::new(), None);
         match operand(i, 1)? {
             list @ Operand::List(_) => a = self.fragment::<4>(list, 4, false)?.to_vec(),
@@ -125,7 +171,11 @@ impl FunctionLowering<'_> {
         let flag = |n: usize| i.operands.get(n).map_or(Ok(0), immediate).map(|v| v as i64);
         let transposable = ty != MmaType::Tf32;
         // With A in registers only B has a transpose flag.
-        let (ta, tb) = if a_descriptor.is_some() { (Some(6), 7) } else { (None, 6) };
+        let (ta, tb) = if a_descriptor.is_some() {
+            (Some(6), 7)
+        } else {
+            (None, 6)
+        };
         Ok(Op::Wgmma(Box::new(Wgmma {
             ty,
             n,

@@ -1,9 +1,9 @@
 //! Recursive-descent parser from tokens to the syntax tree.
 
+mod operands;
+
 use super::ParseError;
-use super::ast::{
-    Function, Initial, Instruction, Module, Operand, SourceLocation, Space, Statement, Type, Variable,
-};
+use super::ast::{Function, Initial, Module, SourceLocation, Space, Statement, Type, Variable};
 use super::lexer::{Lexeme, Token, tokenize};
 
 type Result<T> = std::result::Result<T, ParseError>;
@@ -14,7 +14,12 @@ type Result<T> = std::result::Result<T, ParseError>;
 /// Text that is not PTX, with the line where it stops being so.
 pub fn parse(text: &str) -> Result<Module> {
     let tokens = tokenize(text)?;
-    let mut parser = Parser { tokens, at: 0, depth: 0, module: Module::default() };
+    let mut parser = Parser {
+        tokens,
+        at: 0,
+        depth: 0,
+        module: Module::default(),
+    };
     while parser.peek().is_some() {
         parser.top_level()?;
     }
@@ -54,7 +59,9 @@ impl<'a> Parser<'a> {
     }
 
     fn next(&mut self) -> Result<Token<'a>> {
-        let token = self.peek().ok_or_else(|| self.error("unexpected end of the module"))?;
+        let token = self
+            .peek()
+            .ok_or_else(|| self.error("unexpected end of the module"))?;
         self.at += 1;
         Ok(token)
     }
@@ -157,8 +164,9 @@ impl<'a> Parser<'a> {
             if let Some(number) = name.strip_prefix("sm_") {
                 let digits = number.trim_end_matches(|c: char| c.is_ascii_alphabetic());
                 self.module.target_specific = digits.len() != number.len();
-                self.module.target =
-                    digits.parse().map_err(|_| self.error(format!("malformed target `{name}`")))?;
+                self.module.target = digits
+                    .parse()
+                    .map_err(|_| self.error(format!("malformed target `{name}`")))?;
             }
             if !self.accept(',') {
                 return Ok(());
@@ -190,7 +198,11 @@ impl<'a> Parser<'a> {
     }
 
     fn function(&mut self, is_entry: bool) -> Result<()> {
-        let mut function = Function { is_entry, line: self.line(), ..Function::default() };
+        let mut function = Function {
+            is_entry,
+            line: self.line(),
+            ..Function::default()
+        };
         if self.peek() == Some(Token::Punct('(')) {
             function.returns = self.parameters()?;
         }
@@ -204,8 +216,16 @@ impl<'a> Parser<'a> {
             function.body = Some(self.body()?);
         }
         // A definition replaces the forward declaration of the same name.
-        self.module.functions.retain(|f| f.name != function.name || f.body.is_some());
-        if function.body.is_some() || self.module.functions.iter().all(|f| f.name != function.name) {
+        self.module
+            .functions
+            .retain(|f| f.name != function.name || f.body.is_some());
+        if function.body.is_some()
+            || self
+                .module
+                .functions
+                .iter()
+                .all(|f| f.name != function.name)
+        {
             self.module.functions.push(function);
         }
         Ok(())
@@ -286,18 +306,41 @@ impl<'a> Parser<'a> {
         Ok(variable)
     }
 
-    fn declarator(&mut self, space: Space, ty: Type, align: u64, external: bool) -> Result<Variable> {
+    fn declarator(
+        &mut self,
+        space: Space,
+        ty: Type,
+        align: u64,
+        external: bool,
+    ) -> Result<Variable> {
         let line = self.line();
         let name = self.ident()?.to_string();
         let mut count = 1u64;
         while self.accept('[') {
-            let extent = if self.peek() == Some(Token::Punct(']')) { 0 } else { self.small()? };
+            let extent = if self.peek() == Some(Token::Punct(']')) {
+                0
+            } else {
+                self.small()?
+            };
             count = count.saturating_mul(u64::from(extent));
             self.expect(']')?;
         }
         let size = count.saturating_mul(u64::from(ty.bytes()));
-        let initial = if self.accept('=') { self.initializer()? } else { Vec::new() };
-        Ok(Variable { name, space, ty, size, align, external, initial, line })
+        let initial = if self.accept('=') {
+            self.initializer()?
+        } else {
+            Vec::new()
+        };
+        Ok(Variable {
+            name,
+            space,
+            ty,
+            size,
+            align,
+            external,
+            initial,
+            line,
+        })
     }
 
     fn initializer(&mut self) -> Result<Vec<Initial>> {
@@ -402,7 +445,11 @@ impl<'a> Parser<'a> {
             "pragma" => self.skip_to_semicolon()?,
             d if Space::parse(d).is_some() => {
                 let space = Space::parse(d).unwrap_or(Space::Local);
-                out.extend(self.variables(space, false)?.into_iter().map(Statement::Variable));
+                out.extend(
+                    self.variables(space, false)?
+                        .into_iter()
+                        .map(Statement::Variable),
+                );
             }
             other => return Err(self.error(format!("unknown directive `.{other}` in a function"))),
         }
@@ -454,113 +501,10 @@ impl<'a> Parser<'a> {
                 other => return Err(self.error(format!("unknown .loc attribute `{other}`"))),
             }
         }
-        Ok(SourceLocation { file, line, inlined_at })
-    }
-
-    fn instruction(&mut self) -> Result<Instruction> {
-        let guard = if self.accept('@') {
-            let negated = self.accept('!');
-            Some((self.ident()?.to_string(), negated))
-        } else {
-            None
-        };
-        let line = self.line();
-        let mut parts = vec![self.ident()?.to_string()];
-        while let Some(Token::Dot(modifier)) = self.peek() {
-            parts.push(modifier.to_string());
-            self.at += 1;
-        }
-        let mut operands = Vec::new();
-        while !self.accept(';') {
-            operands.push(self.operand()?);
-            if !self.accept(',') {
-                self.expect(';')?;
-                break;
-            }
-        }
-        Ok(Instruction { guard, parts, operands, line })
-    }
-
-    fn operand(&mut self) -> Result<Operand> {
-        let first = self.simple_operand()?;
-        if self.accept('|') {
-            let second = self.simple_operand()?;
-            return Ok(Operand::Pair(Box::new(first), Box::new(second)));
-        }
-        Ok(first)
-    }
-
-    fn simple_operand(&mut self) -> Result<Operand> {
-        match self.next()? {
-            Token::Punct('{') => Ok(Operand::List(self.operands_until('}')?)),
-            Token::Punct('(') => Ok(Operand::Group(self.operands_until(')')?)),
-            Token::Punct('[') => self.address(),
-            Token::Punct('!') => Ok(Operand::Not(self.ident()?.to_string())),
-            Token::Punct('-') => match self.next()? {
-                Token::Int(v) => Ok(Operand::Int(v.wrapping_neg())),
-                Token::Float64(v) => Ok(Operand::Float64(v ^ 1 << 63)),
-                other => Err(self.error(format!("unexpected {other:?} after `-`"))),
-            },
-            Token::Int(v) => Ok(Operand::Int(v)),
-            Token::Float32(v) => Ok(Operand::Float32(v)),
-            Token::Float64(v) => Ok(Operand::Float64(v)),
-            Token::Ident(name) => self.name(name),
-            other => {
-                self.at -= 1;
-                Err(self.error(format!("unexpected {other:?} as an operand")))
-            }
-        }
-    }
-
-    /// A register, symbol, special register with its component, or symbol plus offset.
-    fn name(&mut self, name: &str) -> Result<Operand> {
-        if let Some(Token::Dot(component)) = self.peek() {
-            self.at += 1;
-            return Ok(Operand::Name(format!("{name}.{component}")));
-        }
-        if self.accept('+') {
-            return Ok(Operand::Offset(name.to_string(), self.integer()?));
-        }
-        Ok(Operand::Name(name.to_string()))
-    }
-
-    fn open(&mut self) -> Result<()> {
-        self.depth += 1;
-        if self.depth > MAX_NESTING { Err(self.error("too deeply nested")) } else { Ok(()) }
-    }
-
-    fn operands_until(&mut self, close: char) -> Result<Vec<Operand>> {
-        self.open()?;
-        let mut out = Vec::new();
-        while !self.accept(close) {
-            out.push(self.operand()?);
-            if !self.accept(',') {
-                self.expect(close)?;
-                break;
-            }
-        }
-        self.depth -= 1;
-        Ok(out)
-    }
-
-    fn address(&mut self) -> Result<Operand> {
-        self.open()?;
-        let (base, offset) = match self.simple_operand()? {
-            Operand::Offset(name, offset) => (Operand::Name(name), offset),
-            base => {
-                let offset = if self.accept('+') { self.integer()? } else { 0 };
-                (base, offset)
-            }
-        };
-        let mut coordinates = Vec::new();
-        if self.accept(',') {
-            match self.simple_operand()? {
-                Operand::List(list) => coordinates = list,
-                other => return Err(self.error(format!("unexpected {other:?} in an address"))),
-            }
-        }
-        self.expect(']')?;
-        self.depth -= 1;
-        Ok(Operand::Address { base: Box::new(base), offset, coordinates })
+        Ok(SourceLocation {
+            file,
+            line,
+            inlined_at,
+        })
     }
 }

@@ -1,0 +1,14 @@
+//! The program as its users run it: whole runs on the small models of the fixtures, interrupted,
+//! killed, resumed, refused, and what they leave.
+
+mod support;
+
+mod equivalence;
+mod examples;
+mod faults;
+mod folder;
+mod outputs;
+mod plan;
+mod resume;
+#[cfg(unix)]
+mod signals;

@@ -1,0 +1,317 @@
+//! Checks of single accesses: bounds, alignment, definedness and races.
+
+use std::sync::Arc;
+
+use super::block::Context;
+use super::memory::Allocation;
+use super::registers::LANES;
+use crate::ptx::program::WINDOW_MASK;
+use crate::sanitize::global::{Conflict, Touch, Toucher};
+use crate::sanitize::{Checked, Fault, Kind, shared};
+
+/// Lanes of a mask.
+pub fn lanes(mask: u32) -> impl Iterator<Item = usize> {
+    let mut rest = mask;
+    std::iter::from_fn(move || {
+        let lane = rest.trailing_zeros();
+        rest &= rest.wrapping_sub(1);
+        (lane < 32).then_some(lane as usize)
+    })
+}
+
+/// Whether all 32 lanes access consecutive elements of `len` bytes.
+#[inline]
+pub fn is_row(addresses: &[u64; LANES], len: u64, mask: u32) -> bool {
+    let mut gaps = 0;
+    for lane in 1..LANES {
+        gaps |= addresses[lane].wrapping_sub(addresses[lane - 1]) ^ len;
+    }
+    gaps == 0 && mask == u32::MAX
+}
+
+fn touch_name(touch: Touch) -> &'static str {
+    match touch {
+        Touch::Read => "read",
+        Touch::Write | Touch::AtomicWrite => "write",
+        Touch::Atomic => "atomic access",
+    }
+}
+
+impl<'p> Context<'p> {
+    /// The allocation that holds `len` bytes at a device address, checked for everything.
+    #[inline]
+    pub fn global(
+        &mut self,
+        address: u64,
+        len: u64,
+        align: u64,
+        touch: Touch,
+        lane: usize,
+    ) -> Checked<(&'p Allocation, u64)> {
+        let launch = self.launch;
+        if address & (align - 1) != 0 {
+            return Err(misaligned(
+                "global",
+                touch_name(touch),
+                address,
+                align,
+                lane,
+            ));
+        }
+        let mut found = launch.view.get(self.cached);
+        if found.is_none_or(|a| address < a.base || address - a.base >= a.size) {
+            found = launch.view.find(address).and_then(|index| {
+                self.cached = index;
+                launch.view.get(index)
+            });
+        }
+        let Some(allocation) = found.filter(|a| len <= a.size - (address - a.base)) else {
+            let freed = launch.view.was_freed(address);
+            let kind = if freed {
+                Kind::UseAfterFree
+            } else {
+                Kind::OutOfBounds
+            };
+            let place = launch.view.describe(address);
+            let message = format!(
+                "global {} of {len} bytes at {address:#x}: {place}",
+                touch_name(touch)
+            );
+            return Err(Fault::new(kind, lane as u32, message));
+        };
+        if touch != Touch::Read && touch != Touch::Write {
+            self.acquired = true;
+        }
+        Ok((
+            allocation,
+            self.touch(allocation, address, len, touch, lane)?,
+        ))
+    }
+
+    #[cold]
+    fn global_conflict(
+        &self,
+        conflict: Conflict,
+        touch: Touch,
+        address: u64,
+        len: u64,
+        lane: usize,
+    ) -> Box<Fault> {
+        let access = format!(
+            "global {} of {len} bytes at {address:#x}",
+            touch_name(touch)
+        );
+        let (kind, why) = match conflict {
+            Conflict::Uninitialized => {
+                (Kind::Uninitialized, "nothing wrote these bytes".to_string())
+            }
+            Conflict::Written { by } => (
+                Kind::GlobalRace,
+                format!("block {by} wrote there in this launch"),
+            ),
+            Conflict::ReadBy { by: Some(by) } => (
+                Kind::GlobalRace,
+                format!("block {by} read there in this launch"),
+            ),
+            Conflict::ReadBy { by: None } => (
+                Kind::GlobalRace,
+                "other blocks read there in this launch".to_string(),
+            ),
+        };
+        Fault::new(kind, lane as u32, format!("{access}: {why}"))
+    }
+
+    /// The allocation that holds all lanes' accesses, if there is one and they are aligned.
+    /// The checks left to do are those of [`Self::touch`].
+    #[inline]
+    pub fn common_allocation(
+        &mut self,
+        addresses: &[u64; LANES],
+        len: u64,
+        mask: u32,
+    ) -> Option<&'p Arc<Allocation>> {
+        let (mut low, mut high, mut bits) = (u64::MAX, 0, 0);
+        for (lane, &address) in addresses.iter().enumerate() {
+            let active = mask >> lane & 1 == 1;
+            low = low.min(if active { address } else { u64::MAX });
+            high = high.max(if active { address } else { 0 });
+            bits |= if active { address } else { 0 };
+        }
+        let view = &self.launch.view;
+        let holds = |a: &Arc<Allocation>| {
+            low >= a.base
+                && high
+                    .checked_add(len)
+                    .is_some_and(|end| end - a.base <= a.size)
+        };
+        if bits & (len - 1) != 0 {
+            return None;
+        }
+        if view.get(self.cached).is_none_or(|a| !holds(a)) {
+            self.cached = view.find(low)?;
+        }
+        view.get(self.cached).filter(|a| holds(a))
+    }
+
+    /// Records the accesses of all lanes at once if they form one row of memory; false if they
+    /// do not, or if something is wrong with them that the lane-wise path will name.
+    #[inline]
+    pub fn touch_row(
+        &self,
+        allocation: &Allocation,
+        addresses: &[u64; LANES],
+        len: u64,
+        touch: Touch,
+        mask: u32,
+    ) -> bool {
+        if !is_row(addresses, len, mask) {
+            return false;
+        }
+        let by = Toucher {
+            launch: &self.launch.races,
+            block: self.block,
+            acquired: self.acquired,
+        };
+        allocation
+            .shadow
+            .touch(
+                addresses[0] - allocation.base,
+                len * LANES as u64,
+                touch,
+                &by,
+            )
+            .is_ok()
+    }
+
+    /// Records a lane's access to an allocation.
+    #[inline(always)]
+    pub fn touch(
+        &self,
+        allocation: &Allocation,
+        address: u64,
+        len: u64,
+        touch: Touch,
+        lane: usize,
+    ) -> Checked<u64> {
+        let offset = address - allocation.base;
+        let by = Toucher {
+            launch: &self.launch.races,
+            block: self.block,
+            acquired: self.acquired,
+        };
+        match allocation.shadow.touch(offset, len, touch, &by) {
+            Ok(()) => Ok(offset),
+            Err(conflict) => Err(self.global_conflict(conflict, touch, address, len, lane)),
+        }
+    }
+
+    /// Checks a shared access of one lane; returns its offset.
+    #[inline]
+    pub fn shared_range(
+        &mut self,
+        address: u64,
+        len: u64,
+        align: u64,
+        touch: shared::Touch,
+        warp: u32,
+        lane: usize,
+    ) -> Checked<usize> {
+        let offset = address & WINDOW_MASK;
+        if offset & (align - 1) != 0 {
+            return Err(misaligned(
+                "shared",
+                shared_name(touch),
+                offset,
+                align,
+                lane,
+            ));
+        }
+        if offset + len > self.shared.len() as u64 {
+            let (name, size) = (shared_name(touch), self.shared.len());
+            let message = format!("shared {name} of {len} bytes at offset {offset} of {size}");
+            return Err(Fault::new(Kind::OutOfBounds, lane as u32, message));
+        }
+        match self
+            .shared_shadow
+            .touch(offset as u32, len as u32, touch, warp)
+        {
+            Ok(()) => Ok(offset as usize),
+            Err(conflict) => Err(shared_conflict(
+                conflict,
+                shared_name(touch),
+                offset,
+                len,
+                lane,
+            )),
+        }
+    }
+
+    /// Little-endian value in shared memory; the range was checked.
+    #[inline]
+    pub fn shared_read(&self, offset: usize, len: usize) -> u64 {
+        let mut bytes = [0; 8];
+        bytes[..len].copy_from_slice(&self.shared[offset..offset + len]);
+        u64::from_le_bytes(bytes)
+    }
+
+    /// Stores the low bytes of a value; the range was checked.
+    #[inline]
+    pub fn shared_write(&mut self, offset: usize, len: usize, value: u64) {
+        self.shared[offset..offset + len].copy_from_slice(&value.to_le_bytes()[..len]);
+    }
+}
+
+fn shared_name(touch: shared::Touch) -> &'static str {
+    match touch {
+        shared::Touch::Read => "read",
+        shared::Touch::Write => "write",
+        shared::Touch::Atomic => "atomic access",
+    }
+}
+
+#[cold]
+pub fn misaligned(space: &str, what: &str, address: u64, align: u64, lane: usize) -> Box<Fault> {
+    let message =
+        format!("{space} {what} at {address:#x}, which is not a multiple of {align} bytes");
+    Fault::new(Kind::Misaligned, lane as u32, message)
+}
+
+/// A conflict in shared memory as a fault.
+#[cold]
+pub fn shared_conflict(
+    conflict: shared::Conflict,
+    what: &str,
+    offset: u64,
+    len: u64,
+    lane: usize,
+) -> Box<Fault> {
+    let (kind, why) = match conflict {
+        shared::Conflict::Uninitialized => {
+            (Kind::Uninitialized, "nothing wrote these bytes".to_string())
+        }
+        shared::Conflict::InFlight => (
+            Kind::AsyncCopy,
+            "an asynchronous copy to these bytes has not been waited for".to_string(),
+        ),
+        shared::Conflict::WrittenBy(warp) => (
+            Kind::SharedRace,
+            format!("warp {warp} wrote there with no barrier in between"),
+        ),
+        shared::Conflict::ReadBy(warps) => {
+            let warp = warps.trailing_zeros();
+            (
+                Kind::SharedRace,
+                format!("warp {warp} read there with no barrier in between"),
+            )
+        }
+        shared::Conflict::Atomic => (
+            Kind::SharedRace,
+            "another warp did atomics there with no barrier in between".to_string(),
+        ),
+    };
+    Fault::new(
+        kind,
+        lane as u32,
+        format!("shared {what} of {len} bytes at offset {offset}: {why}"),
+    )
+}
