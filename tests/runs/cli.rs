@@ -68,6 +68,20 @@ fn usage_errors_exit_with_2_and_name_the_option() {
 }
 
 #[test]
+fn asking_for_a_gpu_says_what_is_missing_and_writes_nothing() {
+    let temp = tempfile::tempdir().unwrap();
+    let args = ["train", "--target", "m", "--data", "d.jsonl", "--device"];
+    let output = resa(temp.path(), &[&args[..], &["cuda"]].concat());
+    let text = stderr(&output);
+    assert!(!output.status.success());
+    // No kernels, no driver, or (until all operators have kernels) the CPU as the way out.
+    let named = ["CUDA toolkit", "CUDA driver", "--device cpu"];
+    assert!(named.iter().any(|name| text.contains(name)), "{text}");
+    let files = fs::read_dir(temp.path()).unwrap().count();
+    assert_eq!(files, 0, "nothing was written");
+}
+
+#[test]
 fn an_unknown_key_of_a_config_file_is_named_with_the_file() {
     let temp = tempfile::tempdir().unwrap();
     fs::write(temp.path().join("run.toml"), "k = 4\nresume = true\n").unwrap();
