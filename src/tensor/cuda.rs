@@ -62,6 +62,9 @@ impl Memory {
 
     /// Gives all free blocks back to the driver.
     pub(crate) fn release(&self) {
+        // Freeing needs the context, which this thread may not have used yet.
+        let context = self.stream.context();
+        context.record_err(context.bind_to_thread());
         for (size, blocks) in self.lock().drain() {
             self.reserved
                 .fetch_sub(size * blocks.len(), Ordering::Relaxed);
@@ -69,7 +72,7 @@ impl Memory {
         // What is freed in the stream's order is free once the stream is through; an error of
         // earlier work shows again at the next call that can report it.
         if let Err(error) = self.stream.synchronize() {
-            self.stream.context().record_err::<()>(Err(error));
+            context.record_err::<()>(Err(error));
         }
     }
 

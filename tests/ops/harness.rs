@@ -13,24 +13,32 @@ use resa_engine::rng::{Purpose, Stream};
 use resa_engine::tape::{Tape, Var};
 use resa_engine::tensor::{DType, MappedBytes, Tensor};
 
-/// Operators that have no CUDA kernel yet: their tests run on the CPU alone.
-const WITHOUT_CUDA: [&str; 9] = [
+/// Operators and optimizers that have no CUDA kernel yet: tested on the CPU alone.
+const WITHOUT_CUDA: [&str; 12] = [
+    "adamw",
+    "clip",
     "cross_entropy",
     "flash_attention",
     "fvu",
     "gemm",
     "kl_div",
     "lora",
+    "signum",
     "sparse_decode",
     "topk",
     "weighted_sum",
 ];
 
-/// Every device that tests run on: the CPU with different thread counts and, where the build
-/// has kernels, a GPU or the emulator in its place.
-pub fn devices() -> Vec<Device> {
-    let cpus = [1, 3].map(|threads| Device::cpu(threads).unwrap());
-    cpus.into_iter().chain(cuda().cloned()).collect()
+/// Every device that `stem` runs on: the CPU with different thread counts and, where the build
+/// has kernels, a GPU or the emulator in its place. Says so where `stem` cannot use it.
+pub fn devices(stem: &str) -> Vec<Device> {
+    let mut devices: Vec<Device> = [1, 3].map(|n| Device::cpu(n).unwrap()).into();
+    if !WITHOUT_CUDA.contains(&stem) {
+        devices.extend(cuda().cloned());
+    } else if cuda().is_some() {
+        println!("{stem}: no CUDA kernel yet, not tested on the GPU");
+    }
+    devices
 }
 
 /// The GPU that the tests share; `None`, said once, in a build without kernels.
@@ -45,22 +53,6 @@ pub fn cuda() -> Option<&'static Device> {
         None
     });
     device.as_ref()
-}
-
-/// The devices that operator `O` runs on; says so where a GPU is there and cannot be used.
-fn devices_of<O: Operator>() -> Vec<Device> {
-    assert_eq!(
-        O::CUDA,
-        !WITHOUT_CUDA.contains(&O::NAME),
-        "the list of operators without CUDA is not up to date for {}",
-        O::NAME
-    );
-    let mut devices = devices();
-    if !O::CUDA && cuda().is_some() {
-        println!("{}: no CUDA kernel yet, not tested on the GPU", O::NAME);
-        devices.retain(|d| d.name() != "cuda");
-    }
-    devices
 }
 
 /// The values rounded to bf16, as a GPU holds them.
@@ -146,8 +138,14 @@ pub fn check<O: Operator>(
     reference: impl Fn(&[Vec<f64>]) -> Vec<Vec<f64>>,
     tolerance: f64,
 ) {
+    assert_eq!(
+        O::CUDA,
+        !WITHOUT_CUDA.contains(&O::NAME),
+        "the list of operators without CUDA is not up to date for {}",
+        O::NAME
+    );
     let mut on_cpu = None;
-    for device in devices_of::<O>() {
+    for device in devices(O::NAME) {
         let label = format!("{} on {} x{}", O::NAME, device.name(), device.threads());
         let on_gpu = device.name() == "cuda";
         let held = |t: &Tensor| if on_gpu { round_bf16(t) } else { t.clone() };
