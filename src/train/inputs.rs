@@ -89,8 +89,8 @@ impl Sources {
 }
 
 /// Brings the weights that products will use into f32 where the setting says so, or, when left
-/// to the engine, where they then take at most a third of the machine's memory (all of it, not what is free, so
-/// that a resumed run decides alike).
+/// to the engine, where they then take at most a third of the machine's memory (all of it, not
+/// what is free, so that a resumed run decides alike).
 pub fn widen(
     model: &mut Qwen2,
     dtype: DtypeSetting,
