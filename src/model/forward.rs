@@ -65,7 +65,7 @@ pub struct StepDropout {
     pub p: f32,
     /// Seed of the run.
     pub seed: u64,
-    /// The micro-batch counted from the start of the run.
+    /// A number that no other micro-batch of the run has.
     pub step: u64,
 }
 

@@ -172,16 +172,23 @@ fn mean_of(x: &Tensor, keep: impl Fn(usize) -> bool + Sync) -> Result<Vec<f32>> 
 
 fn total_variance(x: &Tensor, keep: impl Fn(usize) -> bool + Sync) -> Result<f64> {
     let mean = mean_of(x, &keep)?;
-    let row_error = |row: &[f32], _: usize| squared_distance(row, &mean);
-    sum_rows(x, keep, row_error)
+    sum_rows(
+        x,
+        keep,
+        #[inline(always)]
+        |row, _| squared_distance(row, &mean),
+    )
 }
 
 fn squared_error(x: &Tensor, y: &Tensor, keep: impl Fn(usize) -> bool + Sync) -> Result<f64> {
     expect_shape(Fvu::NAME, y, x.shape())?;
     let y = y.f32s()?;
-    sum_rows(x, keep, |row, t| {
-        squared_distance(row, &y[t * row.len()..][..row.len()])
-    })
+    sum_rows(
+        x,
+        keep,
+        #[inline(always)]
+        |row, t| squared_distance(row, &y[t * row.len()..][..row.len()]),
+    )
 }
 
 /// Σ_t f(row t, t) over the tokens to keep, in f64.
@@ -197,10 +204,14 @@ fn sum_rows(
         .enumerate()
         .map(|(block, rows)| {
             vectorized!({
-                let rows = rows.chunks_exact(d).enumerate();
-                let rows = rows.map(|(r, row)| (block * ROW_BLOCK + r, row));
-                let kept = rows.filter(|&(t, _)| keep(t));
-                kept.map(|(t, row)| f64::from(f(row, t))).sum()
+                let mut sum = 0.0;
+                for (r, row) in rows.chunks_exact(d).enumerate() {
+                    let t = block * ROW_BLOCK + r;
+                    if keep(t) {
+                        sum += f64::from(f(row, t));
+                    }
+                }
+                sum
             })
         })
         .collect();

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use super::plan::available_memory;
+use super::plan::total_memory;
 use super::{TrainConfig, example};
 use crate::data::records::{self, Record};
 use crate::data::{Packed, Template, Tokenizer, pack};
@@ -89,7 +89,8 @@ impl Sources {
 }
 
 /// Brings the weights that products will use into f32 where the setting says so, or, when left
-/// to the engine, where they then take at most a third of the memory that is free.
+/// to the engine, where they then take at most a third of the machine's memory (all of it, not
+/// what is free, so that a resumed run decides alike).
 pub fn widen(
     model: &mut Qwen2,
     dtype: DtypeSetting,
@@ -112,7 +113,7 @@ pub fn widen(
                 0
             };
             let bytes = 4 * (layers.len() * layer + head) as u64;
-            bytes <= available_memory().unwrap_or(4 << 30) / 3
+            bytes <= total_memory().unwrap_or(8 << 30) / 3
         }
     };
     if wide {

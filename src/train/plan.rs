@@ -386,10 +386,17 @@ pub fn measured_rate(device: &Device) -> Result<f64> {
 
 /// Memory that programs can still get from the system, in bytes, where it says so.
 pub fn available_memory() -> Option<u64> {
+    system_memory("MemAvailable:")
+}
+
+/// Memory of the machine, in bytes, where the system says so.
+pub fn total_memory() -> Option<u64> {
+    system_memory("MemTotal:")
+}
+
+fn system_memory(name: &str) -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
     kib.checked_mul(1024)
 }

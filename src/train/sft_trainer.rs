@@ -136,7 +136,8 @@ impl SftTrainer {
             let dropout = StepDropout {
                 p: self.options.dropout,
                 seed: self.options.seed,
-                step: self.step_count() * count as u64 + i as u64,
+                // The last step of an epoch may have fewer micro-batches: no two share a number.
+                step: self.step_count() << 32 | i as u64,
             };
             let (value, grads) =
                 self.gradients(device, model, micro_batch(i)?, dropout, 1.0 / count as f32)?;
