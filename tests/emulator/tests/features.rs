@@ -174,10 +174,7 @@ fn atomics_of_all_types_add_up_over_blocks() {
     unsafe { launch.launch(config(2, 64)) }.unwrap();
     assert_eq!(stream.clone_dtoh(&i).unwrap(), [128, 58, -63]);
     // 128 increments modulo 21; 128 decrements from 5 modulo 10; four flips; twice 0 + ... + 63.
-    assert_eq!(
-        stream.clone_dtoh(&u).unwrap(),
-        [128 % 21, 7, 0, 4032]
-    );
+    assert_eq!(stream.clone_dtoh(&u).unwrap(), [128 % 21, 7, 0, 4032]);
     assert_eq!(stream.clone_dtoh(&f).unwrap(), [64.0]);
     assert_eq!(stream.clone_dtoh(&d).unwrap(), [32.0]);
     assert_eq!(stream.clone_dtoh(&l).unwrap(), [63 << 33]);

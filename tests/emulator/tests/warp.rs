@@ -83,7 +83,11 @@ fn quantize(format: Format, x: f32) -> (f64, u32) {
 /// and half, (k, column) of B, (row, column) of C.
 fn a_position(format: Format, l: usize, register: usize, half: usize) -> (usize, usize) {
     let (group, thread) = (l >> 2, l & 3);
-    let row = if register.is_multiple_of(2) { group } else { group + 8 };
+    let row = if register.is_multiple_of(2) {
+        group
+    } else {
+        group + 8
+    };
     match format {
         Format::Tf32 => (row, if register < 2 { thread } else { thread + 4 }),
         _ => (row, thread * 2 + half + if register >= 2 { 8 } else { 0 }),
