@@ -3,14 +3,17 @@
 //! A copy lands only when its thread waits for it, so that a missing wait shows: until then
 //! the bytes are marked as in flight, and touching them is a finding.
 
+use crate::bulk_copy;
 use crate::machine::block::Context;
 use crate::machine::checks::{lanes, shared_conflict};
 use crate::machine::registers::LANES;
 use crate::machine::warp::{Flow, Warp};
+use crate::mbarrier;
 use crate::ptx::ops::{CopyAsync, Op};
 use crate::ptx::program::WINDOW_MASK;
 use crate::sanitize::global::Touch;
 use crate::sanitize::{Checked, Fault, Kind};
+use crate::wgmma;
 
 /// Group of a copy that has not been committed.
 const OPEN: u32 = u32::MAX;
@@ -39,10 +42,16 @@ pub fn execute(warp: &mut Warp, ctx: &mut Context<'_>, op: &Op, exec: u32) -> Ch
         Op::CopyAsync(copy) => start(warp, ctx, copy, exec)?,
         Op::CopyCommit => commit(&mut warp.copies, exec),
         Op::CopyWait { pending, all } => wait(warp, ctx, *pending, *all, exec)?,
-        _ => {
-            let message = "instruction without an implementation";
-            return Err(Fault::new(Kind::IllegalInstruction, None, message));
+        Op::Mbarrier { op, address, .. } => mbarrier::execute(warp, ctx, op, address, exec)?,
+        Op::BulkCopy(copy) => bulk_copy::execute(warp, ctx, copy, exec)?,
+        Op::Wgmma(w) => wgmma::execute(warp, ctx, w)?,
+        // The only block of a cluster has rank 0.
+        Op::MapCluster { d, a } => {
+            let value = warp.regs.read_any(*a);
+            warp.regs.write_any(*d, &value, exec);
         }
+        // Bulk stores and wgmma are complete when issued.
+        _ => {}
     }
     Ok(Flow::Next)
 }
@@ -127,6 +136,11 @@ fn commit(copies: &mut Copies, exec: u32) {
     for lane in lanes(exec) {
         copies.committed[lane] += 1;
     }
+}
+
+/// Lands all copies of the lanes of `exec`.
+pub fn land_all(warp: &mut Warp, ctx: &mut Context<'_>, exec: u32) -> Checked<()> {
+    wait(warp, ctx, 0, true, exec)
 }
 
 /// Lands what the lanes of `exec` wait for: all groups but the last `keep`, or everything.

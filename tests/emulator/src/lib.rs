@@ -9,13 +9,17 @@
 
 mod api;
 pub mod async_copy;
+pub mod bulk_copy;
 pub mod counters;
 pub mod driver;
 pub mod machine;
+pub mod mbarrier;
 pub mod printf;
 pub mod ptx;
 pub mod sanitize;
 pub mod tensor_core;
+pub mod tensor_map;
+pub mod wgmma;
 
 pub use api::{Backend, Emulator, emulator, install};
 pub use counters::Counters;

@@ -439,7 +439,7 @@ fn approximations_stay_within_the_stated_error() {
     // Stated for [-pi, pi].
     let small: Vec<[u32; 3]> = noise(5, 2000)
         .iter()
-        .map(|x| [(x * 3.14).to_bits(), 0, 0])
+        .map(|x| [(x * std::f32::consts::PI).to_bits(), 0, 0])
         .collect();
     check("sin.approx.f32", &small, f64::sin, two(-20), 0.0);
     check("cos.approx.f32", &small, f64::cos, two(-20), 0.0);

@@ -7,9 +7,7 @@ use std::time::Instant;
 
 use super::context::require_context;
 use super::device::{MAX_BLOCK, MAX_GRID, MAX_THREADS, SHARED_DEFAULT};
-use super::error::{
-    CuResult, INVALID_CLUSTER_SIZE, INVALID_VALUE, LAUNCH_OUT_OF_RESOURCES, NOT_SUPPORTED,
-};
+use super::error::{CuResult, INVALID_VALUE, LAUNCH_OUT_OF_RESOURCES, NOT_SUPPORTED};
 use super::graphs::Work;
 use super::modules::Module;
 use super::streams::submit;
@@ -17,9 +15,6 @@ use super::{CuResultError, Handle, Outcome, call, driver};
 use crate::machine::launch::Launch;
 use crate::ptx::program::Function;
 use crate::sanitize::global::LaunchState;
-
-/// Blocks of a cluster that every device with clusters can hold.
-const MAX_CLUSTER: u32 = 8;
 
 /// A kernel handle.
 pub struct Kernel {
@@ -105,17 +100,8 @@ fn check(kernel: &Kernel, shape: &Shape) -> Result<(), CuResult> {
     }
     let cluster: u32 = shape.cluster.iter().product();
     if cluster > 1 {
-        if driver().device.major < 9 {
-            return Err(NOT_SUPPORTED);
-        }
-        let divides = shape
-            .grid
-            .iter()
-            .zip(shape.cluster)
-            .all(|(g, c)| g % c == 0);
-        if cluster > MAX_CLUSTER || !divides {
-            return Err(INVALID_CLUSTER_SIZE);
-        }
+        // Blocks of a cluster would have to run together; only clusters of one block do.
+        return Err(NOT_SUPPORTED);
     }
     Ok(())
 }

@@ -18,6 +18,7 @@ mod memory;
 mod modules;
 pub mod report;
 mod streams;
+mod tensor_maps;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering::Relaxed};

@@ -305,13 +305,7 @@ impl Warp {
     }
 
     /// Reads for messages: any space, unchecked for races; None outside memory.
-    pub(super) fn peek(
-        &self,
-        ctx: &Context<'_>,
-        address: u64,
-        size: u64,
-        lane: usize,
-    ) -> Option<u64> {
+    pub fn peek(&self, ctx: &Context<'_>, address: u64, size: u64, lane: usize) -> Option<u64> {
         match window_space(address) {
             Space::Local => self.local_read(address & WINDOW_MASK, size, lane).ok(),
             Space::Shared => {

@@ -2,13 +2,20 @@
 
 use super::launch::Launch;
 use super::warp::{Stop, Warp};
+use crate::bulk_copy::Pending;
 use crate::counters::Counters;
+use crate::mbarrier::Mbarriers;
 use crate::ptx::ops::{BarrierKind, Op};
 use crate::sanitize::shared::{MAX_WARPS, Shadow};
 use crate::sanitize::{Fault, Finding, Kind};
 
 /// Instructions a warp runs before others get a turn.
 const SLICE: u32 = 1 << 14;
+/// Barrier number that stands for the cluster's barrier, and the first of those that stand for
+/// the warpgroups' completion of wgmma.
+const CLUSTER_BARRIER: u32 = 16;
+const WARPGROUP_BARRIERS: u32 = 17;
+const BARRIERS: usize = WARPGROUP_BARRIERS as usize + MAX_WARPS / 4;
 /// Rounds in which all warps poll in vain before the block counts as stuck.
 const MAX_IDLE_ROUNDS: u32 = 10_000;
 
@@ -28,6 +35,9 @@ pub struct Context<'p> {
     pub cached: usize,
     /// The block has executed a global atomic.
     pub acquired: bool,
+    /// Barrier objects in shared memory, and bulk copies that report to them.
+    pub mbarriers: Mbarriers,
+    pub bulk: Vec<Pending>,
     /// Events that may let a polling warp go on.
     pub progress: u64,
 }
@@ -48,7 +58,7 @@ enum State {
     Done,
 }
 
-/// One of the 16 named barriers.
+/// One of the 16 named barriers, or one of those the machine has for itself.
 #[derive(Clone, Copy, Debug, Default)]
 struct Barrier {
     /// Warps that arrived since it last completed, and those of them that wait.
@@ -69,7 +79,7 @@ pub struct Block<'p> {
     pub ctx: Context<'p>,
     warps: Vec<Warp>,
     states: Vec<State>,
-    barriers: [Barrier; 16],
+    barriers: [Barrier; BARRIERS],
     idle_rounds: u32,
     steps: u64,
     random: Option<u64>,
@@ -94,6 +104,8 @@ impl<'p> Block<'p> {
             counters: Counters::default(),
             cached: 0,
             acquired: false,
+            mbarriers: Mbarriers::default(),
+            bulk: Vec::new(),
             progress: 0,
         };
         let warps = launch.warps_per_block() as usize;
@@ -101,7 +113,7 @@ impl<'p> Block<'p> {
             ctx,
             warps: (0..warps).map(|_| Warp::new()).collect(),
             states: vec![State::Ready; warps],
-            barriers: [Barrier::default(); 16],
+            barriers: [Barrier::default(); BARRIERS],
             idle_rounds: 0,
             steps: 0,
             random: None,
@@ -123,8 +135,10 @@ impl<'p> Block<'p> {
         self.ctx.shared.resize(launch.shared_bytes as usize, 0xcd);
         self.ctx.shared_shadow.reset(launch.shared_bytes as usize);
         self.ctx.acquired = false;
+        self.ctx.mbarriers.clear();
+        self.ctx.bulk.clear();
         self.ctx.counters.blocks += 1;
-        self.barriers = [Barrier::default(); 16];
+        self.barriers = [Barrier::default(); BARRIERS];
         (self.idle_rounds, self.steps) = (0, 0);
         self.random = launch.schedule.map(|seed| splitmix(seed ^ splitmix(index)));
         let threads: u32 = launch.block_dim.iter().product();
@@ -216,9 +230,14 @@ impl<'p> Block<'p> {
                 self.ctx.progress += 1;
             }
             Stop::Barrier { kind, id, threads } => return self.arrive(i, kind, id, threads),
-            Stop::ClusterArrive | Stop::ClusterWait => {
-                let message = "cluster barriers are not supported";
-                return Err(self.finding(i, *Fault::new(Kind::IllegalInstruction, None, message)));
+            Stop::WarpgroupWait => {
+                let id = WARPGROUP_BARRIERS + i as u32 / 4;
+                return self.arrive(i, BarrierKind::Sync, id, Some(128));
+            }
+            Stop::ClusterArrive => {}
+            // Clusters have one block: waiting for the cluster is waiting for its warps.
+            Stop::ClusterWait => {
+                return self.arrive(i, BarrierKind::Sync, CLUSTER_BARRIER, None);
             }
         }
         Ok(())
@@ -335,8 +354,9 @@ impl<'p> Block<'p> {
         let expected = self.barriers[id as usize]
             .threads
             .map_or("all threads".into(), |t| format!("{t} threads"));
+        let name = barrier_name(id);
         let message = format!(
-            "barrier {id} waits for {expected}: {arrived} arrived, {exited} threads have exited, the rest wait elsewhere"
+            "{name} waits for {expected}: {arrived} arrived, {exited} threads have exited, the rest wait elsewhere"
         );
         Err(self.finding(i, *Fault::new(Kind::Barrier, None, message)))
     }
@@ -369,6 +389,17 @@ impl<'p> Block<'p> {
                 .get(inst.location as usize)
                 .map(|l| program.describe(l)),
         })
+    }
+}
+
+/// What a barrier is called in messages.
+fn barrier_name(id: u32) -> String {
+    match id {
+        CLUSTER_BARRIER => "the cluster's barrier".into(),
+        id if id >= WARPGROUP_BARRIERS => {
+            format!("wgmma.wait_group of warpgroup {}", id - WARPGROUP_BARRIERS)
+        }
+        id => format!("barrier {id}"),
     }
 }
 

@@ -46,6 +46,8 @@ pub enum Stop {
         id: u32,
         threads: Option<u32>,
     },
+    /// At the end of the warpgroup's matrix products.
+    WarpgroupWait,
     ClusterArrive,
     ClusterWait,
 }

@@ -41,7 +41,7 @@ impl Warp {
         }
         let needed = match op {
             Op::Mma(_) | Op::LoadMatrix(_) | Op::StoreMatrix(_) => u32::MAX,
-            Op::Wgmma(_) | Op::WgmmaCommit | Op::WgmmaWait { .. } => u32::MAX,
+            Op::Wgmma(_) | Op::WgmmaCommit | Op::WgmmaWait => u32::MAX,
             Op::ClusterArrive | Op::ClusterWait => self.live,
             _ => exec,
         };
@@ -53,6 +53,7 @@ impl Warp {
             Op::Mma(mma) => tensor_core::mma(&mut self.regs, ctx, mma),
             Op::LoadMatrix(m) => tensor_core::load_matrix(self, ctx, m)?,
             Op::StoreMatrix(m) => tensor_core::store_matrix(self, ctx, m)?,
+            Op::WgmmaWait => return Ok(self.step_over(Stop::WarpgroupWait)),
             Op::ClusterArrive => return Ok(self.step_over(Stop::ClusterArrive)),
             Op::ClusterWait => return Ok(self.step_over(Stop::ClusterWait)),
             other => return async_copy::execute(self, ctx, other, exec),

@@ -16,7 +16,6 @@ impl FunctionLowering<'_> {
                 Op::Mbarrier {
                     op: Box::new(kind),
                     address,
-                    cluster: false,
                 }
             }
             "cp" if i.has("async") => self.copy_async(i)?,
@@ -25,11 +24,8 @@ impl FunctionLowering<'_> {
                 let wide = i.parts.last().is_some_and(|p| p == "u64");
                 let d = self.dest(operand(i, 0)?, wide)?;
                 let a = self.source(operand(i, 1)?, wide)?;
-                Op::MapCluster {
-                    d,
-                    a,
-                    rank: self.src32(operand(i, 2)?)?,
-                }
+                self.src32(operand(i, 2)?)?;
+                Op::MapCluster { d, a }
             }
             _ => return Ok(None),
         };
@@ -83,12 +79,11 @@ impl FunctionLowering<'_> {
 
     fn bulk(&mut self, i: &Instruction) -> Result<Op> {
         if i.has("commit_group") {
-            return Ok(Op::BulkCommit);
+            return Ok(Op::BulkGroup);
         }
         if i.has("wait_group") {
-            return Ok(Op::BulkWait {
-                pending: Self::constant_operand(i, 0)?,
-            });
+            Self::constant_operand(i, 0)?;
+            return Ok(Op::BulkGroup);
         }
         let spaces: Vec<&str> = i
             .parts
@@ -105,7 +100,7 @@ impl FunctionLowering<'_> {
         if i.has("prefetch") {
             return Ok(Op::Nothing);
         }
-        if i.has("im2col") || i.has("reduce") && !i.has("add") {
+        if i.has("im2col") || i.has("reduce") || i.has("multicast::cluster") {
             return Err("unknown opcode: bulk copy mode".into());
         }
         let tensor = i.has("tensor");
@@ -132,13 +127,7 @@ impl FunctionLowering<'_> {
         } else {
             None
         };
-        let multicast = if i.has("multicast::cluster") {
-            Some(self.src32(operand(i, barrier_at + 1)?)?)
-        } else {
-            None
-        };
         let (shared, global) = (self.address(shared)?, self.address(global)?);
-        let reduce_add = i.has("reduce");
         Ok(Op::BulkCopy(Box::new(BulkCopy {
             load,
             shared,
@@ -146,14 +135,11 @@ impl FunctionLowering<'_> {
             bytes,
             coordinates,
             barrier,
-            multicast,
-            reduce_add,
         })))
     }
 
     fn mbarrier(&mut self, i: &Instruction) -> Result<Op> {
         let kind = i.parts.get(1).map_or("", String::as_str);
-        let cluster = i.has("shared::cluster");
         let (op, at) = match kind {
             "init" => (
                 MbarrierOp::Init {
@@ -203,7 +189,6 @@ impl FunctionLowering<'_> {
         Ok(Op::Mbarrier {
             op: Box::new(op),
             address,
-            cluster,
         })
     }
 

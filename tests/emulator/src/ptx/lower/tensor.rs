@@ -22,12 +22,10 @@ impl FunctionLowering<'_> {
             "wgmma" if i.has("mma_async") => (self.wgmma(i)?, Class::Tensor),
             "wgmma" if i.has("fence") => (Op::Nothing, Class::Async),
             "wgmma" if i.has("commit_group") => (Op::WgmmaCommit, Class::Async),
-            "wgmma" if i.has("wait_group") => (
-                Op::WgmmaWait {
-                    pending: Self::constant_operand(i, 0)?,
-                },
-                Class::Async,
-            ),
+            "wgmma" if i.has("wait_group") => {
+                Self::constant_operand(i, 0)?;
+                (Op::WgmmaWait, Class::Async)
+            }
             _ => return Ok(None),
         }))
     }

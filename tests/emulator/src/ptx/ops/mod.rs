@@ -213,9 +213,6 @@ pub struct BulkCopy {
     /// Tensor coordinates, innermost first; empty without tensor map.
     pub coordinates: Vec<Reg>,
     pub barrier: Option<Address>,
-    pub multicast: Option<Reg>,
-    /// Added to memory instead of overwriting it.
-    pub reduce_add: bool,
 }
 
 /// A `wgmma.mma_async` of m64nNk16 (k8 for tf32).
@@ -435,22 +432,17 @@ pub enum Op {
     Mbarrier {
         op: Box<MbarrierOp>,
         address: Address,
-        cluster: bool,
     },
     BulkCopy(Box<BulkCopy>),
-    BulkCommit,
-    BulkWait {
-        pending: u32,
-    },
+    /// Group bookkeeping of copies that are complete when issued.
+    BulkGroup,
     Wgmma(Box<Wgmma>),
     WgmmaCommit,
-    WgmmaWait {
-        pending: u32,
-    },
+    WgmmaWait,
+    /// `mapa`; clusters have one block, so the rank is 0.
     MapCluster {
         d: AnyReg,
         a: AnyReg,
-        rank: Reg,
     },
     ClusterArrive,
     ClusterWait,
