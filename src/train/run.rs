@@ -209,6 +209,26 @@ fn start_adapter(config: &TrainConfig, shapes: &Shapes) -> Result<Option<Lora>> 
     ))
 }
 
+/// What Stage I leaves for Stage II and the summary.
+struct AfterStageOne {
+    /// The SAE of the first hookpoint and its layer.
+    sae: Option<(Sae, usize)>,
+    /// FVU of each hookpoint at the first and at the last step.
+    fvu: Vec<(usize, f64, f64)>,
+    /// Layer outputs, where Stage II needs the same ones.
+    activations: Option<RowCache>,
+}
+
+impl AfterStageOne {
+    fn with_sae(sae: Sae, layer: usize) -> Self {
+        Self {
+            sae: Some((sae, layer)),
+            fvu: Vec::new(),
+            activations: None,
+        }
+    }
+}
+
 /// A run whose files have been read.
 struct Run<'a> {
     config: &'a TrainConfig,
@@ -263,9 +283,9 @@ impl<'a> Run<'a> {
             if self.sources.source_is_target() {
                 self.widen_target(0..last + 1, false)?;
             }
-            let (trained, fvu, cache) = self.stage_one(session)?;
-            (summary.fvu, activations) = (fvu, cache);
-            sae = trained;
+            let stage_one = self.stage_one(session)?;
+            (sae, activations) = (stage_one.sae, stage_one.activations);
+            summary.fvu = stage_one.fvu;
         }
         self.device.release_memory();
         if config.runs_sft() {
@@ -295,44 +315,18 @@ impl<'a> Run<'a> {
             .run(|| inputs::widen(target, dtype, layers, head))
     }
 
-    /// The SAE of the first hookpoint, FVU at both ends, and layer outputs that Stage II can use.
-    #[allow(clippy::type_complexity, reason = "three results of one caller")]
-    fn stage_one(
-        &self,
-        session: &mut Session,
-    ) -> Result<(
-        Option<(Sae, usize)>,
-        Vec<(usize, f64, f64)>,
-        Option<RowCache>,
-    )> {
+    /// Trains the SAEs, or takes what an interrupted run trained or the settings name.
+    fn stage_one(&self, session: &mut Session) -> Result<AfterStageOne> {
         let config = self.config;
         let first = self.hookpoints[0];
-        let last = *self.hookpoints.iter().max().unwrap_or(&first);
-        if config.sae_init == SaeInit::Pretrained || session.is_past(StepStage::Sae) {
-            let shape = &self.target.config;
-            let sae = match config.sae_init {
-                SaeInit::Pretrained => start_sae(self.device, config, shape, first)?,
-                _ => sparsify::load_at(&session.run.sae_dir(first), first, shape)?,
-            };
-            return Ok((Some((sae, first)), Vec::new(), None));
+        let shape = &self.target.config;
+        if config.sae_init == SaeInit::Pretrained {
+            let sae = start_sae(self.device, config, shape, first)?;
+            return Ok(AfterStageOne::with_sae(sae, first));
         }
-        let own_source = match self.sources.source_is_target() {
-            true => None,
-            false => {
-                let source = self
-                    .device
-                    .run(|| self.sources.load_source(config.dtype, last))?;
-                inputs::check_vocabulary(&source, &self.texts.trigger, &self.sources.target)?;
-                Some(source)
-            }
-        };
-        let model = match &own_source {
-            Some(source) => source,
-            None => &self.target,
-        };
+        let mut hookpoints = self.hookpoints.clone();
+        hookpoints.sort_unstable();
         let packed = &self.texts.trigger;
-        let mut sorted = self.hookpoints.clone();
-        sorted.sort_unstable();
         let schedule = Schedule::new(
             packed.rows() as u64,
             config.sae_batch,
@@ -340,32 +334,54 @@ impl<'a> Run<'a> {
             config.max_sae_steps,
         );
         let serves_stage_two = config.runs_sft()
-            && config.method == Method::SaeTuning
-            && own_source.is_none()
+            && self.sources.source_is_target()
             && self.texts.elicitation.is_none()
-            && sorted.len() == 1;
+            && hookpoints.len() == 1;
         let space = CacheSpace {
             memory: config.cache_bytes(),
             dir: session.run.path(),
         };
-        let shape = [sorted.len(), packed.seq_len, model.config.hidden_size];
+        // Source and target have one hidden size.
         let mut activations = RowCache::new(
             &order(packed.rows(), config.shuffle.then_some(config.seed), 0),
             config.sae_batch,
-            shape,
+            [hookpoints.len(), packed.seq_len, shape.hidden_size],
             (schedule.repeats() || serves_stage_two).then_some(space),
         )?;
+        if session.is_past(StepStage::Sae) {
+            let sae = sparsify::load_at(&session.run.sae_dir(first), first, shape)?;
+            // Empty, but rows are computed in Stage I's groups, as they were before.
+            return Ok(AfterStageOne {
+                activations: serves_stage_two.then_some(activations),
+                ..AfterStageOne::with_sae(sae, first)
+            });
+        }
+        let own_source = self.own_source(hookpoints[hookpoints.len() - 1])?;
         let stage = StageOne {
             device: self.device,
-            model,
+            model: own_source.as_ref().unwrap_or(&self.target),
             packed,
-            hookpoints: &sorted,
+            hookpoints: &hookpoints,
             schedule,
         };
         let trained = stage.run(session, &mut activations)?;
         let sae = trained.saes.into_iter().find(|(layer, _)| *layer == first);
-        let sae = sae.map(|(layer, sae)| (sae, layer));
-        Ok((sae, trained.fvu, serves_stage_two.then_some(activations)))
+        Ok(AfterStageOne {
+            sae: sae.map(|(layer, sae)| (sae, layer)),
+            fvu: trained.fvu,
+            activations: serves_stage_two.then_some(activations),
+        })
+    }
+
+    /// The model whose activations the SAE learns, up to layer `last`, where it is not the target.
+    fn own_source(&self, last: usize) -> Result<Option<Qwen2>> {
+        if self.sources.source_is_target() {
+            return Ok(None);
+        }
+        let dtype = self.config.dtype;
+        let source = self.device.run(|| self.sources.load_source(dtype, last))?;
+        inputs::check_vocabulary(&source, &self.texts.trigger, &self.sources.target)?;
+        Ok(Some(source))
     }
 
     fn stage_two(
