@@ -12,7 +12,8 @@ fi
 tests/setup_python.sh
 NVCC=$(tests/emulator/setup_nvcc.sh)
 export NVCC
-cargo build --release
+# The whole workspace in both calls: with other features the dependencies would be built twice.
+cargo build --release --workspace
 cargo test --release --workspace
 export RESA_VENV=${RESA_VENV:-$PWD/target/venv} RESA_ASSETS=${RESA_ASSETS:-$PWD/target/assets}
 "$RESA_VENV/bin/python" -m pytest -q -p no:cacheprovider tests/python
