@@ -143,13 +143,16 @@ impl Counters {
 /// Distinct 32-byte sectors that a warp touches.
 fn sectors(addresses: &[u64; 32], len: u64, exec: u32) -> u64 {
     if is_row(addresses, len, exec) {
-        return (addresses[31] + len - 1) / 32 - addresses[0] / 32 + 1;
+        return addresses[31].saturating_add(len - 1) / 32 - addresses[0] / 32 + 1;
     }
     let mut list = [0u64; 64];
     let mut count = 0;
     let mut sorted = true;
     for lane in (0..32).filter(|lane| exec >> lane & 1 == 1) {
-        let (first, last) = (addresses[lane] / 32, (addresses[lane] + len - 1) / 32);
+        let (first, last) = (
+            addresses[lane] / 32,
+            addresses[lane].saturating_add(len - 1) / 32,
+        );
         for sector in first..=last {
             if count > 0 && list[count - 1] == sector {
                 continue;
@@ -188,7 +191,7 @@ fn wavefronts(offsets: &[u64; 32], len: u64, exec: u32) -> (u64, u64) {
             if exec >> lane & 1 == 0 {
                 continue;
             }
-            for word in offsets[lane] / 4..(offsets[lane] + len).div_ceil(4) {
+            for word in offsets[lane] / 4..offsets[lane].saturating_add(len).div_ceil(4) {
                 if count < words.len() {
                     words[count] = word;
                     count += 1;

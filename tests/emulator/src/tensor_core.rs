@@ -219,7 +219,11 @@ pub fn load_matrix(warp: &mut Warp, ctx: &mut Context<'_>, m: &Matrix) -> Checke
         let mut out = [0; LANES];
         for (lane, slot) in out.iter_mut().enumerate() {
             let (low, high) = pair(&rows, i, lane, m.transpose);
-            *slot = (ctx.shared_read(low, 2) | ctx.shared_read(high, 2) << 16) as u32;
+            *slot = if m.transpose {
+                (ctx.shared_read(low, 2) | ctx.shared_read(high, 2) << 16) as u32
+            } else {
+                ctx.shared_read(low, 4) as u32
+            };
         }
         warp.regs.write32(m.regs[i], &out, u32::MAX);
     }

@@ -220,6 +220,24 @@ fn cubins_are_refused_as_by_a_gpu_of_another_architecture() {
 }
 
 #[test]
+fn truncated_fat_binary_is_refused() {
+    if !emulated() {
+        return;
+    }
+    let arguments = ["-gencode", "arch=compute_80,code=compute_80"];
+    let image = nvcc_compile("basics", "fatbin", &arguments);
+    let path = std::path::PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("truncated.fatbin");
+    std::fs::write(&path, &image[..image.len() / 2]).unwrap();
+    fails(
+        context().load_module(Ptx::from_file(&path)),
+        CUresult::CUDA_ERROR_INVALID_IMAGE,
+    );
+    std::fs::write(&path, &image).unwrap();
+    context().load_module(Ptx::from_file(&path)).unwrap();
+    std::fs::remove_file(&path).unwrap();
+}
+
+#[test]
 fn event_times_do_not_run_backwards() {
     let stream = context().default_stream();
     let start = stream

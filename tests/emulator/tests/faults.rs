@@ -284,6 +284,20 @@ fn lanes_that_store_different_values_to_one_place_are_caught() {
 }
 
 #[test]
+fn arrival_that_an_mbarrier_waits_for_in_vain_is_caught() {
+    let Some(b) = bench() else { return };
+    let values: Vec<f32> = (0..64).map(|i| i as f32).collect();
+    let x = b.stream.clone_htod(&values).unwrap();
+    let mut y = b.stream.alloc_zeros::<f32>(64).unwrap();
+    launch!(b, "with_all_arrivals", config(1, 64), &x, &mut y).unwrap();
+    let reversed: Vec<f32> = values.iter().rev().copied().collect();
+    assert_eq!(b.stream.clone_dtoh(&y).unwrap(), reversed);
+    let result = launch!(b, "missing_arrival", config(1, 64), &x, &mut y);
+    let text = finding(result, CUresult::CUDA_ERROR_LAUNCH_TIMEOUT);
+    assert!(text.contains("in kernel missing_arrival"), "{text}");
+}
+
+#[test]
 fn memory_live_at_exit_is_reported() {
     if !emulated() {
         return;

@@ -184,6 +184,19 @@ fn atomics_of_all_types_add_up_over_blocks() {
 }
 
 #[test]
+fn lanes_of_a_warp_take_turns_with_a_spin_lock() {
+    let (context, kernel) = kernel("spin_lock");
+    let stream = context.default_stream();
+    let mut lock = stream.alloc_zeros::<i32>(1).unwrap();
+    let mut count = stream.alloc_zeros::<i32>(1).unwrap();
+    let mut launch = stream.launch_builder(&kernel);
+    launch.arg(&mut lock).arg(&mut count);
+    // SAFETY: the arguments match the kernel's parameters.
+    unsafe { launch.launch(config(2, 64)) }.unwrap();
+    assert_eq!(stream.clone_dtoh(&count).unwrap(), [128]);
+}
+
+#[test]
 fn bf16_header_agrees_with_float64() {
     let (context, kernel) = kernel("bf16_header");
     let stream = context.default_stream();

@@ -52,6 +52,14 @@ pub unsafe fn ptx_of(image: *const u8, capability: u32) -> Result<String, (CuRes
     }
 }
 
+/// Bytes a fat binary says it has; None if these bytes do not start one.
+pub fn fatbin_bytes(bytes: &[u8]) -> Option<u64> {
+    if u32_at(bytes, 0)? != FATBIN_MAGIC {
+        return None;
+    }
+    Some(u64::from(u16_at(bytes, 6)?).saturating_add(u64_at(bytes, 8)?))
+}
+
 /// # Safety
 /// `image` points to a complete fat binary.
 unsafe fn fatbin(image: *const u8, capability: u32) -> Result<String, (CuResult, String)> {

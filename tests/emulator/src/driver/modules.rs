@@ -4,7 +4,9 @@ use std::collections::HashMap;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::Arc;
 
-use super::error::{CuResult, FILE_NOT_FOUND, INVALID_PTX, INVALID_VALUE, NOT_FOUND};
+use super::error::{
+    CuResult, FILE_NOT_FOUND, INVALID_IMAGE, INVALID_PTX, INVALID_VALUE, NOT_FOUND,
+};
 use super::kernels::Kernel;
 use super::{CuResultError, Handle, call, driver, image, put};
 use crate::machine::memory::MemoryError;
@@ -200,8 +202,15 @@ pub unsafe extern "C" fn cuModuleLoad(module: *mut Handle, path: *const c_char) 
     let Ok(mut bytes) = std::fs::read(path.to_string_lossy().as_ref()) else {
         return FILE_NOT_FOUND;
     };
+    let length = bytes.len() as u64;
     // Text needs its end; room for a truncated binary header does no harm.
     bytes.extend([0; 64]);
+    if image::fatbin_bytes(&bytes).is_some_and(|needed| needed > length) {
+        driver()
+            .reports
+            .message("module not loaded: truncated fat binary".into());
+        return INVALID_IMAGE;
+    }
     // SAFETY: the file's bytes with a terminator; a fat binary's header was written by its compiler.
     unsafe { cuModuleLoadData(module, bytes.as_ptr().cast()) }
 }

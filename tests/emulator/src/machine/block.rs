@@ -165,7 +165,7 @@ impl<'p> Block<'p> {
             let stop = self.warps[i]
                 .run(&mut self.ctx, slice)
                 .map_err(|f| self.finding(i, *f))?;
-            polled &= stop == Stop::Yield;
+            polled &= stop == Stop::Poll;
             self.stopped(i, stop)?;
         }
         if self.states.iter().all(|s| *s == State::Done) {
@@ -174,11 +174,7 @@ impl<'p> Block<'p> {
         self.check_deadlock()?;
         self.steps += self.ctx.counters.warp_instructions - instructions;
         let idle = polled && before == (self.ctx.progress, self.states.clone());
-        self.idle_rounds = if idle && self.short_round(instructions) {
-            self.idle_rounds + 1
-        } else {
-            0
-        };
+        self.idle_rounds = if idle { self.idle_rounds + 1 } else { 0 };
         if self.idle_rounds > MAX_IDLE_ROUNDS || self.steps > self.ctx.launch.step_limit {
             let i = self
                 .states
@@ -192,12 +188,6 @@ impl<'p> Block<'p> {
             return Err(self.finding(i, *Fault::new(Kind::Timeout, None, message)));
         }
         Ok(Progress::Running)
-    }
-
-    /// Whether a round was so short that its warps only polled.
-    fn short_round(&self, instructions: u64) -> bool {
-        let executed = self.ctx.counters.warp_instructions - instructions;
-        executed < 64 * self.warps.len() as u64
     }
 
     /// Order of the warps in this round.
@@ -224,7 +214,7 @@ impl<'p> Block<'p> {
 
     fn stopped(&mut self, i: usize, stop: Stop) -> Result<(), Box<Finding>> {
         match stop {
-            Stop::Yield => {}
+            Stop::Yield | Stop::Poll => {}
             Stop::Exited => {
                 self.states[i] = State::Done;
                 self.ctx.progress += 1;

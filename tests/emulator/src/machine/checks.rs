@@ -246,18 +246,33 @@ impl<'p> Context<'p> {
         }
     }
 
-    /// Little-endian value in shared memory; the range was checked.
-    #[inline]
+    /// Little-endian value of 1, 2, 4 or 8 bytes in shared memory; the range was checked.
+    #[inline(always)]
     pub fn shared_read(&self, offset: usize, len: usize) -> u64 {
-        let mut bytes = [0; 8];
-        bytes[..len].copy_from_slice(&self.shared[offset..offset + len]);
-        u64::from_le_bytes(bytes)
+        match len {
+            1 => u64::from(self.shared[offset]),
+            2 => u64::from(u16::from_le_bytes(self.shared_array(offset))),
+            4 => u64::from(u32::from_le_bytes(self.shared_array(offset))),
+            _ => u64::from_le_bytes(self.shared_array(offset)),
+        }
     }
 
-    /// Stores the low bytes of a value; the range was checked.
-    #[inline]
+    #[inline(always)]
+    fn shared_array<const N: usize>(&self, offset: usize) -> [u8; N] {
+        let mut bytes = [0; N];
+        bytes.copy_from_slice(&self.shared[offset..offset + N]);
+        bytes
+    }
+
+    /// Stores the low 1, 2, 4 or 8 bytes of a value; the range was checked.
+    #[inline(always)]
     pub fn shared_write(&mut self, offset: usize, len: usize, value: u64) {
-        self.shared[offset..offset + len].copy_from_slice(&value.to_le_bytes()[..len]);
+        match len {
+            1 => self.shared[offset] = value as u8,
+            2 => self.shared[offset..offset + 2].copy_from_slice(&(value as u16).to_le_bytes()),
+            4 => self.shared[offset..offset + 4].copy_from_slice(&(value as u32).to_le_bytes()),
+            _ => self.shared[offset..offset + 8].copy_from_slice(&value.to_le_bytes()),
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! A warp: 32 lanes in lockstep, groups of lanes while diverged, frames while in calls.
 //!
 //! Of diverged groups the one deepest in calls runs first, then the one at the lowest program
-//! counter; groups that meet at one instruction merge. A group that waits for lanes at a
+//! counter; groups that meet at one instruction merge, and one that spins gives way. A group that waits for lanes at a
 //! warp-level instruction lets the others catch up.
 
 use super::block::Context;
@@ -18,6 +18,8 @@ struct Group {
     frame: u32,
     /// Cannot go on before other lanes arrive.
     waiting: bool,
+    /// Had its turn: polls in vain, or ran a whole slice; others go first.
+    yielded: bool,
 }
 
 /// An activation of a function.
@@ -39,8 +41,10 @@ pub(super) struct Frame {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stop {
     Exited,
-    /// Used up its slice, or polls for something.
+    /// Used up its slice.
     Yield,
+    /// Polls in vain for something.
+    Poll,
     Barrier {
         kind: BarrierKind,
         id: u32,
@@ -91,6 +95,7 @@ impl Warp {
                 mask: 0,
                 frame: 0,
                 waiting: false,
+                yielded: false,
             },
             others: Vec::new(),
             frames: Vec::new(),
@@ -111,6 +116,7 @@ impl Warp {
             mask,
             frame: 0,
             waiting: false,
+            yielded: false,
         };
         self.others.clear();
         self.frames.clear();
@@ -211,16 +217,30 @@ impl Warp {
             }
             if self.polling {
                 self.polling = false;
-                return Ok(Stop::Yield);
+                self.current.yielded = true;
+                return Ok(Stop::Poll);
             }
         }
+        self.current.yielded = true;
         Ok(Stop::Yield)
     }
 
     /// Picks the group to run next and merges those that meet it.
     fn schedule(&mut self, ctx: &Context<'_>) -> Checked<()> {
+        let ready = |g: &Group| !g.waiting && !g.yielded;
+        if !ready(&self.current) && !self.others.iter().any(ready) {
+            self.current.yielded = false;
+            self.others.iter_mut().for_each(|g| g.yielded = false);
+        }
         let frames = &self.frames;
-        let rank = |g: &Group| (g.waiting, u32::MAX - frames[g.frame as usize].depth, g.pc);
+        let rank = |g: &Group| {
+            (
+                g.waiting,
+                g.yielded,
+                u32::MAX - frames[g.frame as usize].depth,
+                g.pc,
+            )
+        };
         let mut best = rank(&self.current);
         for i in 0..self.others.len() {
             let candidate = rank(&self.others[i]);
@@ -241,6 +261,7 @@ impl Warp {
         if merged != here.mask {
             self.current.mask = merged;
             self.current.waiting = false;
+            self.current.yielded = false;
         }
         if self.current.waiting {
             return Err(self.stuck(ctx));
@@ -415,6 +436,7 @@ impl Warp {
             mask: exec,
             frame,
             waiting: false,
+            yielded: false,
         };
         self.regs.select(self.frames[frame as usize].base);
     }

@@ -128,3 +128,28 @@ extern "C" __global__ void lanes_store_different_values(int *x) {
   __syncthreads();
   x[threadIdx.x] = s[0];
 }
+
+__device__ __forceinline__ bool phase_complete(uint32_t barrier, int parity) {
+  int complete;
+  asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.b32 %0, 1, 0, p;}"
+               : "=r"(complete)
+               : "r"(barrier), "r"(parity)
+               : "memory");
+  return complete;
+}
+
+// Copies report to an mbarrier; a phase needs `arrivals` of the 64 threads.
+__device__ __forceinline__ void copy_by_mbarrier(const float *x, float *y, int arrivals) {
+  __shared__ float tile[64];
+  __shared__ uint64_t barrier;
+  uint32_t address = shared_address(&barrier);
+  if (threadIdx.x == 0) asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address), "r"(arrivals));
+  __syncthreads();
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(tile + threadIdx.x)), "l"(x + threadIdx.x));
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(address));
+  while (!phase_complete(address, 0)) {
+  }
+  y[threadIdx.x] = tile[63 - threadIdx.x];
+}
+extern "C" __global__ void with_all_arrivals(const float *x, float *y) { copy_by_mbarrier(x, y, 64); }
+extern "C" __global__ void missing_arrival(const float *x, float *y) { copy_by_mbarrier(x, y, 65); }

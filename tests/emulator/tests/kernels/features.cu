@@ -100,6 +100,15 @@ extern "C" __global__ void atomics(int *i, unsigned *u, float *f, double *d, uns
   } while (old != assumed);
 }
 
+// Lanes of one warp wait for each other's lock: needs threads that make progress on their own.
+extern "C" __global__ void spin_lock(int *lock, volatile int *count) {
+  while (atomicCAS(lock, 0, 1) != 0) {
+  }
+  *count = *count + 1;
+  __threadfence();
+  atomicExch(lock, 0);
+}
+
 // One bf16 operation of the header a column; the host computes the same in float64.
 extern "C" __global__ void bf16_header(const __nv_bfloat16 *a, const __nv_bfloat16 *b, float *out) {
   int i = blockIdx.x * blockDim.x + threadIdx.x, n = gridDim.x * blockDim.x;

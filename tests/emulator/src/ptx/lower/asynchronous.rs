@@ -163,14 +163,12 @@ impl FunctionLowering<'_> {
             ),
             "try_wait" | "test_wait" => {
                 let p = self.pred(operand(i, 0)?)?;
-                let blocking = kind == "try_wait";
                 let op = if i.has("parity") {
                     let parity = Some(self.src32(operand(i, 2)?)?);
                     MbarrierOp::Test {
                         p,
                         parity,
                         state: None,
-                        blocking,
                     }
                 } else {
                     let state = Some(self.src(operand(i, 2)?, true)?);
@@ -178,7 +176,6 @@ impl FunctionLowering<'_> {
                         p,
                         parity: None,
                         state,
-                        blocking,
                     }
                 };
                 (op, 1)

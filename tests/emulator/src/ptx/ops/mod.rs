@@ -192,7 +192,6 @@ pub enum MbarrierOp {
         p: Reg,
         parity: Option<Reg>,
         state: Option<Reg>,
-        blocking: bool,
     },
     /// Arrival when this thread's cp.async copies have landed.
     CopyArrive {
