@@ -202,7 +202,7 @@ impl<'p> Block<'p> {
     }
 
     fn slice(&mut self) -> u32 {
-        self.draw(200).map_or(SLICE, |n| 1 + n as u32)
+        self.draw(200).map_or(SLICE, |n| 64 + n as u32)
     }
 
     /// A random number below `bound`, when the schedule is random.
