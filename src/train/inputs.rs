@@ -129,7 +129,8 @@ pub fn device(setting: DeviceSetting, threads: usize) -> Result<Device> {
         DeviceSetting::Auto | DeviceSetting::Cpu => Device::cpu(threads),
         DeviceSetting::Cuda(ordinal) => {
             // What is wrong with the device itself is said first.
-            let device = Device::cuda(ordinal, threads)?;
+            let device = Device::cuda(ordinal, threads)
+                .map_err(|e| Error::setting("--device", e.to_string()))?;
             Err(Error::setting(
                 "--device",
                 format!(
