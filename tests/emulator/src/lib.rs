@@ -10,6 +10,7 @@
 mod api;
 pub mod async_copy;
 pub mod bulk_copy;
+pub mod bulk_store;
 pub mod counters;
 pub mod driver;
 pub mod machine;

@@ -87,6 +87,145 @@ fn missing_wait_on_an_mbarrier_is_caught() {
     });
 }
 
+/// Runs a faulty variant of the GEMM and gives the finding.
+fn faulty_gemm(stream: &Arc<CudaStream>, name: &str) -> String {
+    let text = finding(gemm(stream, name), CUresult::CUDA_ERROR_LAUNCH_FAILED);
+    assert!(
+        text.starts_with("asynchronous copy not waited for") && text.contains("hopper.cu:"),
+        "{text}"
+    );
+    text
+}
+
+#[test]
+fn missing_wgmma_wait_group_is_caught() {
+    on_hopper("missing_wgmma_wait_group_is_caught", |stream| {
+        if emulated() {
+            let text = faulty_gemm(stream, "missing_product_wait");
+            let registers = text.contains("accumulators of a wgmma");
+            assert!(
+                registers || text.contains("that reads these bytes"),
+                "{text}"
+            );
+        }
+    });
+}
+
+#[test]
+fn operands_given_back_before_wgmma_has_read_them_are_caught() {
+    on_hopper(
+        "operands_given_back_before_wgmma_has_read_them_are_caught",
+        |stream| {
+            if emulated() {
+                let result = gemm(stream, "early_release");
+                let text = finding(result, CUresult::CUDA_ERROR_LAUNCH_FAILED);
+                let expected = text.contains("shared bulk copy of")
+                    && (text.contains("that reads these bytes") || text.contains("read there"));
+                assert!(expected, "{text}");
+            }
+        },
+    );
+}
+
+#[test]
+fn exit_before_a_bulk_store_has_read_its_source_is_caught() {
+    on_hopper(
+        "exit_before_a_bulk_store_has_read_its_source_is_caught",
+        |stream| {
+            if emulated() {
+                let text = faulty_gemm(stream, "missing_store_wait");
+                assert!(text.contains("exit before a bulk store"), "{text}");
+            }
+        },
+    );
+}
+
+#[test]
+fn missing_proxy_fence_is_caught() {
+    on_hopper("missing_proxy_fence_is_caught", |stream| {
+        if emulated() {
+            let text = faulty_gemm(stream, "missing_proxy_fence");
+            assert!(text.contains("no fence.proxy.async"), "{text}");
+        }
+    });
+}
+
+/// Runs a variant of the kernel with two bulk stores: what it wrote, and what it read back.
+fn store_twice(
+    stream: &Arc<CudaStream>,
+    name: &str,
+) -> Result<(Vec<i32>, i32), cudarc::driver::DriverError> {
+    let kernel = function(
+        &module(stream.context(), &common::compile("hopper", "compute_90a")),
+        name,
+    );
+    let mut y = stream.clone_htod(&[-1i32; 128])?;
+    let mut back = stream.alloc_zeros::<i32>(1)?;
+    let mut launch = stream.launch_builder(&kernel);
+    launch.arg(&mut y).arg(&mut back);
+    // SAFETY: the arguments match the kernel's parameters.
+    unsafe { launch.launch(config(1, 64)) }?;
+    Ok((stream.clone_dtoh(&y)?, stream.clone_dtoh(&back)?[0]))
+}
+
+#[test]
+fn bulk_stores_reach_memory_at_the_wait() {
+    on_hopper("bulk_stores_reach_memory_at_the_wait", |stream| {
+        let all: Vec<i32> = (0..128).collect();
+        assert_eq!(
+            store_twice(stream, "store_and_wait").unwrap(),
+            (all.clone(), 1)
+        );
+        if emulated() {
+            // Waiting for the reads alone does not bring the bytes to global memory.
+            let early = store_twice(stream, "store_and_read_back_early").unwrap();
+            assert_eq!(early, (all, -1));
+        }
+    });
+}
+
+#[test]
+fn source_overwritten_while_a_bulk_store_reads_it_is_caught() {
+    on_hopper(
+        "source_overwritten_while_a_bulk_store_reads_it_is_caught",
+        |stream| {
+            if emulated() {
+                let result = store_twice(stream, "overwritten_source");
+                let text = finding(result, CUresult::CUDA_ERROR_LAUNCH_FAILED);
+                let source = include_str!("kernels/hopper.cu");
+                let marked = |l: &str| l.contains("// FAULT overwritten_source");
+                let line = 1 + source.lines().position(marked).unwrap();
+                assert!(
+                    text.starts_with("asynchronous copy not waited for")
+                        && text.contains(&format!("hopper.cu:{line}")),
+                    "{text}"
+                );
+            }
+        },
+    );
+}
+
+#[test]
+fn bulk_reductions_combine_with_what_is_there() {
+    on_hopper("bulk_reductions_combine_with_what_is_there", |stream| {
+        let kernel = function(
+            &module(stream.context(), &common::compile("hopper", "compute_90a")),
+            "reduce",
+        );
+        let mut sums = stream.clone_htod(&[1f32; 64]).unwrap();
+        let mut largest = stream.alloc_zeros::<u32>(64).unwrap();
+        let mut launch = stream.launch_builder(&kernel);
+        launch.arg(&mut sums).arg(&mut largest);
+        // SAFETY: the arguments match the kernel's parameters.
+        unsafe { launch.launch(config(2, 64)) }
+            .unwrap_or_else(|e| panic!("{e:?}: {}", common::emu().last_finding()));
+        let expected: Vec<f32> = (0..64).map(|i| 1.0 + 2.0 * i as f32 + 0.5).collect();
+        assert_eq!(stream.clone_dtoh(&sums).unwrap(), expected);
+        let expected: Vec<u32> = (0..64).map(|i| 32.max(i).max(63 - i)).collect();
+        assert_eq!(stream.clone_dtoh(&largest).unwrap(), expected);
+    });
+}
+
 /// PTX that loads a box by tensor map, waits, and copies shared memory out as it lies there.
 fn tile_ptx(rank: usize, words: usize) -> String {
     let coordinates: String = (0..rank)
@@ -327,6 +466,7 @@ FILL:
     add.u32 %i, %i, 128;
     setp.lt.u32 %p, %i, 12288;
     @%p bra FILL;
+    fence.proxy.async.shared::cta;
     bar.sync 0;
     mad.wide.u32 %base, %t, 16, %fr;
     ld.global.v4.b32 {{%r0, %r1, %r2, %r3}}, [%base];

@@ -205,6 +205,28 @@ impl<'p> Context<'p> {
         }
     }
 
+    /// Checks the beginning of an asynchronous read of whole words, and keeps track of it;
+    /// false if too many are under way for that.
+    pub fn begin_read(&mut self, offset: u64, len: u64, warp: u32, lane: usize) -> Checked<bool> {
+        let size = self.memory.bytes.len() as u64;
+        if offset + len > size {
+            let message = format!("shared read of {len} bytes at offset {offset} of {size}");
+            return Err(Fault::new(Kind::OutOfBounds, lane as u32, message));
+        }
+        let by = self.clocks.accessor(warp);
+        let shadow = &mut self.memory.shadow;
+        let begun = shadow.begin_read(offset as u32, len as u32, &by);
+        let counted =
+            begun.map_err(|c| shared_conflict(c, "asynchronous read", offset, len, lane))?;
+        if let Some(writer) = shadow.unfenced(offset as u32, len as u32, warp, &self.clocks) {
+            let message = format!(
+                "asynchronous read of {len} bytes at shared offset {offset}: warp {writer} wrote there with no fence.proxy.async since"
+            );
+            return Err(Fault::new(Kind::AsyncCopy, lane as u32, message));
+        }
+        Ok(counted)
+    }
+
     /// Checks a shared access of one lane; returns its offset.
     #[inline]
     pub fn shared_range(
@@ -292,6 +314,10 @@ pub fn shared_conflict(
         shared::Conflict::InFlight => (
             Kind::AsyncCopy,
             "an asynchronous copy to these bytes has not been waited for".to_string(),
+        ),
+        shared::Conflict::BeingRead => (
+            Kind::AsyncCopy,
+            "an asynchronous operation that reads these bytes has not been waited for".to_string(),
         ),
         shared::Conflict::WrittenBy(actor) => (
             Kind::SharedRace,

@@ -7,7 +7,7 @@ use super::registers::LANES;
 use super::warp::{Flow, Stop, Warp};
 use crate::ptx::ops::{AnyReg, AtomicOp, Op, Reg, ShuffleMode, VoteMode};
 use crate::sanitize::{Checked, Fault, Kind};
-use crate::{async_copy, tensor_core};
+use crate::{async_copy, tensor_core, wgmma};
 
 /// Whether the lanes an instruction needs are together.
 enum Meeting {
@@ -41,7 +41,7 @@ impl Warp {
         }
         let needed = match op {
             Op::Mma(_) | Op::LoadMatrix(_) | Op::StoreMatrix(_) => u32::MAX,
-            Op::Wgmma(_) | Op::WgmmaCommit | Op::WgmmaWait => u32::MAX,
+            Op::Wgmma(_) | Op::WgmmaCommit | Op::WgmmaWait { .. } => u32::MAX,
             Op::ClusterArrive { .. } | Op::ClusterWait => self.live,
             _ => exec,
         };
@@ -53,7 +53,10 @@ impl Warp {
             Op::Mma(mma) => tensor_core::mma(&mut self.regs, ctx, mma),
             Op::LoadMatrix(m) => tensor_core::load_matrix(self, ctx, m)?,
             Op::StoreMatrix(m) => tensor_core::store_matrix(self, ctx, m)?,
-            Op::WgmmaWait => return Ok(self.step_over(Stop::WarpgroupWait)),
+            Op::WgmmaWait { pending } => {
+                wgmma::wait(self, ctx, *pending);
+                return Ok(self.step_over(Stop::WarpgroupWait));
+            }
             Op::ClusterArrive { relaxed } => {
                 return Ok(self.step_over(Stop::ClusterArrive { relaxed: *relaxed }));
             }

@@ -33,6 +33,8 @@ pub enum Conflict {
     Uninitialized,
     /// An asynchronous copy to the bytes is in flight.
     InFlight,
+    /// An asynchronous operation that reads the bytes has not been waited for.
+    BeingRead,
     /// Unordered with a write of this actor.
     WrittenBy(u32),
     /// Unordered with a read of this actor.
@@ -50,8 +52,10 @@ struct Word {
     write_time: u32,
     first_atomic: u32,
     writer: u8,
-    written: u8,
-    read: u8,
+    /// Low half: bytes the writer wrote; high half: bytes the readers read.
+    touched: u8,
+    /// Asynchronous reads under way.
+    async_reads: u8,
     /// Low half: defined bytes; high half: bytes with a copy in flight.
     state: u8,
 }
@@ -63,8 +67,8 @@ const FRESH: Word = Word {
     write_time: 0,
     first_atomic: 0,
     writer: NOBODY,
-    written: 0,
-    read: 0,
+    touched: 0,
+    async_reads: 0,
     state: 0,
 };
 
@@ -125,6 +129,8 @@ pub struct Clocks {
     /// Time; the blocks of a cluster take turns and hand it on.
     pub now: u32,
     known: [Known; MAX_WARPS],
+    /// Time of each warp's last `fence.proxy.async`.
+    fenced: [u32; MAX_WARPS],
 }
 
 impl Default for Clocks {
@@ -133,6 +139,7 @@ impl Default for Clocks {
             me: MAX_WARPS,
             now: 1,
             known: [NOTHING; MAX_WARPS],
+            fenced: [0; MAX_WARPS],
         }
     }
 }
@@ -193,6 +200,12 @@ impl Clocks {
         }
     }
 
+    /// A warp makes its view of shared memory the asynchronous proxy's too.
+    pub fn fence_proxy(&mut self, warp: u32) {
+        self.now += 1;
+        self.fenced[warp as usize] = self.now;
+    }
+
     /// Whether some warp knows what the block with this rank did at a time.
     pub fn knows(&self, rank: u32, time: u32) -> bool {
         let actor = MAX_WARPS + rank as usize;
@@ -231,6 +244,47 @@ impl Shadow {
     pub fn land_copy(&mut self, start: u32, len: u32, by: &Accessor<'_>) -> Result<(), Conflict> {
         self.each(start, len, |word, mask| word.state &= !(mask << 4));
         self.touch(start, len, Touch::Write, by)
+    }
+
+    /// An asynchronous read begins: until it ends nobody may write them. False
+    /// if so many are under way that it is not kept track of.
+    pub fn begin_read(
+        &mut self,
+        start: u32,
+        len: u32,
+        by: &Accessor<'_>,
+    ) -> Result<bool, Conflict> {
+        self.touch(start, len, Touch::Read, by)?;
+        let words = &mut self.words[(start / 4) as usize..(start + len).div_ceil(4) as usize];
+        let counted = words.iter().all(|w| w.async_reads < u8::MAX);
+        if counted {
+            words.iter_mut().for_each(|w| w.async_reads += 1);
+        }
+        Ok(counted)
+    }
+
+    /// The warp of the block that wrote some of the bytes with ordinary stores since it, and
+    /// since warp `by`, executed `fence.proxy.async`.
+    pub fn unfenced(&self, start: u32, len: u32, by: u32, clocks: &Clocks) -> Option<u32> {
+        let words = &self.words[(start / 4) as usize..(start + len).div_ceil(4) as usize];
+        let unfenced = |word: &&Word| {
+            let warp = usize::from(word.writer);
+            word.touched & 0xf != 0
+                && warp < MAX_WARPS
+                && word.write_time >= clocks.fenced[warp]
+                && word.write_time >= clocks.fenced[by as usize]
+        };
+        words.iter().find(unfenced).map(|w| u32::from(w.writer))
+    }
+
+    /// Ends an asynchronous read that was kept track of: the warp that waited counts as the
+    /// reader, now.
+    pub fn end_read(&mut self, start: u32, len: u32, by: &Accessor<'_>) {
+        self.each(start, len, |word, mask| {
+            word.async_reads = word.async_reads.saturating_sub(1);
+            (word.readers, word.first_read) = (1 << by.actor, by.now);
+            word.touched |= mask << 4;
+        });
     }
 
     /// Marks bytes as defined and leaves who touched them alone.
@@ -313,7 +367,7 @@ fn touch_word(word: &mut Word, mask: u8, touch: Touch, by: &Accessor<'_>) -> Res
         return Err(Conflict::Uninitialized);
     }
     let foreign_writer = word.writer != NOBODY && u32::from(word.writer) != by.actor;
-    if word.written & mask != 0
+    if word.touched & mask != 0
         && foreign_writer
         && by.known.synced[usize::from(word.writer)] < word.write_time
     {
@@ -332,13 +386,17 @@ fn touch_word(word: &mut Word, mask: u8, touch: Touch, by: &Accessor<'_>) -> Res
                 word.readers = 0;
             }
             if word.readers == 0 {
-                (word.first_read, word.read) = (by.now, 0);
+                word.first_read = by.now;
+                word.touched &= 0xf;
             }
             word.readers |= 1 << by.actor;
-            word.read |= mask;
+            word.touched |= mask << 4;
         }
         Touch::Write | Touch::Atomic => {
-            let readers = if word.read & mask != 0 {
+            if word.async_reads != 0 {
+                return Err(Conflict::BeingRead);
+            }
+            let readers = if word.touched >> 4 & mask != 0 {
                 word.readers
             } else {
                 0
@@ -358,7 +416,8 @@ fn touch_word(word: &mut Word, mask: u8, touch: Touch, by: &Accessor<'_>) -> Res
                 word.atomics |= 1 << by.actor;
             } else {
                 let same = u32::from(word.writer) == by.actor;
-                word.written = if same { word.written | mask } else { mask };
+                let kept = if same { 0xff } else { 0xf0 };
+                word.touched = word.touched & kept | mask;
                 (word.writer, word.write_time) = (by.actor as u8, by.now);
                 (word.atomics, word.readers) = (0, 0);
             }

@@ -147,6 +147,8 @@ pub(super) struct FunctionLowering<'m> {
     fixups: Vec<(usize, Vec<String>, u32)>,
     dynamic_align: u64,
     line: u32,
+    /// Register uses that belong to instructions already emitted.
+    used: u32,
 }
 
 impl<'m> FunctionLowering<'m> {
@@ -172,6 +174,7 @@ impl<'m> FunctionLowering<'m> {
             fixups: Vec::new(),
             dynamic_align: 16,
             line: function.line,
+            used: 0,
         }
     }
 
@@ -363,7 +366,9 @@ impl<'m> FunctionLowering<'m> {
             class,
             line: self.line,
             location,
+            uses: (self.used, self.out.uses.len() as u32),
         });
+        self.used = self.out.uses.len() as u32;
     }
 
     fn instruction(&mut self, i: &Instruction) -> Result<()> {

@@ -23,8 +23,8 @@ impl FunctionLowering<'_> {
             "wgmma" if i.has("fence") => (Op::Nothing, Class::Async),
             "wgmma" if i.has("commit_group") => (Op::WgmmaCommit, Class::Async),
             "wgmma" if i.has("wait_group") => {
-                Self::constant_operand(i, 0)?;
-                (Op::WgmmaWait, Class::Async)
+                let pending = Self::constant_operand(i, 0)?;
+                (Op::WgmmaWait { pending }, Class::Async)
             }
             _ => return Ok(None),
         }))

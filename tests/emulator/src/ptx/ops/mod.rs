@@ -223,6 +223,9 @@ pub struct BulkCopy {
     /// Tensor coordinates, innermost first; empty without tensor map.
     pub coordinates: Vec<Reg>,
     pub barrier: Option<Address>,
+    /// Reduction into the destination, and its type unless a tensor map says it.
+    pub reduce: Option<AtomicOp>,
+    pub ty: Option<Type>,
 }
 
 /// A `wgmma.mma_async` of m64nNk16 (k8 for tf32).
@@ -439,16 +442,26 @@ pub enum Op {
     Fence {
         device: bool,
     },
+    /// `fence.proxy.async` for shared memory.
+    ProxyFence,
     Mbarrier {
         op: Box<MbarrierOp>,
         address: Address,
     },
     BulkCopy(Box<BulkCopy>),
-    /// Group bookkeeping of copies that are complete when issued.
-    BulkGroup,
+    BulkCommit,
+    /// Waits until at most this many groups of bulk stores are under way, or only until those
+    /// have read shared memory.
+    BulkWait {
+        pending: u32,
+        read: bool,
+    },
     Wgmma(Box<Wgmma>),
     WgmmaCommit,
-    WgmmaWait,
+    /// Waits until at most this many groups are under way.
+    WgmmaWait {
+        pending: u32,
+    },
     /// `mapa`: an address in the shared memory of the block with rank `b`.
     MapCluster {
         d: AnyReg,
@@ -493,4 +506,8 @@ pub struct Inst {
     pub line: u32,
     /// Index into the function's source locations; `u32::MAX` for none.
     pub location: u32,
+    /// The instruction's 32-bit registers: start and end in [`Function::uses`].
+    ///
+    /// [`Function::uses`]: super::program::Function::uses
+    pub uses: (u32, u32),
 }
