@@ -109,9 +109,19 @@ impl Warp {
                 } else {
                     shared::Touch::Read
                 };
+                let whole = ctx.shared_together(addresses, total, mask, touch, self.index);
                 for lane in lanes(mask) {
-                    let at =
-                        ctx.shared_range(addresses[lane], total, total, touch, self.index, lane)?;
+                    let at = match whole {
+                        true => (addresses[lane] & WINDOW_MASK) as usize,
+                        false => ctx.shared_range(
+                            addresses[lane],
+                            total,
+                            total,
+                            touch,
+                            self.index,
+                            lane,
+                        )?,
+                    };
                     for (n, value) in values.iter_mut().enumerate().take(count) {
                         value[lane] = ctx.shared_read(at + n * size as usize, size as usize);
                     }
@@ -222,12 +232,23 @@ impl Warp {
                 } else {
                     shared::Touch::Write
                 };
+                let whole = touch == shared::Touch::Write
+                    && ctx.shared_together(addresses, total, mask, touch, self.index);
                 for lane in lanes(mask) {
                     if touch == shared::Touch::Atomic {
                         ctx.shared_define(addresses[lane] & WINDOW_MASK, total);
                     }
-                    let at =
-                        ctx.shared_range(addresses[lane], total, total, touch, self.index, lane)?;
+                    let at = match whole {
+                        true => (addresses[lane] & WINDOW_MASK) as usize,
+                        false => ctx.shared_range(
+                            addresses[lane],
+                            total,
+                            total,
+                            touch,
+                            self.index,
+                            lane,
+                        )?,
+                    };
                     for (n, value) in values.iter().enumerate().take(count) {
                         ctx.shared_write(at + n * size as usize, size as usize, value[lane]);
                     }

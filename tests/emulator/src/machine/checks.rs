@@ -29,6 +29,17 @@ pub fn is_row(addresses: &[u64; LANES], len: u64, mask: u32) -> bool {
     gaps == 0 && mask == u32::MAX
 }
 
+/// Whether all lanes of a mask access the same place.
+#[inline]
+fn is_one(addresses: &[u64; LANES], mask: u32) -> bool {
+    let first = addresses[mask.trailing_zeros() as usize % LANES];
+    let mut different = 0;
+    for lane in 0..LANES {
+        different |= u32::from(addresses[lane] != first) << lane;
+    }
+    different & mask == 0
+}
+
 fn touch_name(touch: Touch) -> &'static str {
     match touch {
         Touch::Read => "read",
@@ -203,6 +214,34 @@ impl<'p> Context<'p> {
             Ok(()) => Ok(offset),
             Err(conflict) => Err(self.global_conflict(conflict, touch, address, len, lane)),
         }
+    }
+
+    /// Checks the accesses of a warp's lanes to shared memory at once if they form a row or are
+    /// the same; false if they are neither, or if something is wrong with them that
+    /// [`Self::shared_range`] will name.
+    #[inline]
+    pub fn shared_together(
+        &mut self,
+        addresses: &[u64; LANES],
+        len: u64,
+        mask: u32,
+        touch: shared::Touch,
+        warp: u32,
+    ) -> bool {
+        let first = addresses[mask.trailing_zeros() as usize % LANES] & WINDOW_MASK;
+        let total = if is_row(addresses, len, mask) {
+            len * LANES as u64
+        } else if touch == shared::Touch::Read && is_one(addresses, mask) {
+            len
+        } else {
+            return false;
+        };
+        if first & (len - 1) != 0 || first + total > self.memory.bytes.len() as u64 {
+            return false;
+        }
+        let by = self.clocks.accessor(warp);
+        let shadow = &mut self.memory.shadow;
+        shadow.touch(first as u32, total as u32, touch, &by).is_ok()
     }
 
     /// Checks the beginning of an asynchronous read of whole words, and keeps track of it;

@@ -43,8 +43,11 @@ pub enum Conflict {
     Atomic,
 }
 
-/// Shadow of four bytes.
-#[derive(Clone, Copy, Debug)]
+/// Words of a line.
+const LINE: u32 = 4;
+
+/// Shadow of four bytes, or of each word of a line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Word {
     readers: u64,
     atomics: u64,
@@ -72,9 +75,14 @@ const FRESH: Word = Word {
     state: 0,
 };
 
-/// Shadow of the shared memory of one block.
+/// Shadow of the shared memory of one block. Accesses of 16 bytes are the rule, so a line of
+/// four words has one shadow as long as nothing tells its words apart.
 #[derive(Debug, Default)]
 pub struct Shadow {
+    /// Each line's shadow; that of a split line means nothing.
+    lines: Vec<Word>,
+    split: Vec<bool>,
+    /// The words of split lines.
     words: Vec<Word>,
 }
 
@@ -229,8 +237,13 @@ fn latest(times: &Times, me: &[usize]) -> u32 {
 impl Shadow {
     /// Starts a block with `bytes` of undefined shared memory.
     pub fn reset(&mut self, bytes: usize) {
-        self.words.clear();
-        self.words.resize(bytes.div_ceil(4), FRESH);
+        let lines = bytes.div_ceil(4 * LINE as usize);
+        self.lines.clear();
+        self.lines.resize(lines, FRESH);
+        self.split.clear();
+        self.split.resize(lines, false);
+        // Filled in where a line is split.
+        self.words.resize(lines * LINE as usize, FRESH);
     }
 
     /// Marks a copy into the bytes as in flight; they count as untouched until it lands.
@@ -255,26 +268,30 @@ impl Shadow {
         by: &Accessor<'_>,
     ) -> Result<bool, Conflict> {
         self.touch(start, len, Touch::Read, by)?;
-        let words = &mut self.words[(start / 4) as usize..(start + len).div_ceil(4) as usize];
-        let counted = words.iter().all(|w| w.async_reads < u8::MAX);
+        let mut most = 0;
+        self.each(start, len, |word, _| most = most.max(word.async_reads));
+        let counted = most < u8::MAX;
         if counted {
-            words.iter_mut().for_each(|w| w.async_reads += 1);
+            self.each(start, len, |word, _| word.async_reads += 1);
         }
         Ok(counted)
     }
 
     /// The warp of the block that wrote some of the bytes with ordinary stores since it, and
     /// since warp `by`, executed `fence.proxy.async`.
-    pub fn unfenced(&self, start: u32, len: u32, by: u32, clocks: &Clocks) -> Option<u32> {
-        let words = &self.words[(start / 4) as usize..(start + len).div_ceil(4) as usize];
-        let unfenced = |word: &&Word| {
+    pub fn unfenced(&mut self, start: u32, len: u32, by: u32, clocks: &Clocks) -> Option<u32> {
+        let mut found = None;
+        self.each(start, len, |word, _| {
             let warp = usize::from(word.writer);
-            word.touched & 0xf != 0
+            let unfenced = word.touched & 0xf != 0
                 && warp < MAX_WARPS
                 && word.write_time >= clocks.fenced[warp]
-                && word.write_time >= clocks.fenced[by as usize]
-        };
-        words.iter().find(unfenced).map(|w| u32::from(w.writer))
+                && word.write_time >= clocks.fenced[by as usize];
+            if unfenced {
+                found = Some(u32::from(word.writer));
+            }
+        });
+        found
     }
 
     /// Ends an asynchronous read that was kept track of: the warp that waited counts as the
@@ -303,13 +320,74 @@ impl Shadow {
         });
     }
 
-    fn each(&mut self, start: u32, len: u32, mut f: impl FnMut(&mut Word, u8)) {
+    /// The words of a line, which is split from now on.
+    #[inline]
+    fn split(&mut self, line: usize) {
+        if !self.split[line] {
+            self.split[line] = true;
+            let first = line * LINE as usize;
+            self.words[first..first + LINE as usize].fill(self.lines[line]);
+        }
+    }
+
+    /// Calls `f` with each piece of the bytes that has a shadow of its own: a line or a word,
+    /// with its bytes as a mask.
+    #[inline(always)]
+    fn try_each<E>(
+        &mut self,
+        start: u32,
+        len: u32,
+        mut f: impl FnMut(&mut Word, u8) -> Result<(), E>,
+    ) -> Result<(), E> {
+        const BYTES: u32 = 4 * LINE;
         let (mut at, end) = (start, start + len);
         while at < end {
+            let line = (at / BYTES) as usize;
+            if at.is_multiple_of(BYTES) && end - at >= BYTES {
+                if self.split[line] {
+                    self.each_word_of_line(line, &mut f)?;
+                } else {
+                    f(&mut self.lines[line], 0xf)?;
+                }
+                at += BYTES;
+                continue;
+            }
+            self.split(line);
             let stop = end.min((at / 4 + 1) * 4);
             let mask = (((1u32 << (stop - at)) - 1) << (at % 4)) as u8;
-            f(&mut self.words[(at / 4) as usize], mask);
+            f(&mut self.words[(at / 4) as usize], mask)?;
             at = stop;
+        }
+        Ok(())
+    }
+
+    /// Calls `f` with the words of a split line, and joins them if they have become equal.
+    fn each_word_of_line<E>(
+        &mut self,
+        line: usize,
+        f: &mut impl FnMut(&mut Word, u8) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let first = line * LINE as usize;
+        let words = &mut self.words[first..first + LINE as usize];
+        for word in words.iter_mut() {
+            f(word, 0xf)?;
+        }
+        if words.iter().all(|w| *w == words[0]) {
+            self.lines[line] = words[0];
+            self.split[line] = false;
+        }
+        Ok(())
+    }
+
+    fn each(&mut self, start: u32, len: u32, mut f: impl FnMut(&mut Word, u8)) {
+        let result: Result<(), std::convert::Infallible> =
+            self.try_each(start, len, |word, mask| {
+                f(word, mask);
+                Ok(())
+            });
+        match result {
+            Ok(()) => {}
+            Err(never) => match never {},
         }
     }
 
@@ -322,20 +400,7 @@ impl Shadow {
         touch: Touch,
         by: &Accessor<'_>,
     ) -> Result<(), Conflict> {
-        if start.is_multiple_of(4) && len.is_multiple_of(4) {
-            for word in &mut self.words[(start / 4) as usize..((start + len) / 4) as usize] {
-                touch_word(word, 0xf, touch, by)?;
-            }
-            return Ok(());
-        }
-        let (mut at, end) = (start, start + len);
-        while at < end {
-            let stop = end.min((at / 4 + 1) * 4);
-            let mask = (((1u32 << (stop - at)) - 1) << (at % 4)) as u8;
-            touch_word(&mut self.words[(at / 4) as usize], mask, touch, by)?;
-            at = stop;
-        }
-        Ok(())
+        self.try_each(start, len, |word, mask| touch_word(word, mask, touch, by))
     }
 }
 
