@@ -6,6 +6,7 @@ mod support;
 mod equivalence;
 mod examples;
 mod faults;
+mod features;
 mod folder;
 mod outputs;
 mod plan;
