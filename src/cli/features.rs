@@ -286,7 +286,9 @@ fn table(result: &Result) -> String {
     let features = &result.features;
     let mut text = String::new();
     // Writing to a string cannot fail.
-    let mut line = |content: String| drop(writeln!(text, "{}", content.trim_end()));
+    let mut line = |content: String| {
+        let _ = writeln!(text, "{}", content.trim_end());
+    };
     line(format!(
         "{} texts, {} tokens ({} of <think> and </think>); loss {:.4} nats a token",
         features.texts, features.tokens, features.marked_tokens, features.loss
