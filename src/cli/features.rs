@@ -11,7 +11,7 @@ use resa_engine::eval::Inference;
 use resa_engine::formats::{huggingface, peft, sparsify};
 use resa_engine::model::{Lora, Qwen2, Sae};
 use resa_engine::report::Progress;
-use resa_engine::train::inputs::widen;
+use resa_engine::train::inputs::prepare;
 use resa_engine::train::{DtypeSetting, Event, Observer, settings::parse_hookpoint};
 use resa_engine::{Device, Error};
 use serde::Serialize;
@@ -149,7 +149,7 @@ pub fn run(args: &FeaturesArgs) -> std::result::Result<(), Failure> {
 fn load(args: &FeaturesArgs, device: &Device, dir: &Path) -> resa_engine::Result<Qwen2> {
     let mut model = huggingface::load(dir)?;
     let layers = 0..model.layers.len();
-    device.run(|| widen(&mut model, args.dtype, layers, true))?;
+    device.run(|| prepare(device, &mut model, args.dtype, layers, true))?;
     Ok(model)
 }
 
