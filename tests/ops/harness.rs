@@ -15,11 +15,10 @@ use resa_engine::tape::{Tape, Var};
 use resa_engine::tensor::{DType, MappedBytes, Tensor};
 
 /// Operators and optimizers that have no CUDA kernel yet: tested on the CPU alone.
-const WITHOUT_CUDA: [&str; 9] = [
+const WITHOUT_CUDA: [&str; 8] = [
     "cross_entropy",
     "flash_attention",
     "fvu",
-    "gemm",
     "kl_div",
     "lora",
     "sparse_decode",
