@@ -29,7 +29,7 @@ __device__ __forceinline__ void load(float (&v)[N], const __nv_bfloat16* p) {
   }
 }
 
-// Stores N values, rounded to the nearest; alignment as for load.
+// Stores N values, rounded to the nearest; `p` must be aligned to the N values.
 template <int N>
 __device__ __forceinline__ void store(__nv_bfloat16* p, const float (&v)[N]) {
   if constexpr (N == kWide) {
@@ -40,6 +40,11 @@ __device__ __forceinline__ void store(__nv_bfloat16* p, const float (&v)[N]) {
       words[i] = *reinterpret_cast<const uint32_t*>(&pair);
     }
     *reinterpret_cast<uint4*>(p) = make_uint4(words[0], words[1], words[2], words[3]);
+  } else if constexpr (N == kWideFloat) {
+    const __nv_bfloat162 low = __floats2bfloat162_rn(v[0], v[1]);
+    const __nv_bfloat162 high = __floats2bfloat162_rn(v[2], v[3]);
+    *reinterpret_cast<uint2*>(p) = make_uint2(*reinterpret_cast<const uint32_t*>(&low),
+                                              *reinterpret_cast<const uint32_t*>(&high));
   } else {
     static_assert(N == 1, "one value or a full 16-byte access");
     *p = __float2bfloat16_rn(v[0]);
