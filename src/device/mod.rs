@@ -92,8 +92,9 @@ impl Device {
         }
     }
 
-    /// `sum += term`, element by element; both of one dtype and length, f32 on the CPU. The tape
-    /// adds up gradients that reach a value by several paths with it.
+    /// `sum += term`, element by element, both of one length and f32 on the CPU. On a GPU the sum
+    /// is f32 where `sum` is f32 in the GPU's memory, as parameters' gradients are, else bf16.
+    /// The tape adds up gradients that reach a value by several paths with it.
     pub fn add_assign(&self, sum: &mut Tensor, term: &Tensor) -> Result<()> {
         if sum.len() != term.len() {
             return Err(Error::operand(
@@ -104,6 +105,9 @@ impl Device {
         }
         match self {
             Self::Cpu(_) => cpu::for_each_chunk(sum.f32s_mut()?, term.f32s()?, |s, t| *s += t),
+            Self::Cuda(cuda) if cuda.holds(sum) && sum.dtype() == DType::F32 => {
+                cuda.add_f32(sum, term)?;
+            }
             Self::Cuda(cuda) => *sum = cuda.add(sum, term)?,
         }
         Ok(())

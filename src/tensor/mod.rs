@@ -90,6 +90,11 @@ impl Tensor {
         }
     }
 
+    /// Whether another tensor has the same storage.
+    pub(crate) fn is_shared(&mut self) -> bool {
+        Arc::get_mut(&mut self.storage).is_none()
+    }
+
     /// What the tensor is, for messages: its dtype and, on a GPU, which.
     pub(crate) fn found(&self) -> String {
         match self.cuda() {

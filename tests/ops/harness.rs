@@ -4,6 +4,7 @@
 use std::io::Write;
 use std::sync::{Arc, OnceLock};
 
+use cuda_emulator::{Backend, Counters};
 use half::bf16;
 
 use resa_engine::device::{CudaDevice, Device};
@@ -14,18 +15,7 @@ use resa_engine::tape::{Tape, Var};
 use resa_engine::tensor::{DType, MappedBytes, Tensor};
 
 /// Operators and optimizers that have no CUDA kernel yet: tested on the CPU alone.
-const WITHOUT_CUDA: [&str; 11] = [
-    "adamw",
-    "clip",
-    "cross_entropy",
-    "fvu",
-    "kl_div",
-    "lora",
-    "signum",
-    "sparse_decode",
-    "topk",
-    "weighted_sum",
-];
+const WITHOUT_CUDA: [&str; 5] = ["fvu", "lora", "sparse_decode", "topk", "weighted_sum"];
 
 /// Every device that `stem` runs on: the CPU with different thread counts and, where the build
 /// has kernels, a GPU or the emulator in its place. Says so where `stem` cannot use it.
@@ -51,6 +41,27 @@ pub fn cuda() -> Option<&'static Device> {
         None
     });
     device.as_ref()
+}
+
+/// What this thread's last kernel did; `None` where a GPU ran it, which does not count.
+pub fn last_counters() -> Option<Counters> {
+    match cuda_emulator::install().unwrap() {
+        Backend::Emulator => cuda_emulator::emulator().unwrap().last_counters(),
+        Backend::Gpu => None,
+    }
+}
+
+/// Fails where this thread's last kernel read and wrote over 1.1 times the `least` bytes of
+/// global memory there are to move, in bytes or in the 32-byte sectors that memory moves.
+pub fn assert_least_traffic(least: usize) {
+    let Some(c) = last_counters() else { return };
+    let bytes = c.global_load_bytes + c.global_store_bytes;
+    let sectors = 32 * (c.global_load_sectors + c.global_store_sectors);
+    for (what, moved) in [("bytes", bytes), ("bytes of sectors", sectors)] {
+        let ratio = moved as f64 / least as f64;
+        println!("{moved} {what}, least {least}: {ratio:.3}");
+        assert!(ratio <= 1.1, "{moved} {what} moved, the least is {least}");
+    }
 }
 
 /// The values rounded to bf16, as a GPU holds them.
