@@ -11,7 +11,7 @@ constexpr int kWide = 8;
 // The same of fp32.
 constexpr int kWideFloat = 4;
 
-// Loads N values; for N = kWide `p` must be aligned to 16 bytes.
+// Loads N values; for N = kWide `p` must be aligned to 16 bytes, for N = kWideFloat to 8.
 template <int N>
 __device__ __forceinline__ void load(float (&v)[N], const __nv_bfloat16* p) {
   if constexpr (N == kWide) {
@@ -23,6 +23,10 @@ __device__ __forceinline__ void load(float (&v)[N], const __nv_bfloat16* p) {
       v[2 * i] = __uint_as_float(words[i] << 16);
       v[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
     }
+  } else if constexpr (N == kWideFloat) {
+    const uint2 raw = *reinterpret_cast<const uint2*>(p);
+    v[0] = __uint_as_float(raw.x << 16), v[1] = __uint_as_float(raw.x & 0xffff0000u);
+    v[2] = __uint_as_float(raw.y << 16), v[3] = __uint_as_float(raw.y & 0xffff0000u);
   } else {
     static_assert(N == 1, "one value or a full 16-byte access");
     v[0] = __bfloat162float(*p);
@@ -40,6 +44,11 @@ __device__ __forceinline__ void store(__nv_bfloat16* p, const float (&v)[N]) {
       words[i] = *reinterpret_cast<const uint32_t*>(&pair);
     }
     *reinterpret_cast<uint4*>(p) = make_uint4(words[0], words[1], words[2], words[3]);
+  } else if constexpr (N == kWideFloat) {
+    const __nv_bfloat162 low = __floats2bfloat162_rn(v[0], v[1]);
+    const __nv_bfloat162 high = __floats2bfloat162_rn(v[2], v[3]);
+    *reinterpret_cast<uint2*>(p) = make_uint2(*reinterpret_cast<const uint32_t*>(&low),
+                                              *reinterpret_cast<const uint32_t*>(&high));
   } else {
     static_assert(N == 1, "one value or a full 16-byte access");
     *p = __float2bfloat16_rn(v[0]);

@@ -15,15 +15,11 @@ use resa_engine::tape::{Tape, Var};
 use resa_engine::tensor::{DType, MappedBytes, Tensor};
 
 /// Operators and optimizers that have no CUDA kernel yet: tested on the CPU alone.
-const WITHOUT_CUDA: [&str; 8] = [
+const WITHOUT_CUDA: [&str; 4] = [
     "cross_entropy",
     "flash_attention",
-    "fvu",
     "kl_div",
     "lora",
-    "sparse_decode",
-    "topk",
-    "weighted_sum",
 ];
 
 /// Every device that `stem` runs on: the CPU with different thread counts and, where the build
