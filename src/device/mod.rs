@@ -60,6 +60,23 @@ impl Device {
         self.host().run(work)
     }
 
+    /// A trained value, its gradient or an optimizer's state, in f32 where the device works on
+    /// it: itself where it is there already.
+    ///
+    /// # Errors
+    /// A tensor of integers, out of memory.
+    pub fn resident(&self, tensor: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Cpu(_) => tensor.to_f32(),
+            Self::Cuda(cuda) => cuda.resident(tensor, DType::F32),
+        }
+    }
+
+    /// The host's cores alone.
+    pub fn to_host(&self) -> Self {
+        Self::Cpu(self.host().clone())
+    }
+
     /// Gives memory that is kept for reuse back to the system, for instance between two stages.
     pub fn release_memory(&self) {
         self.host().release_memory();

@@ -3,6 +3,7 @@
 
 mod support;
 
+mod cuda;
 mod equivalence;
 mod examples;
 mod faults;
