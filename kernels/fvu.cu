@@ -3,8 +3,8 @@
 // batch's median and more).
 //
 // x, y: [T, d] fp32 or bf16 each, as `wide_x` and `wide_y` say; mean: [d] fp32, a y of stride 0;
-// keep: [T] fp32, 1 for a token that counts and else 0, or null where all count. A row is summed
-// in fp32, rows in fp64, both in a fixed order. Everything is written (=).
+// keep: [T] fp32, 1 for a token that counts and else 0, or null where all count. A few values
+// of a row are summed in fp32, the rest in fp64, in a fixed order. Everything is written (=).
 // Least traffic: x and y once; backward x and y once and the gradient in bf16.
 
 #include <cstdint>
@@ -35,17 +35,18 @@ __device__ __forceinline__ double distance(const void* x, bool wide_x, const voi
                                            unsigned per_block, unsigned d) {
   const unsigned first = blockIdx.x * per_block, last = min(rows, first + per_block);
   double sum = 0.0;
-  for (unsigned r = first; r < last; ++r) {
-    if (keep != nullptr && keep[r] == 0.0f) continue;
-    float row = 0.0f;
-    for (unsigned at = threadIdx.x * N; at < d; at += kThreads * N) {
-      float u[N], v[N];
+  for (unsigned at = threadIdx.x * N; at < d; at += kThreads * N) {
+    float v[N];
+    load_any(v, y, first * stride + at, wide_y);
+#pragma unroll 2
+    for (unsigned r = first; r < last; ++r) {
+      float u[N], part = 0.0f;
       load_any(u, x, size_t(r) * d + at, wide_x);
-      load_any(v, y, r * stride + at, wide_y);
+      if (stride != 0 && r != first) load_any(v, y, r * stride + at, wide_y);
 #pragma unroll
-      for (int i = 0; i < N; ++i) row += (u[i] - v[i]) * (u[i] - v[i]);
+      for (int i = 0; i < N; ++i) part += (u[i] - v[i]) * (u[i] - v[i]);
+      if (keep == nullptr || keep[r] != 0.0f) sum += part;
     }
-    sum += row;
   }
   return sum;
 }

@@ -11,6 +11,7 @@
 // frozen).
 
 #include "common/gather.cuh"
+#include "common/reduce.cuh"
 
 namespace {
 
@@ -346,18 +347,24 @@ namespace {
 
 template <int N>
 __device__ __forceinline__ void normalize(float* row, unsigned d, float epsilon) {
-  const unsigned lane = threadIdx.x % 32;
-  float sum = 0.0f;
-  for (unsigned at = lane * N; at < d; at += 32 * N) {
+  __shared__ float partial[kMaxThreads / 32];
+  const unsigned step = blockDim.x * N, start = threadIdx.x * N;
+  // What one round of the block covers stays in registers.
+  float own[N] = {}, sum = 0.0f;
+  if (start < d) load(own, row + start);
+#pragma unroll
+  for (int i = 0; i < N; ++i) sum += own[i] * own[i];
+  for (unsigned at = start + step; at < d; at += step) {
     float v[N];
     load(v, row + at);
 #pragma unroll
     for (int i = 0; i < N; ++i) sum += v[i] * v[i];
   }
+  const float divisor = sqrtf(block_sum(sum, partial)) + epsilon;
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-  const float divisor = sqrtf(sum) + epsilon;
-  for (unsigned at = lane * N; at < d; at += 32 * N) {
+  for (int i = 0; i < N; ++i) own[i] /= divisor;
+  if (start < d) store(row + start, own);
+  for (unsigned at = start + step; at < d; at += step) {
     float v[N];
     load(v, row + at);
 #pragma unroll
@@ -368,13 +375,11 @@ __device__ __forceinline__ void normalize(float* row, unsigned d, float epsilon)
 
 }  // namespace
 
-// Divides each row of W [m, d] by its norm + epsilon, in place. One warp a row; the second read
-// finds the row in the cache.
-extern "C" __global__ void __launch_bounds__(256)
-    sparse_decode_normalize(float* __restrict__ w, unsigned m, unsigned d, float epsilon) {
-  const unsigned row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-  if (row >= m) return;
-  w += size_t(row) * d;
+// Divides each row of W [m, d] by its norm + epsilon, in place. One block a row; a row is read
+// once up to d = 2048.
+extern "C" __global__ void __launch_bounds__(kMaxThreads)
+    sparse_decode_normalize(float* __restrict__ w, unsigned d, float epsilon) {
+  w += size_t(blockIdx.x) * d;
   if (d % kColumns == 0) {
     normalize<kColumns>(w, d, epsilon);
   } else {

@@ -27,28 +27,41 @@ using gather::Stage;
 constexpr unsigned kThreads = radix_select::kThreads;
 // Pre-activations of one round of a block.
 constexpr unsigned kRound = 4 * kThreads;
-constexpr unsigned kWarpsPerBlock = 8;
+// Rows of W that a warp rounds together, and latents that a block of the backward pass owns: the
+// centre is read once for them.
+constexpr unsigned kRowsPerWarp = 8;
+constexpr unsigned kLatents = 4;
 
-// Rounds one row of W and returns <row, c> to all lanes of a warp. Where c is 0 nothing is added,
-// so that an infinite weight shows in the product alone.
+// Rounds rows of W, those of `latents`, and leaves <row, c> of each in `dots` of all lanes of a
+// warp. Where c is 0 nothing is added, so that an infinite weight shows in the product alone.
 template <int N>
-__device__ __forceinline__ float narrow_row(__nv_bfloat16* narrow, const float* w, const float* c,
-                                            unsigned d) {
-  float dot = 0.0f;
+__device__ __forceinline__ void narrow_rows(float (&dots)[kRowsPerWarp], __nv_bfloat16* narrow,
+                                            const float* w,
+                                            const unsigned (&latents)[kRowsPerWarp],
+                                            unsigned rows, const float* c, unsigned d) {
   for (unsigned at = threadIdx.x % 32 * N; at < d; at += 32 * N) {
-    float row[N], centre[N];
-    load(row, w + at);
+    float centre[N];
     load(centre, c + at);
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      row[i] = __bfloat162float(__float2bfloat16_rn(row[i]));
-      if (centre[i] != 0.0f) dot += row[i] * centre[i];
+    for (unsigned r = 0; r < kRowsPerWarp; ++r) {
+      if (r >= rows) break;
+      float row[N];
+      load(row, w + size_t(latents[r]) * d + at);
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        row[i] = __bfloat162float(__float2bfloat16_rn(row[i]));
+        if (centre[i] != 0.0f) dots[r] += row[i] * centre[i];
+      }
+      store(narrow + size_t(r) * d + at, row);
     }
-    store(narrow + at, row);
   }
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, offset);
-  return dot;
+  for (unsigned r = 0; r < kRowsPerWarp; ++r) {
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) {
+      dots[r] += __shfl_xor_sync(0xffffffffu, dots[r], offset);
+    }
+  }
 }
 
 // Values above zero sort as their bits; of equal ones the lower latent is the larger key.
@@ -91,20 +104,34 @@ __device__ __forceinline__ void load_round(float (&v)[4], const float* row, unsi
 
 }  // namespace
 
-// W' [n, d] bf16 and b' [n]; row r is latent among[r], or r where `among` is null. One warp a row.
-extern "C" __global__ void __launch_bounds__(32 * kWarpsPerBlock)
+// W' [n, d] bf16 and b' [n]; row r is latent among[r], or r where `among` is null. One warp for
+// eight rows.
+extern "C" __global__ void __launch_bounds__(256)
     topk_prepare(__nv_bfloat16* __restrict__ narrow, float* __restrict__ shifted,
                  const float* __restrict__ w, const float* __restrict__ b,
                  const float* __restrict__ c, const unsigned* __restrict__ among, unsigned n,
                  unsigned m, unsigned d) {
-  const unsigned row = blockIdx.x * kWarpsPerBlock + threadIdx.x / 32;
-  if (row >= n) return;
-  const unsigned latent = among == nullptr ? row : min(among[row], m - 1);
-  narrow += size_t(row) * d;
-  w += size_t(latent) * d;
-  const float dot = d % kColumns == 0 ? narrow_row<kColumns>(narrow, w, c, d)
-                                      : narrow_row<1>(narrow, w, c, d);
-  if (threadIdx.x % 32 == 0) shifted[row] = b[latent] - dot;
+  const unsigned first = (blockIdx.x * blockDim.x + threadIdx.x) / 32 * kRowsPerWarp;
+  if (first >= n) return;
+  const unsigned rows = min(kRowsPerWarp, n - first);
+  unsigned latents[kRowsPerWarp];
+  float dots[kRowsPerWarp] = {};
+#pragma unroll
+  for (unsigned r = 0; r < kRowsPerWarp; ++r) {
+    const unsigned row = min(first + r, n - 1);
+    latents[r] = among == nullptr ? row : min(among[row], m - 1);
+  }
+  narrow += size_t(first) * d;
+  if (d % kColumns == 0) {
+    narrow_rows<kColumns>(dots, narrow, w, latents, rows, c, d);
+  } else {
+    narrow_rows<1>(dots, narrow, w, latents, rows, c, d);
+  }
+  const unsigned lane = threadIdx.x % 32;
+#pragma unroll
+  for (unsigned r = 0; r < kRowsPerWarp; ++r) {
+    if (lane == r && r < rows) shifted[first + r] = b[latents[r]] - dots[r];
+  }
 }
 
 // The selection of one token a block. products: [blocks, m] with b' added; a, indices: the rows
@@ -186,53 +213,56 @@ extern "C" __global__ void __launch_bounds__(256)
 
 namespace {
 
-// dW and db of one latent.
+// dW and db of the latents from `first` up to `last`.
 template <int N>
-__device__ __forceinline__ void encoder_row(float* dw, float* db, const float* g,
-                                            const __nv_bfloat16* x, const float* c,
-                                            const unsigned* pairs, unsigned count, unsigned k,
-                                            unsigned d) {
+__device__ __forceinline__ void encoder_rows(float* dw, float* db, const float* g,
+                                             const __nv_bfloat16* x, const float* c,
+                                             const unsigned* offsets, const unsigned* pairs,
+                                             unsigned first, unsigned last, unsigned k,
+                                             unsigned d) {
   __shared__ Stage stage;
   for (unsigned from = 0; from < d; from += blockDim.x * N) {
     const unsigned at = from + threadIdx.x * N;
     const bool mine = at < d;
-    float centre[N] = {}, sum[N] = {}, bias = 0.0f;
-    if (mine && count > 0) load(centre, c + at);
-    for (unsigned first = 0; first < count; first += kStage) {
-      const unsigned staged = min(kStage, count - first);
-      __syncthreads();
-      if (threadIdx.x < staged) {
-        const unsigned pair = pairs[first + threadIdx.x];
-        stage.row[threadIdx.x] = pair / k;
-        stage.scale[threadIdx.x] = g[pair];
+    float centre[N] = {};
+    if (mine) load(centre, c + at);
+    for (unsigned latent = first; latent < last; ++latent) {
+      const unsigned end = offsets[latent + 1];
+      float sum[N] = {}, bias = 0.0f;
+      for (unsigned begin = offsets[latent]; begin < end; begin += kStage) {
+        const unsigned staged = min(kStage, end - begin);
+        __syncthreads();
+        if (threadIdx.x < staged) {
+          const unsigned pair = pairs[begin + threadIdx.x];
+          stage.row[threadIdx.x] = pair / k;
+          stage.scale[threadIdx.x] = g[pair];
+        }
+        __syncthreads();
+        if (mine) gather::add_rows(sum, stage, staged, x, centre, d, at);
+        if (at == 0) {
+          for (unsigned p = 0; p < staged; ++p) bias += stage.scale[p];
+        }
       }
-      __syncthreads();
-      if (mine) gather::add_rows(sum, stage, staged, x, centre, d, at);
-      if (at == 0) {
-        for (unsigned p = 0; p < staged; ++p) bias += stage.scale[p];
-      }
+      if (mine) store(dw + size_t(latent) * d + at, sum);
+      if (at == 0) db[latent] = bias;
     }
-    if (mine) store(dw + at, sum);
-    if (at == 0) *db = bias;
   }
 }
 
 }  // namespace
 
-// One block a latent; `offsets` [m + 1] and `pairs` as kernels/sparse_decode.cu sorts them.
+// One block for four latents; `offsets` [m + 1] and `pairs` as kernels/sparse_decode.cu sorts
+// them.
 extern "C" __global__ void __launch_bounds__(kMaxThreads)
     topk_backward(float* __restrict__ dw, float* __restrict__ db, const float* __restrict__ g,
                   const __nv_bfloat16* __restrict__ x, const float* __restrict__ c,
                   const unsigned* __restrict__ offsets, const unsigned* __restrict__ pairs,
-                  unsigned k, unsigned d) {
-  const unsigned first = offsets[blockIdx.x];
-  const unsigned count = offsets[blockIdx.x + 1] - first;
-  dw += size_t(blockIdx.x) * d;
-  db += blockIdx.x;
+                  unsigned m, unsigned k, unsigned d) {
+  const unsigned first = blockIdx.x * kLatents, last = min(m, first + kLatents);
   if (d % kColumns == 0) {
-    encoder_row<kColumns>(dw, db, g, x, c, pairs + first, count, k, d);
+    encoder_rows<kColumns>(dw, db, g, x, c, offsets, pairs, first, last, k, d);
   } else {
-    encoder_row<1>(dw, db, g, x, c, pairs + first, count, k, d);
+    encoder_rows<1>(dw, db, g, x, c, offsets, pairs, first, last, k, d);
   }
 }
 

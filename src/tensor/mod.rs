@@ -192,7 +192,8 @@ impl Tensor {
         match self.cuda().filter(|buffer| buffer.dtype() == DType::U32) {
             Some(buffer) => {
                 let bytes = buffer.read(0, buffer.len())?;
-                let data = bytemuck::pod_collect_to_vec::<u8, u32>(&bytes);
+                let (words, _) = bytes.as_chunks::<4>();
+                let data = words.iter().map(|&word| u32::from_ne_bytes(word)).collect();
                 Self::from_u32(data, self.shape.clone())
             }
             None => self.u32s().map(|_| self.clone()),

@@ -81,7 +81,8 @@ pub(super) fn squared_errors(
     let (x, y) = (operand(cuda, x)?, operand(cuda, y)?);
     let sums = distances(cuda, &x, (&y, y.matrix_dims().1), None, tokens)?;
     let bytes = sums.read(0, sums.len())?;
-    Ok(bytemuck::pod_collect_to_vec(&bytes))
+    let (words, _) = bytes.as_chunks::<8>();
+    Ok(words.iter().map(|&word| f64::from_ne_bytes(word)).collect())
 }
 
 /// f64 sums over `per_block` rows each. `y` has a row for each of x where its stride is d, and

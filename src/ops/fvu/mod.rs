@@ -82,9 +82,7 @@ impl Operator for Fvu {
         let upstream = only_grad(Self::NAME, grads)?.f32s()?[0];
         let scale = (2.0 * f64::from(upstream) / self.variance) as f32;
         let grad = match device {
-            Device::Cuda(cuda) => {
-                cuda::difference(cuda, &x_hat, &self.target, scale, DType::Bf16)?
-            }
+            Device::Cuda(cuda) => cuda::difference(cuda, &x_hat, &self.target, scale, DType::Bf16)?,
             Device::Cpu(_) => scaled_difference(device, &x_hat, &self.target, scale)?,
         };
         Ok(vec![Some(grad)])
@@ -189,7 +187,9 @@ impl Sinks {
         }
         let (_, d) = x.matrix_dims();
         let (x, order) = (x.f32s()?, self.order.u32s()?);
-        let rows = order[..self.kept].iter().map(|&t| &x[t as usize * d..][..d]);
+        let rows = order[..self.kept]
+            .iter()
+            .map(|&t| &x[t as usize * d..][..d]);
         Tensor::from_vec(rows.flatten().copied().collect(), [self.kept, d])
     }
 

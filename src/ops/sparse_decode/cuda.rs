@@ -121,18 +121,12 @@ pub(crate) fn row_sum(
 
 /// Divides each row of `w` \[m, d\] f32 by its norm + 2^-23.
 pub(crate) fn normalize_rows(cuda: &CudaDevice, w: &mut Tensor) -> Result<()> {
-    const WARP: usize = 32;
     cuda.own(w)?;
     let (m, d) = w.matrix_dims();
-    let args = [
-        w.arg()?,
-        Arg::size(NAME, m)?,
-        Arg::size(NAME, d)?,
-        Arg::F32(f32::EPSILON),
-    ];
-    let grid = Grid::over(m * WARP);
-    // SAFETY: w is [m, d] f32 and nobody else's (`own`); the grid has a warp for each row.
-    unsafe { cuda.launch(kernel("sparse_decode_normalize"), grid, &args) }
+    let args = [w.arg()?, Arg::size(NAME, d)?, Arg::F32(f32::EPSILON)];
+    let kernel = kernel("sparse_decode_normalize");
+    // SAFETY: w is [m, d] f32 and nobody else's (`own`).
+    unsafe { cuda.launch(kernel, row_grid(m, d), &args) }
 }
 
 /// The pairs of a selection by latent, as [`super::LatentGroups`] has them, on the device.

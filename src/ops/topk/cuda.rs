@@ -18,9 +18,12 @@ const ROUND: usize = 1024;
 /// that every launch may have, 48 KiB, less what the block itself needs.
 const MOST_K: usize = 3072;
 const KEY_BYTES: usize = 8;
-/// Pre-activations that are in memory at a time: 256 MB. Few tokens more would not make the
-/// product faster, fewer would read W_enc more often.
-const WORKSPACE: usize = 1 << 26;
+/// Pre-activations that are in memory at a time: 64 MB, 256 tokens of 65 536 latents. They
+/// partly stay in the cache, and the product still reuses each weight 256 times.
+const WORKSPACE: usize = 1 << 24;
+/// Rows of W_enc that a warp rounds, and latents that a block of the backward pass owns.
+const ROWS_PER_WARP: usize = 8;
+const LATENTS: usize = 4;
 
 const fn kernel(function: &'static str) -> Kernel {
     let stem = "topk";
@@ -145,7 +148,7 @@ fn prepare(
         Arg::size(NAME, m)?,
         Arg::size(NAME, d)?,
     ];
-    let grid = Grid::over(rows * WARP);
+    let grid = Grid::over(rows.div_ceil(ROWS_PER_WARP) * WARP);
     // SAFETY: W_enc is [m, d], b_enc [m], b_dec [d], all f32; the results have `rows` rows; an
     // index of m or more reads the last latent.
     unsafe { cuda.launch(kernel("topk_prepare"), grid, &args) }?;
@@ -186,10 +189,11 @@ fn by_latent(
         saved.b_dec.arg()?,
         offsets,
         pairs,
+        Arg::size(NAME, m)?,
         Arg::size(NAME, k)?,
         Arg::size(NAME, d)?,
     ];
-    let grid = sparse::row_grid(m, d);
+    let grid = sparse::row_grid(m.div_ceil(LATENTS), d);
     // SAFETY: grad is [T, k] f32, x [T, d] bf16, b_dec [d] f32, the results [m, d] and [m]; the
     // groups are those of T k pairs over m latents.
     unsafe { cuda.launch(kernel("topk_backward"), grid, &args) }?;

@@ -177,8 +177,7 @@ impl SaeTrainer {
         };
         let lr = self.current_lr();
         self.update(device, pass.grads, lr)?;
-        self.since_fired
-            .record(device, &pass.acts, &pass.indices)?;
+        self.since_fired.record(device, &pass.acts, &pass.indices)?;
         self.steps += 1;
         Ok(SaeStepMetrics {
             fvu: pass.fvu,
