@@ -10,6 +10,17 @@ use crate::tensor::{Buffer, Pool};
 pub struct CpuDevice {
     threads: Arc<rayon::ThreadPool>,
     memory: Arc<Pool>,
+    precision: Precision,
+}
+
+/// What matrix products on the CPU compute with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Precision {
+    /// f32 throughout.
+    #[default]
+    F32,
+    /// Operands rounded to bf16, sums in f32, as CUDA devices have it.
+    Bf16,
 }
 
 impl CpuDevice {
@@ -23,7 +34,16 @@ impl CpuDevice {
         Ok(Self {
             threads: Arc::new(pool),
             memory: Pool::new(),
+            precision: Precision::default(),
         })
+    }
+
+    pub(super) fn with_precision(self, precision: Precision) -> Self {
+        Self { precision, ..self }
+    }
+
+    pub(super) fn precision(&self) -> Precision {
+        self.precision
     }
 
     pub(super) fn threads(&self) -> usize {

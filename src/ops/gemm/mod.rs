@@ -6,6 +6,8 @@
 //! f32 products on the CPU are faer's. Weights of 16 bits are widened panel by panel, so that a
 //! product never needs the whole matrix in f32.
 
+pub mod cpu;
+
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
