@@ -2,6 +2,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
+use super::simd;
 use crate::error::{Error, Result};
 use crate::tensor::{Buffer, Pool};
 
@@ -21,6 +22,16 @@ pub enum Precision {
     F32,
     /// Operands rounded to bf16, sums in f32, as CUDA devices have it.
     Bf16,
+}
+
+impl Precision {
+    /// The one that this machine's CPU is fastest in.
+    pub fn fastest() -> Self {
+        match simd::multiplies_bf16() {
+            true => Self::Bf16,
+            false => Self::F32,
+        }
+    }
 }
 
 impl CpuDevice {

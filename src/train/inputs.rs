@@ -7,7 +7,7 @@ use super::plan::total_memory;
 use super::{TrainConfig, example};
 use crate::data::records::{self, Record};
 use crate::data::{Packed, Template, Tokenizer, pack};
-use crate::device::Device;
+use crate::device::{Device, Precision};
 use crate::error::{Error, Result};
 use crate::formats::{huggingface, peft};
 use crate::model::{Layout, Qwen2};
@@ -88,9 +88,10 @@ impl Sources {
     }
 }
 
-/// Brings the weights that products will use into f32 where the setting says so, or, when left
-/// to the engine, where they then take at most a third of the machine's memory (all of it, not
-/// what is free, so that a resumed run decides alike).
+/// Brings the weights that products will use into the dtype of the setting. Where it is left to
+/// the engine and products are in f32, weights are widened once if they then take at most a third
+/// of the machine's memory (all of it, not what is free, so that a resumed run decides alike),
+/// else at each use.
 pub fn widen(
     model: &mut Qwen2,
     dtype: DtypeSetting,
@@ -99,8 +100,8 @@ pub fn widen(
 ) -> Result<()> {
     let wide = match dtype {
         DtypeSetting::F32 => true,
-        DtypeSetting::Bf16 => false,
-        DtypeSetting::Auto => {
+        _ if dtype.precision() == Precision::Bf16 => return model.narrow(layers, head),
+        _ => {
             let config = &model.config;
             let layer: usize = crate::model::Module::ALL
                 .iter()
@@ -123,10 +124,12 @@ pub fn widen(
     }
 }
 
-/// The device of a setting.
-pub fn device(setting: DeviceSetting, threads: usize) -> Result<Device> {
+/// The device of the settings.
+pub fn device(setting: DeviceSetting, dtype: DtypeSetting, threads: usize) -> Result<Device> {
     match setting {
-        DeviceSetting::Auto | DeviceSetting::Cpu => Device::cpu(threads),
+        DeviceSetting::Auto | DeviceSetting::Cpu => {
+            Ok(Device::cpu(threads)?.with_precision(dtype.precision()))
+        }
         DeviceSetting::Cuda(ordinal) => {
             // What is wrong with the device itself is said first.
             let device = Device::cuda(ordinal, threads)

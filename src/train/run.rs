@@ -13,13 +13,12 @@ use super::session::Session;
 use super::stage_one::{StageOne, start_sae};
 use super::stage_two::StageTwo;
 use super::{
-    CancelFlag, DtypeSetting, Event, Method, Observer, RunDir, RunOptions, SaeGrad, SaeInit,
-    TrainConfig, example,
+    CancelFlag, Event, Method, Observer, RunDir, RunOptions, SaeGrad, SaeInit, TrainConfig, example,
 };
 use crate::data::records::Record;
 use crate::data::tokenizer::copy_files;
 use crate::data::{Packed, Template, Tokenizer, order};
-use crate::device::Device;
+use crate::device::{Device, Precision};
 use crate::error::{Error, Result};
 use crate::eval::{Inference, pass};
 use crate::formats::{huggingface, peft, sparsify};
@@ -67,7 +66,7 @@ pub fn run(
     cancel: &CancelFlag,
 ) -> Result<Summary> {
     config.validate()?;
-    let device = inputs::device(config.device, config.threads)?;
+    let device = inputs::device(config.device, config.dtype, config.threads)?;
     let run = if options.resume {
         let (run, stored) = RunDir::resume(&config.out)?;
         config.check_resumes(&stored)?;
@@ -89,7 +88,7 @@ pub fn dry_run(config: &TrainConfig) -> Result<Plan> {
     config.validate()?;
     let scratch = tempfile::tempdir().map_err(|e| Error::io(std::env::temp_dir(), e))?;
     let sources = Sources::resolve(config, scratch.path())?;
-    let device = inputs::device(config.device, config.threads)?;
+    let device = inputs::device(config.device, config.dtype, config.threads)?;
     let Shapes { target, source, .. } = Shapes::read(config, &sources)?;
     let texts = Texts::read(config, &sources)?;
     Plan::new(
@@ -99,7 +98,7 @@ pub fn dry_run(config: &TrainConfig) -> Result<Plan> {
             target: &target,
             source_rows: texts.trigger.rows() as u64,
             target_rows: texts.elicitation().rows() as u64,
-            weight_bytes: if config.dtype == DtypeSetting::Bf16 {
+            weight_bytes: if config.dtype.precision() == Precision::Bf16 {
                 2
             } else {
                 4

@@ -5,6 +5,7 @@
 //! once, so the T x m pre-activations never exist. Least work: 2 T d m FLOP forward. Backward
 //! touches active latents alone: T k d x 4 bytes (rows of X) and the dense ∂W_enc written once.
 
+mod bf16;
 mod select;
 
 use std::borrow::Cow;
@@ -17,8 +18,8 @@ use rayon::prelude::*;
 use super::sparse_decode::rows::weighted_row_sum;
 use super::sparse_decode::{LatentGroups, SharedGroups, check_indices, gather, to_f32_row};
 use super::{Operator, expect_cols, expect_inputs, expect_shape, only_grad};
-use crate::device::Device;
 use crate::device::simd::vectorized;
+use crate::device::{Device, Precision};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 use select::RowSelection;
@@ -164,6 +165,9 @@ impl TopK {
         let mut indices = vec![0u32; tokens * k];
         let rows = x.f32s()?;
         match device {
+            Device::Cpu(_) if device.precision() == Precision::Bf16 => {
+                bf16::select(device, rows, encoder, (&mut acts, &mut indices), k)?;
+            }
             Device::Cuda(cuda) => return Err(cuda.no_kernel(TopK::NAME)),
             Device::Cpu(_) => acts
                 .par_chunks_mut(TILE_TOKENS * k)
@@ -171,11 +175,8 @@ impl TopK {
                 .zip(rows.par_chunks(TILE_TOKENS * d))
                 .enumerate()
                 .try_for_each(|(tile, ((acts, indices), x))| {
-                    select_tile(device, x, encoder, (acts, indices), k).map_err(|row| {
-                        let token = tile * TILE_TOKENS + row;
-                        let what = format!("topk: a pre-activation of token {token} is not finite");
-                        Error::NotFinite { what }
-                    })
+                    select_tile(device, x, encoder, (acts, indices), k)
+                        .map_err(|row| not_finite(tile * TILE_TOKENS + row))
                 })?,
         }
         if let Some(among) = &self.among {
@@ -188,6 +189,11 @@ impl TopK {
             Tensor::from_u32(indices, [tokens, k])?,
         ))
     }
+}
+
+fn not_finite(token: usize) -> Error {
+    let what = format!("topk: a pre-activation of token {token} is not finite");
+    Error::NotFinite { what }
 }
 
 fn gathered(matrix: &[f32], rows: &[u32], d: usize) -> Vec<f32> {

@@ -1,211 +1,138 @@
-//! Products of bf16 values with sums in f32, for the CPU.
-//!
-//! The left operand (activations) is packed once for a product, blocks of the right one (a
-//! weight, stored as its file has it) by the task that uses them: packing costs a few hundredths of a
-//! nanosecond a value, which some hundred rows of the other side pay for, and so a weight exists
-//! once in memory whatever way round it is used. A sum runs over the reduction in order, block
-//! by block, whatever the tasks are: results do not depend on the number of threads, nor on how
-//! many other rows are computed along.
+//! The products on the CPU, in the precision of the device.
 
-mod pack;
-mod tile;
+pub(crate) mod bf16;
+mod single;
 
-use std::ops::Range;
+use faer::Accum;
 
-use rayon::prelude::*;
+use crate::device::{Device, Precision};
+use crate::error::{Error, Result};
+use crate::tensor::{DType, Tensor};
+use bf16::{Level, Operand, Product, Values};
 
-pub use pack::{Operand, Values};
-pub use tile::Level;
-
-use crate::device::Device;
-use crate::device::simd::vectorized;
-use crate::tensor::Buffer;
-use tile::{COLS, ROWS, Tile};
-
-/// Pairs of the reduction that are packed at a time: a right panel of 32 columns takes 40 KiB.
-const PAIRS: usize = 400;
-/// Right panels of a task at most: 160 KiB of a core's L2 cache.
-const TASK_PANELS: usize = 4;
-/// Left panels that go through a task's right panels in turn: 240 KiB of the L2 cache.
-const GROUP_PANELS: usize = 16;
-/// Values of a vector of 512 bits.
-const ALIGN: usize = 16;
-
-/// out \[m, n\] (+)= alpha · a · bᵀ with sums over k values: `a` has m outer indices, `b` n.
-pub struct Product<'a> {
-    pub a: Operand<'a>,
-    pub b: Operand<'a>,
-    /// m, n and k.
-    pub dims: [usize; 3],
-    pub alpha: f32,
-    /// Whether the product is added to what is in `out`.
-    pub add: bool,
-    pub level: Level,
-}
-
-impl Product<'_> {
-    /// Computes on the current thread pool. `out` holds m rows of n values, `stride` apart.
-    ///
-    /// # Panics
-    /// When the operands or `out` hold less than `dims` says; callers check.
-    pub fn run(&self, device: &Device, out: &mut [f32], stride: usize) {
-        let [m, n, k] = self.dims;
-        if m == 0 || n == 0 {
-            return;
-        }
-        assert!(n <= stride && (m - 1) * stride + n <= out.len());
-        if k == 0 {
-            if !self.add {
-                out.chunks_mut(stride).for_each(|row| row[..n].fill(0.0));
-            }
-            return;
-        }
-        let pairs = k.div_ceil(2);
-        let pairs = pairs.div_ceil(pairs.div_ceil(PAIRS));
-        let left_panels = m.div_ceil(ROWS);
-        let mut left = Panels::<ROWS>::new(device, left_panels * pairs);
-        let tasks = tasks(left_panels, n.div_ceil(COLS), device.threads());
-        let out = SharedOut {
-            first: out.as_mut_ptr(),
-            stride,
-        };
-        for from in (0..k).step_by(2 * pairs) {
-            let block = (from, k.min(from + 2 * pairs));
-            left.pairs()
-                .par_chunks_mut(pairs)
-                .with_min_len(4)
-                .enumerate()
-                .for_each(|(i, panel)| self.a.pack(panel, (i * ROWS, m), block));
-            let left: &[_] = left.pairs();
-            tasks.par_iter().with_max_len(1).for_each(|task| {
-                let mut right = Panels::<COLS>::new(device, TASK_PANELS * pairs);
-                let right = &mut right.pairs()[..task.right.len() * pairs];
-                for (panel, j) in right.chunks_mut(pairs).zip(task.right.clone()) {
-                    self.b.pack(panel, (j * COLS, n), block);
-                }
-                self.tiles(task, left, right, pairs, (self.add || from > 0, &out));
-            });
-        }
+/// out \[M, N\] (+)= alpha · X \[M, K\] · W \[N, K\]ᵀ.
+pub(crate) fn product_nt(
+    device: &Device,
+    out: &mut [f32],
+    accum: Accum,
+    x: &[f32],
+    w: &Tensor,
+    alpha: f32,
+) -> Result<()> {
+    let (n, k) = w.matrix_dims();
+    let m = rows_of(x, k)?;
+    expect_len(out, m * n)?;
+    if device.precision() == Precision::F32 {
+        return single::product_nt(device, out, accum, x, w, alpha);
     }
+    let a = Operand::rows(Values::F32(x), k);
+    with_values(w, |w| {
+        let b = Operand::rows(w, k);
+        in_bf16(device, out, accum, (a, b), [m, n, k], alpha);
+    })
+}
 
-    /// A task's tiles for one block of the reduction.
-    fn tiles(
-        &self,
-        task: &Task,
-        left: &[[u32; ROWS]],
-        right: &[[u32; COLS]],
-        pairs: usize,
-        (add, out): (bool, &SharedOut),
-    ) {
-        let [m, n, _] = self.dims;
-        let mut tile: Tile = [[0.0; COLS]; ROWS];
-        for group in task.left.clone().step_by(GROUP_PANELS) {
-            for (j, right) in task.right.clone().zip(right.chunks_exact(pairs)) {
-                for i in group..task.left.end.min(group + GROUP_PANELS) {
-                    let left = &left[i * pairs..][..pairs];
-                    tile::multiply(self.level, left, right, &mut tile);
-                    let (row, col) = (i * ROWS, j * COLS);
-                    let block = Block {
-                        // SAFETY: row < m and col < n, which `run` has checked to lie within.
-                        first: unsafe { out.first.add(row * out.stride + col) },
-                        stride: out.stride,
-                        rows: ROWS.min(m - row),
-                        cols: COLS.min(n - col),
-                    };
-                    // SAFETY: the block lies within the output, and no other task has it.
-                    vectorized!(unsafe { block.write(&tile, self.alpha, add) });
-                }
-            }
-        }
+/// out \[M, K\] (+)= dY \[M, N\] · W \[N, K\].
+pub(crate) fn product_nn(
+    device: &Device,
+    out: &mut [f32],
+    accum: Accum,
+    dy: &[f32],
+    w: &Tensor,
+) -> Result<()> {
+    let (n, k) = w.matrix_dims();
+    let m = rows_of(dy, n)?;
+    expect_len(out, m * k)?;
+    if device.precision() == Precision::F32 {
+        return single::product_nn(device, out, accum, dy, w);
     }
+    let a = Operand::rows(Values::F32(dy), n);
+    with_values(w, |w| {
+        let b = Operand::columns(w, k);
+        in_bf16(device, out, accum, (a, b), [m, k, n], 1.0);
+    })
 }
 
-/// An output that tasks write disjoint blocks of.
-struct SharedOut {
-    first: *mut f32,
-    stride: usize,
+/// out \[N, K\] (+)= alpha · dY \[M, N\]ᵀ · X \[M, K\]: the gradient of a weight.
+pub(crate) fn product_tn(
+    device: &Device,
+    out: &mut [f32],
+    accum: Accum,
+    dy: &Tensor,
+    x: &Tensor,
+    alpha: f32,
+) -> Result<()> {
+    let ((m, n), (rows, k)) = (dy.matrix_dims(), x.matrix_dims());
+    if rows != m {
+        let expected = format!("{m} rows");
+        return Err(Error::operand("gemm", expected, format!("{rows}")));
+    }
+    expect_len(out, n * k)?;
+    if device.precision() == Precision::F32 {
+        return single::product_tn(out, accum, dy, x, alpha);
+    }
+    let a = Operand::columns(Values::F32(dy.f32s()?), n);
+    let b = Operand::columns(Values::F32(x.f32s()?), k);
+    in_bf16(device, out, accum, (a, b), [n, k, m], alpha);
+    Ok(())
 }
 
-// SAFETY: tasks reach the data by way of blocks alone, of which no two overlap.
-unsafe impl Sync for SharedOut {}
-
-/// Some rows and columns of an output.
-struct Block {
-    first: *mut f32,
-    stride: usize,
-    rows: usize,
-    cols: usize,
+/// A product of operands whose sizes have been checked.
+fn in_bf16(
+    device: &Device,
+    out: &mut [f32],
+    accum: Accum,
+    (a, b): (Operand, Operand),
+    dims: [usize; 3],
+    alpha: f32,
+) {
+    let product = Product {
+        a,
+        b,
+        dims,
+        alpha,
+        add: accum == Accum::Add,
+        level: Level::best(),
+    };
+    product.run(device, out, dims[1]);
 }
 
-impl Block {
-    /// Writes or adds the tile's sums.
-    ///
-    /// # Safety
-    /// The block lies within the output, and nobody else reads or writes it meanwhile.
-    #[inline(always)]
-    unsafe fn write(&self, tile: &Tile, alpha: f32, add: bool) {
-        for (r, sums) in tile.iter().enumerate().take(self.rows) {
-            // SAFETY: the caller's promise.
-            let row = unsafe {
-                std::slice::from_raw_parts_mut(self.first.add(r * self.stride), self.cols)
-            };
-            // The whole width is a case of its own so that its loops have no remainder.
-            match <&mut [f32; COLS]>::try_from(&mut *row) {
-                Ok(row) => write_row(row, sums, alpha, add),
-                Err(_) => write_row(row, sums, alpha, add),
-            }
-        }
+/// Calls `use_values` with a weight's elements in place, or with a rounded copy of those that
+/// are neither f32 nor aligned bf16.
+fn with_values(w: &Tensor, use_values: impl FnOnce(Values)) -> Result<()> {
+    if w.dtype() == DType::F32
+        && let Ok(values) = w.f32s()
+    {
+        use_values(Values::F32(values));
+        return Ok(());
+    }
+    let rounded = w.to_bf16()?;
+    let values = rounded.bf16s();
+    use_values(Values::Bf16(values.ok_or_else(|| {
+        Error::operand("gemm", "a weight in host memory", w.found())
+    })?));
+    Ok(())
+}
+
+/// The number of rows of `cols` values.
+fn rows_of(data: &[f32], cols: usize) -> Result<usize> {
+    match data.len().checked_rem(cols) {
+        Some(0) => Ok(data.len() / cols),
+        _ => Err(Error::operand(
+            "gemm",
+            format!("rows of {cols} values"),
+            data.len().to_string(),
+        )),
     }
 }
 
-#[inline(always)]
-fn write_row(row: &mut [f32], sums: &[f32; COLS], alpha: f32, add: bool) {
-    if add {
-        for (out, sum) in row.iter_mut().zip(sums) {
-            *out += alpha * sum;
-        }
-    } else {
-        for (out, sum) in row.iter_mut().zip(sums) {
-            *out = alpha * sum;
-        }
+pub(super) fn expect_len(out: &[f32], len: usize) -> Result<()> {
+    if out.len() == len {
+        return Ok(());
     }
-}
-
-/// The left and right panels whose tiles one task computes.
-struct Task {
-    left: Range<usize>,
-    right: Range<usize>,
-}
-
-/// Cuts the panels into tasks: columns first, since each task packs its own right panels, and
-/// rows where the columns alone would leave threads idle.
-fn tasks(left: usize, right: usize, threads: usize) -> Vec<Task> {
-    let wanted = 4 * threads;
-    let cols = right.div_ceil(wanted).clamp(1, TASK_PANELS);
-    let row_blocks = wanted.div_ceil(right.div_ceil(cols)).min(left.div_ceil(GROUP_PANELS));
-    let rows = left.div_ceil(row_blocks.max(1));
-    let ranges = |n: usize, step: usize| (0..n).step_by(step).map(move |i| i..n.min(i + step));
-    ranges(right, cols)
-        .flat_map(|right| ranges(left, rows).map(move |left| Task { left, right: right.clone() }))
-        .collect()
-}
-
-/// Memory for packed panels of `P` outer indices, aligned to the vectors that read it.
-struct Panels<const P: usize> {
-    memory: Buffer,
-    skip: usize,
-    pairs: usize,
-}
-
-impl<const P: usize> Panels<P> {
-    fn new(device: &Device, pairs: usize) -> Self {
-        let memory = device.buffer(pairs * P + ALIGN);
-        let skip = memory.as_ptr().align_offset(ALIGN * size_of::<f32>());
-        Self { memory, skip: skip.min(ALIGN), pairs }
-    }
-
-    fn pairs(&mut self) -> &mut [[u32; P]] {
-        let words = &mut self.memory[self.skip..][..self.pairs * P];
-        bytemuck::cast_slice_mut::<f32, u32>(words).as_chunks_mut().0
-    }
+    Err(Error::operand(
+        "gemm",
+        format!("an output of {len} values"),
+        out.len().to_string(),
+    ))
 }

@@ -4,17 +4,20 @@
 //! matrix multiplication"). 24 accumulators of 16 sums fill the 32 vector registers of AVX-512 and
 //! keep more products in flight than the instruction's latency asks for.
 
+#[cfg(target_arch = "x86_64")]
+use crate::device::simd::{self, Simd};
+
 /// Rows of a tile: values of the left panel at one pair of the reduction.
-pub(super) const ROWS: usize = 12;
+pub(crate) const ROWS: usize = 12;
 /// Columns of a tile: values of the right panel at one pair of the reduction.
-pub(super) const COLS: usize = 32;
+pub(crate) const COLS: usize = 32;
 
 /// The sums of a tile, row by row.
-pub(super) type Tile = [[f32; COLS]; ROWS];
+pub(crate) type Tile = [[f32; COLS]; ROWS];
 
 /// The instructions that a tile is computed with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Level {
+pub(crate) enum Level {
     /// `vdpbf16ps`: two products of bf16 and their sum in f32, for 16 sums at once.
     #[cfg(target_arch = "x86_64")]
     Avx512Bf16,
@@ -27,17 +30,31 @@ pub enum Level {
 
 impl Level {
     /// The best level of this machine (the standard library remembers the answer).
-    pub fn best() -> Self {
+    pub(crate) fn best() -> Self {
         #[cfg(target_arch = "x86_64")]
         {
-            if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16") {
+            if simd::multiplies_bf16() {
                 return Self::Avx512Bf16;
             }
-            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            if simd::level() != Simd::Baseline {
                 return Self::Avx2;
             }
         }
         Self::Plain
+    }
+}
+
+#[cfg(test)]
+impl Level {
+    /// All levels of this machine.
+    pub(super) fn available() -> Vec<Self> {
+        #[cfg(target_arch = "x86_64")]
+        match Self::best() {
+            Self::Avx512Bf16 => return vec![Self::Avx512Bf16, Self::Avx2, Self::Plain],
+            Self::Avx2 => return vec![Self::Avx2, Self::Plain],
+            Self::Plain => {}
+        }
+        vec![Self::Plain]
     }
 }
 
@@ -92,7 +109,11 @@ fn high(pair: u32) -> f32 {
 /// Fused where the target has the instruction; elsewhere fusing would be a call of the library.
 #[inline(always)]
 fn add_product<const FUSED: bool>(sum: f32, a: f32, b: f32) -> f32 {
-    if FUSED { a.mul_add(b, sum) } else { sum + a * b }
+    if FUSED {
+        a.mul_add(b, sum)
+    } else {
+        sum + a * b
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
