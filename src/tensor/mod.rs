@@ -143,6 +143,11 @@ impl Tensor {
         }
     }
 
+    /// The bits of the elements of a bf16 tensor in host memory, where they are aligned.
+    pub(crate) fn bf16s(&self) -> Option<&[u16]> {
+        self.storage.bf16s()
+    }
+
     /// The elements of a u32 tensor; an error for any other dtype.
     pub fn u32s(&self) -> Result<&[u32]> {
         match &*self.storage {

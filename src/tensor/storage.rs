@@ -51,6 +51,16 @@ impl Storage {
         }
     }
 
+    /// The bits of the elements where they are bf16 in memory and aligned.
+    pub(super) fn bf16s(&self) -> Option<&[u16]> {
+        match self {
+            Self::Mapped(map) if map.dtype == DType::Bf16 => {
+                bytemuck::try_cast_slice(map.bytes()).ok()
+            }
+            _ => None,
+        }
+    }
+
     pub(super) fn copied_f32(&self) -> Option<Buffer> {
         let mut copy = match self {
             Self::F32(data) => data.sibling(),
