@@ -7,6 +7,7 @@ mod eval;
 mod features;
 mod interrupt;
 mod merge;
+mod report;
 mod show;
 mod train;
 
@@ -40,6 +41,7 @@ pub fn main() -> ExitCode {
         Command::Eval(args) => eval::run(&args),
         Command::Merge(args) => merge::run(&args),
         Command::Features(args) => features::run(&args),
+        Command::Report(args) => report::run(&args),
         Command::Completions(args) => completions::run(&args),
     };
     let (error, code) = match result {
