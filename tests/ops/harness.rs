@@ -14,14 +14,13 @@ use resa_engine::tape::{Tape, Var};
 use resa_engine::tensor::{DType, MappedBytes, Tensor};
 
 /// Operators and optimizers that have no CUDA kernel yet: tested on the CPU alone.
-const WITHOUT_CUDA: [&str; 11] = [
+const WITHOUT_CUDA: [&str; 10] = [
     "adamw",
     "clip",
     "cross_entropy",
     "flash_attention",
     "fvu",
     "kl_div",
-    "lora",
     "signum",
     "sparse_decode",
     "topk",

@@ -2,12 +2,17 @@ use resa_engine::ops::lora::{Dropout, LoraLinear};
 use resa_engine::rng::{Purpose, Stream};
 
 use crate::gemm::affine;
-use crate::harness::{check, random, to_f64};
+use crate::harness::{check, random, round_bf16, to_f64};
 
 #[test]
 fn lora_matches_float64_with_and_without_dropout_and_residual() {
-    for (t, k, n, r) in [(1, 1, 1, 1), (7, 13, 5, 3), (33, 31, 65, 4)] {
-        let (w, bias) = (random(3, &[n, k], 1.0), random(4, &[n], 1.0));
+    for (t, k, n, r) in [
+        (1, 1, 1, 1),
+        (7, 13, 5, 3),
+        (33, 31, 65, 4),
+        (130, 72, 136, 8),
+    ] {
+        let [w, bias] = [random(3, &[n, k], 1.0), random(4, &[n], 1.0)].map(|t| round_bf16(&t));
         let (w64, bias64) = (to_f64(&w), to_f64(&bias));
         let scale = 1.5;
         for p in [0.0f32, 0.4] {

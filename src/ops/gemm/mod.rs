@@ -9,6 +9,9 @@
 //! product never needs the whole matrix in f32.
 
 pub(crate) mod cuda;
+#[cfg(test)]
+mod tests;
+mod tile;
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
