@@ -90,12 +90,22 @@ impl Tensor {
         }
     }
 
+    /// Whether another tensor has the same storage.
+    pub(crate) fn is_shared(&mut self) -> bool {
+        Arc::get_mut(&mut self.storage).is_none()
+    }
+
     /// What the tensor is, for messages: its dtype and, on a GPU, which.
     pub(crate) fn found(&self) -> String {
         match self.cuda() {
             Some(buffer) => format!("{} on cuda:{}", self.dtype().name(), buffer.ordinal()),
             None => self.dtype().name().to_owned(),
         }
+    }
+
+    /// Whether both are views of the same memory.
+    pub(crate) fn shares_storage(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.storage, &other.storage)
     }
 
     /// The tensor seen as a matrix: (product of all extents but the last, the last extent).
