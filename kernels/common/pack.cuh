@@ -11,7 +11,7 @@ constexpr int kWide = 8;
 // The same of fp32.
 constexpr int kWideFloat = 4;
 
-// Loads N values; for N = kWide `p` must be aligned to 16 bytes.
+// Loads N values; for N = kWide `p` must be aligned to 16 bytes, for N = kWideFloat to 8.
 template <int N>
 __device__ __forceinline__ void load(float (&v)[N], const __nv_bfloat16* p) {
   if constexpr (N == kWide) {
@@ -23,6 +23,10 @@ __device__ __forceinline__ void load(float (&v)[N], const __nv_bfloat16* p) {
       v[2 * i] = __uint_as_float(words[i] << 16);
       v[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
     }
+  } else if constexpr (N == kWideFloat) {
+    const uint2 raw = *reinterpret_cast<const uint2*>(p);
+    v[0] = __uint_as_float(raw.x << 16), v[1] = __uint_as_float(raw.x & 0xffff0000u);
+    v[2] = __uint_as_float(raw.y << 16), v[3] = __uint_as_float(raw.y & 0xffff0000u);
   } else {
     static_assert(N == 1, "one value or a full 16-byte access");
     v[0] = __bfloat162float(*p);

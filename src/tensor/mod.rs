@@ -183,6 +183,22 @@ impl Tensor {
         self.read_f32(0, &mut data)?;
         Self::from_vec(data, self.shape.clone())
     }
+
+    /// The tensor of integers in host memory: itself where it is there, a copy otherwise.
+    ///
+    /// # Errors
+    /// Another dtype, a device that cannot be read.
+    pub fn to_u32(&self) -> Result<Self> {
+        match self.cuda().filter(|buffer| buffer.dtype() == DType::U32) {
+            Some(buffer) => {
+                let bytes = buffer.read(0, buffer.len())?;
+                let (words, _) = bytes.as_chunks::<4>();
+                let data = words.iter().map(|&word| u32::from_ne_bytes(word)).collect();
+                Self::from_u32(data, self.shape.clone())
+            }
+            None => self.u32s().map(|_| self.clone()),
+        }
+    }
 }
 
 #[cfg(test)]
