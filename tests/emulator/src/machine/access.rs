@@ -201,6 +201,9 @@ impl Warp {
     ) -> Checked<()> {
         let addresses = self.addresses(&access.address);
         let count = usize::from(access.count);
+        if access.release {
+            ctx.launch.races.fence(ctx.block);
+        }
         let mut values: Elements = [[0; LANES]; 4];
         for (value, reg) in values.iter_mut().zip(access.regs).take(count) {
             *value = self.regs.read_any(reg);

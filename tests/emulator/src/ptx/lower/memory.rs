@@ -127,6 +127,7 @@ impl FunctionLowering<'_> {
             size: ty.bytes() as u8,
             signed: ty.is_signed(),
             strong,
+            release: releases(i),
             count: lanes as u8,
             regs,
             discard,
@@ -174,12 +175,18 @@ impl FunctionLowering<'_> {
             space,
             op,
             ty,
+            release: releases(i),
             d,
             address,
             b,
             c,
         })))
     }
+}
+
+/// Whether an access orders the block's earlier writes before it for the whole device.
+fn releases(i: &Instruction) -> bool {
+    (i.has("release") || i.has("acq_rel")) && (i.has("gpu") || i.has("sys"))
 }
 
 /// The operation that a modifier names.

@@ -224,6 +224,8 @@ fn fixed_special(name: &str) -> Option<FixedSpecial> {
         ("%lanemask_le", _) => S::LanemaskLe,
         ("%lanemask_gt", _) => S::LanemaskGt,
         ("%lanemask_ge", _) => S::LanemaskGe,
+        ("%envreg1", _) => S::Env(1),
+        ("%envreg2", _) => S::Env(2),
         ("%dynamic_smem_size", _) => S::DynamicShared,
         ("%total_smem_size", _) => S::TotalShared,
         _ => return None,

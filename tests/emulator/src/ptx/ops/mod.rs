@@ -66,6 +66,8 @@ pub struct Access {
     pub signed: bool,
     /// Ordered with other threads (`.relaxed`, `.acquire`, `.release`, `.volatile`).
     pub strong: bool,
+    /// A store that publishes the block's earlier writes to the device.
+    pub release: bool,
     pub count: u8,
     pub regs: [AnyReg; 4],
     /// Elements of a load that `_` discards, as bits.
@@ -79,6 +81,8 @@ pub struct Atomic {
     pub space: Space,
     pub op: AtomicOp,
     pub ty: Type,
+    /// Publishes the block's earlier writes to the device.
+    pub release: bool,
     pub d: Option<AnyReg>,
     pub address: Address,
     pub b: AnyReg,
