@@ -236,7 +236,7 @@ fn one_pass(offsets: &[u64], len: u64, active: u32) -> bool {
     while rest != 0 {
         let offset = offsets[rest.trailing_zeros() as usize];
         rest &= rest - 1;
-        if offset % len != 0 {
+        if !offset.is_multiple_of(len) {
             return false;
         }
         slots |= 1 << (offset / len % (128 / len));

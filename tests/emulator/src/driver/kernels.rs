@@ -350,9 +350,7 @@ const COOPERATIVE: i32 = 2;
 /// `config` is null or valid with its attributes.
 pub unsafe fn shape_of(config: *const LaunchConfig) -> Option<(Shape, Handle)> {
     // SAFETY: the caller's promise.
-    let Some(config) = (unsafe { config.as_ref() }) else {
-        return None;
-    };
+    let config = unsafe { config.as_ref() }?;
     let (mut cluster, mut cooperative) = ([1; 3], false);
     for i in 0..config.attribute_count as usize {
         // SAFETY: the configuration says how many attributes there are.

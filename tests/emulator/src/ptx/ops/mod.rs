@@ -8,6 +8,7 @@ mod modes;
 pub use modes::*;
 
 use super::ast::{Space, Type};
+use crate::fp8::Format;
 
 /// Index of a register within its function's 32-bit, 64-bit or predicate file.
 pub type Reg = u32;
@@ -108,6 +109,39 @@ pub struct Mma {
     pub a: [Reg; 4],
     pub b: [Reg; 2],
     pub c: [Reg; 4],
+}
+
+/// Formats of 8-bit operands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ByteType {
+    Signed,
+    Unsigned,
+    Fp8(Format),
+}
+
+/// An `mma.sync` m16n8k16 or m16n8k32 of 8-bit operands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ByteMma {
+    pub a_type: ByteType,
+    pub b_type: ByteType,
+    pub k: u8,
+    /// Integer sums clamp instead of wrapping.
+    pub saturate: bool,
+    /// Accumulators are packed f16 instead of f32.
+    pub half_accumulate: bool,
+    pub d: [Reg; 4],
+    pub a: [Reg; 4],
+    pub b: [Reg; 2],
+    pub c: [Reg; 4],
+}
+
+/// An `mma.sync` m8n8k4 of f64.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DoubleMma {
+    pub d: [Reg; 2],
+    pub a: Reg,
+    pub b: Reg,
+    pub c: [Reg; 2],
 }
 
 /// `ldmatrix` or `stmatrix` of 1, 2 or 4 8x8 matrices of 16-bit elements.
@@ -428,6 +462,8 @@ pub enum Op {
         members: Reg,
     },
     Mma(Box<Mma>),
+    ByteMma(Box<ByteMma>),
+    DoubleMma(Box<DoubleMma>),
     LoadMatrix(Box<Matrix>),
     StoreMatrix(Box<Matrix>),
     CopyAsync(Box<CopyAsync>),
