@@ -23,6 +23,7 @@ pub mod sanitize;
 pub mod tensor_core;
 pub mod tensor_map;
 pub mod wgmma;
+pub mod wmma;
 
 pub use api::{Backend, Emulator, emulator, install};
 pub use counters::Counters;

@@ -90,6 +90,40 @@ impl Warp {
         Ok(())
     }
 
+    /// One element per lane from these addresses.
+    pub fn load_lanes(
+        &mut self,
+        ctx: &mut Context<'_>,
+        access: &Access,
+        addresses: &[u64; LANES],
+    ) -> Checked<[u64; LANES]> {
+        let mut values: Elements = [[0; LANES]; 4];
+        for (space, mask) in split(access.space, addresses, u32::MAX) {
+            if mask != 0 {
+                self.load_from(ctx, space, access, addresses, mask, &mut values)?;
+            }
+        }
+        Ok(values[0])
+    }
+
+    /// One element per lane to these addresses.
+    pub fn store_lanes(
+        &mut self,
+        ctx: &mut Context<'_>,
+        access: &Access,
+        addresses: &[u64; LANES],
+        value: &[u64; LANES],
+    ) -> Checked<()> {
+        let mut values: Elements = [[0; LANES]; 4];
+        values[0] = *value;
+        for (space, mask) in split(access.space, addresses, u32::MAX) {
+            if mask != 0 {
+                self.store_to(ctx, space, access, addresses, mask, &values)?;
+            }
+        }
+        Ok(())
+    }
+
     fn load_from(
         &mut self,
         ctx: &mut Context<'_>,

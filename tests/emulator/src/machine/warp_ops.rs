@@ -7,7 +7,7 @@ use super::registers::LANES;
 use super::warp::{Flow, Stop, Warp};
 use crate::ptx::ops::{AnyReg, AtomicOp, Op, Reg, ShuffleMode, VoteMode};
 use crate::sanitize::{Checked, Fault, Kind};
-use crate::{async_copy, byte_mma, tensor_core, wgmma};
+use crate::{async_copy, byte_mma, tensor_core, wgmma, wmma};
 
 /// Whether the lanes an instruction needs are together.
 enum Meeting {
@@ -42,6 +42,7 @@ impl Warp {
         let needed = match op {
             Op::Mma(_) | Op::ByteMma(_) | Op::DoubleMma(_) => u32::MAX,
             Op::LoadMatrix(_) | Op::StoreMatrix(_) => u32::MAX,
+            Op::WmmaAccess(_) | Op::WmmaProduct(_) => u32::MAX,
             Op::Wgmma(_) | Op::WgmmaCommit | Op::WgmmaWait { .. } => u32::MAX,
             Op::ClusterArrive { .. } | Op::ClusterWait => self.live,
             _ => exec,
@@ -54,6 +55,8 @@ impl Warp {
             Op::Mma(mma) => tensor_core::mma(&mut self.regs, ctx, mma),
             Op::ByteMma(mma) => byte_mma::mma(&mut self.regs, ctx, mma),
             Op::DoubleMma(mma) => byte_mma::mma_double(&mut self.regs, ctx, mma),
+            Op::WmmaAccess(w) => wmma::access(self, ctx, w)?,
+            Op::WmmaProduct(w) => wmma::multiply(self, ctx, w),
             Op::LoadMatrix(m) => tensor_core::load_matrix(self, ctx, m)?,
             Op::StoreMatrix(m) => tensor_core::store_matrix(self, ctx, m)?,
             Op::WgmmaWait { pending } => {

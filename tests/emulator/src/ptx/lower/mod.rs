@@ -8,6 +8,7 @@ mod convert;
 mod memory;
 mod operands;
 mod tensor;
+mod wmma;
 
 use std::collections::HashMap;
 
@@ -388,6 +389,7 @@ impl<'m> FunctionLowering<'m> {
             Self::memory_access,
             Self::control_flow,
             Self::warp_matrix,
+            Self::wmma,
             Self::asynchronous,
         ];
         for family in families {

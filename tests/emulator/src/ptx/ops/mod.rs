@@ -144,6 +144,46 @@ pub struct DoubleMma {
     pub c: [Reg; 2],
 }
 
+/// Element types of `wmma` operands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WmmaType {
+    Float(MmaType),
+    Byte(ByteType),
+}
+
+/// `wmma.load` or `wmma.store` of a matrix.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WmmaAccess {
+    pub load: bool,
+    pub space: Space,
+    /// Bytes of an element.
+    pub bytes: u8,
+    pub rows: u8,
+    pub columns: u8,
+    pub row_major: bool,
+    pub regs: Vec<Reg>,
+    pub address: Address,
+    /// Elements between neighbouring rows (or columns); None if there is nothing between them.
+    pub stride: Option<Reg>,
+}
+
+/// A `wmma.mma`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WmmaProduct {
+    /// Rows, columns and depth.
+    pub shape: [u8; 3],
+    pub a_type: WmmaType,
+    pub b_type: WmmaType,
+    /// Accumulators are f16 instead of f32 or s32.
+    pub half_c: bool,
+    pub half_d: bool,
+    pub saturate: bool,
+    pub d: Vec<Reg>,
+    pub a: Vec<Reg>,
+    pub b: Vec<Reg>,
+    pub c: Vec<Reg>,
+}
+
 /// `ldmatrix` or `stmatrix` of 1, 2 or 4 8x8 matrices of 16-bit elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Matrix {
@@ -464,6 +504,8 @@ pub enum Op {
     Mma(Box<Mma>),
     ByteMma(Box<ByteMma>),
     DoubleMma(Box<DoubleMma>),
+    WmmaAccess(Box<WmmaAccess>),
+    WmmaProduct(Box<WmmaProduct>),
     LoadMatrix(Box<Matrix>),
     StoreMatrix(Box<Matrix>),
     CopyAsync(Box<CopyAsync>),
