@@ -4,7 +4,7 @@ mod cpu;
 pub(crate) mod cuda;
 pub(crate) mod simd;
 
-pub use cpu::CpuDevice;
+pub use cpu::{CpuDevice, Precision};
 pub use cuda::CudaDevice;
 
 use crate::error::{Error, Result};
@@ -28,6 +28,23 @@ impl Device {
     /// GPU number `ordinal`, with `threads` worker threads on the host; 0 means one for each core.
     pub fn cuda(ordinal: usize, threads: usize) -> Result<Self> {
         Ok(Self::Cuda(CudaDevice::new(ordinal, threads)?))
+    }
+
+    /// The same device with another precision of matrix products; a GPU's is always bf16.
+    #[must_use]
+    pub fn with_precision(self, precision: Precision) -> Self {
+        match self {
+            Self::Cpu(cpu) => Self::Cpu(cpu.with_precision(precision)),
+            Self::Cuda(cuda) => Self::Cuda(cuda),
+        }
+    }
+
+    /// The precision of matrix products.
+    pub fn precision(&self) -> Precision {
+        match self {
+            Self::Cpu(cpu) => cpu.precision(),
+            Self::Cuda(_) => Precision::Bf16,
+        }
     }
 
     /// `cpu` or `cuda`, for messages.
@@ -58,6 +75,23 @@ impl Device {
     /// Runs `work` on the host's threads: everything that computes is called inside this.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         self.host().run(work)
+    }
+
+    /// A trained value, its gradient or an optimizer's state, in f32 where the device works on
+    /// it: itself where it is there already.
+    ///
+    /// # Errors
+    /// A tensor of integers, out of memory.
+    pub fn resident(&self, tensor: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Cpu(_) => tensor.to_f32(),
+            Self::Cuda(cuda) => cuda.resident(tensor, DType::F32),
+        }
+    }
+
+    /// The host's cores alone.
+    pub fn to_host(&self) -> Self {
+        Self::Cpu(self.host().clone())
     }
 
     /// Gives memory that is kept for reuse back to the system, for instance between two stages.

@@ -3,9 +3,11 @@
 
 mod support;
 
+mod cuda;
 mod equivalence;
 mod examples;
 mod faults;
+mod features;
 mod folder;
 mod outputs;
 mod plan;
