@@ -9,6 +9,7 @@ use resa_engine::train::{DeviceSetting, DtypeSetting, TrainConfig, settings::par
 use serde::Serialize;
 
 use super::features::FeaturesArgs;
+use super::report::ReportArgs;
 
 /// Turns a language model into a reasoning model with SAE-Tuning.
 #[derive(Parser)]
@@ -30,6 +31,8 @@ pub enum Command {
     Merge(MergeArgs),
     /// Find the reasoning features of SAEs, layer by layer, and what each SAE costs the model
     Features(FeaturesArgs),
+    /// Write one HTML page about one or several runs
+    Report(ReportArgs),
     /// Print a completion script for a shell
     Completions(CompletionsArgs),
 }

@@ -9,6 +9,7 @@ mod generate;
 mod interrupt;
 mod merge;
 mod model;
+mod report;
 mod show;
 mod train;
 
@@ -43,6 +44,7 @@ pub fn main() -> ExitCode {
         Command::Generate(args) => generate::run(&args),
         Command::Merge(args) => merge::run(&args),
         Command::Features(args) => features::run(&args),
+        Command::Report(args) => report::run(&args),
         Command::Completions(args) => completions::run(&args),
     };
     let (error, code) = match result {
