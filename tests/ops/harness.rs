@@ -4,6 +4,7 @@
 use std::io::Write;
 use std::sync::{Arc, OnceLock};
 
+use cuda_emulator::{Backend, Counters};
 use half::bf16;
 
 use resa_engine::device::{CudaDevice, Device};
@@ -52,6 +53,15 @@ pub fn cuda() -> Option<&'static Device> {
         None
     });
     device.as_ref()
+}
+
+/// What the last kernel that `run` launches from this thread did; `None` on a real GPU.
+pub fn counters(run: impl FnOnce()) -> Option<Counters> {
+    let on_emulator = cuda_emulator::install() == Ok(Backend::Emulator);
+    let emulator = on_emulator.then(|| cuda_emulator::emulator().unwrap())?;
+    emulator.reset();
+    run();
+    Some(emulator.last_counters().expect("no kernel was launched"))
 }
 
 /// The values rounded to bf16, as a GPU holds them.
