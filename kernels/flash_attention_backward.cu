@@ -62,14 +62,15 @@ __device__ __forceinline__ void mask_transposed(float (&s)[M][N][4], unsigned ke
   }
 }
 
-template <int M, int N>
-__device__ __forceinline__ void scale_all(float (&c)[M][N][4], float factor) {
+// Calls f(value, m, n, j) for every accumulator of this lane.
+template <int M, int N, class F>
+__device__ __forceinline__ void each(float (&c)[M][N][4], F f) {
 #pragma unroll
   for (int m = 0; m < M; ++m) {
 #pragma unroll
     for (int n = 0; n < N; ++n) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) c[m][n][j] *= factor;
+      for (int j = 0; j < 4; ++j) f(c[m][n][j], m, n, j);
     }
   }
 }
@@ -175,20 +176,13 @@ struct Backward {
       add_product_of_rows<D>(p, left_q, lane_of_b<D>(tile_k));
       add_product_of_rows<D>(dp, left_dout, lane_of_b<D>(tile_v));
       if (here || key + kStream > query + 1) mask(p, query, key, here ? here + row : nullptr);
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-#pragma unroll
-        for (int n = 0; n < kN; ++n) {
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const float weight = exp2_approximate(p[m][n][j] * s.scale - row_log_sum[m][j / 2]);
-            dp[m][n][j] = weight * (dp[m][n][j] - row_delta[m][j / 2]);
-          }
-        }
-      }
+      each(dp, [&](float& dp, int m, int n, int j) {
+        const float weight = exp2_approximate(p[m][n][j] * s.scale - row_log_sum[m][j / 2]);
+        dp = weight * (dp - row_delta[m][j / 2]);
+      });
       add_product<D>(sum, dp, lane_of_a<D>(tile_k));
     }
-    scale_all(sum, s.scale * kLn2);
+    each(sum, [&](float& c, int, int, int) { c *= s.scale * kLn2; });
     store_rows<D>(rows_of(dq, s, owner.seq, owner.head, s.heads), owner.first, sum, shared, row);
   }
 
@@ -248,29 +242,20 @@ struct Backward {
       const float* columns = statistics + stage * 3 * kStream;
       float p[kM][kN][4] = {}, dp[kM][kN][4] = {};
       add_product_of_rows<D>(p, lane_of_a<D>(tile_k) + row * D * 2, lane_of_b<D>(tile_q));
-      add_product_of_rows<D>(dp, lane_of_a<D>(tile_v) + row * D * 2, lane_of_b<D>(tile_dout));
       if (starts || query + 1 < key + 16 * kM) {
         mask_transposed(p, key, query, reinterpret_cast<const unsigned*>(columns) + 2 * kStream);
       }
-#pragma unroll
-      for (int n = 0; n < kN; ++n) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const float log = columns[column_of(n, j)], delta = columns[kStream + column_of(n, j)];
-#pragma unroll
-          for (int m = 0; m < kM; ++m) {
-#pragma unroll
-            for (int i = j; i < 4; i += 2) {
-              p[m][n][i] = exp2_approximate(p[m][n][i] * s.scale - log);
-              dp[m][n][i] = p[m][n][i] * (dp[m][n][i] - delta);
-            }
-          }
-        }
-      }
+      each(p, [&](float& p, int, int n, int j) {
+        p = exp2_approximate(p * s.scale - columns[column_of(n, j % 2)]);
+      });
+      add_product_of_rows<D>(dp, lane_of_a<D>(tile_v) + row * D * 2, lane_of_b<D>(tile_dout));
+      each(dp, [&](float& dp, int m, int n, int j) {
+        dp = p[m][n][j] * (dp - columns[kStream + column_of(n, j % 2)]);
+      });
       add_product<D>(sum_v, p, lane_of_a<D>(tile_dout));
       add_product<D>(sum_k, dp, lane_of_a<D>(tile_q));
     }
-    scale_all(sum_k, s.scale * kLn2);
+    each(sum_k, [&](float& c, int, int, int) { c *= s.scale * kLn2; });
     store_rows<D>(rows_of(dk, s, owner.seq, owner.head, s.kv_heads), owner.first, sum_k, shared,
                   row);
     store_rows<D>(rows_of(dv, s, owner.seq, owner.head, s.kv_heads), owner.first, sum_v,

@@ -14,9 +14,6 @@
 
 namespace {
 
-// Keys that a tile of queries meets at a time.
-constexpr unsigned kKeys = 64;
-
 __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
   return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
@@ -102,14 +99,16 @@ struct Softmax {
   }
 };
 
-// A block owns 128 queries of a head, a warp 32 of them. K and V have one tile each: V's next
-// rows arrive while Q K^T is computed, K's while P V is.
+// A block owns 128 queries of a head, a warp 32 of them. Keys and values go through two pairs of
+// tiles: while one is worked on, the next rows arrive in the other.
 template <int D>
 struct Forward {
+  // Keys of a step: as many as registers hold scores of beside the output.
+  static constexpr unsigned kKeys = D == 64 ? 64 : 32;
   static constexpr int kM = 2, kThreads = 128;
   static constexpr unsigned kTileQ = kRows * D * 2, kTileK = kKeys * D * 2;
   // Document starts of the queries, and a word for each warp.
-  static constexpr unsigned kStarts = kTileQ + 2 * kTileK, kShared = kStarts + (kRows + 8) * 4;
+  static constexpr unsigned kStarts = kTileQ + 4 * kTileK, kShared = kStarts + (kRows + 8) * 4;
 
   static __device__ __forceinline__ void run(__nv_bfloat16* o, float* log_sum,
                                              const __nv_bfloat16* q, const __nv_bfloat16* k,
@@ -120,42 +119,39 @@ struct Forward {
     const unsigned kv_head = owner.head / (s.heads / s.kv_heads);
     const auto keys = rows_of(k, s, owner.seq, kv_head, s.kv_heads);
     const auto values = rows_of(v, s, owner.seq, kv_head, s.kv_heads);
+    const uint32_t tile_q = shared_address(shared), streamed = tile_q + kTileQ;
+    const auto fetch = [&](unsigned key, unsigned stage) {
+      const uint32_t tile = streamed + stage * 2 * kTileK;
+      load_tile<D, kKeys, kThreads>(tile, keys, key);
+      load_tile<D, kKeys, kThreads>(tile + kTileK, values, key);
+      copy_commit();
+    };
     const unsigned* starts = starts_of(doc_starts, s, owner.seq);
     auto* here = starts ? reinterpret_cast<unsigned*>(shared + kStarts) : nullptr;
     unsigned key = first_visible<kThreads>(here, starts, owner.first, s.seq_len) / kKeys * kKeys;
     const unsigned end = min(owner.first + kRows, s.seq_len);
-    const uint32_t tile_q = shared_address(shared), tile_k = tile_q + kTileQ;
-    const uint32_t tile_v = tile_k + kTileK;
     load_tile<D, kRows, kThreads>(tile_q, rows_of(q, s, owner.seq, owner.head, s.heads),
                                   owner.first);
-    load_tile<D, kKeys, kThreads>(tile_k, keys, key);
-    copy_commit();
-
-    const unsigned row = threadIdx.x / 32 * 16 * kM, query = owner.first + row;
-    const uint32_t lane_k = lane_of_b<D>(tile_k), lane_v = lane_of_a<D>(tile_v);
+    fetch(key, 0);
     copy_wait<0>();
     __syncthreads();
+
+    const unsigned row = threadIdx.x / 32 * 16 * kM, query = owner.first + row;
     const LeftRows<D == 64, D, kM> left(lane_of_a<D>(tile_q) + row * D * 2);
     Softmax<kM> softmax;
     float out[kM][D / 8][4] = {};
-    for (; key < end; key += kKeys) {
+    for (unsigned stage = 0; key < end; key += kKeys, stage ^= 1) {
       copy_wait<0>();
       __syncthreads();
-      load_tile<D, kKeys, kThreads>(tile_v, values, key);
-      copy_commit();
-      float p[kM][kKeys / 8][4] = {};
+      if (key + kKeys < end) fetch(key + kKeys, stage ^ 1);
       // Whole warps above the diagonal have nothing to add.
-      const bool active = key < query + 16 * kM;
-      if (active) add_product_of_rows<D>(p, left, lane_k);
-      copy_wait<0>();
-      __syncthreads();
-      if (key + kKeys < end) load_tile<D, kKeys, kThreads>(tile_k, keys, key + kKeys);
-      copy_commit();
-      if (active) {
-        if (here || key + kKeys > query + 1) mask(p, query, key, here ? here + row : nullptr);
-        softmax.step(p, out, s.scale);
-        add_product<D>(out, p, lane_v);
-      }
+      if (key >= query + 16 * kM) continue;
+      const uint32_t tile_k = streamed + stage * 2 * kTileK, tile_v = tile_k + kTileK;
+      float p[kM][kKeys / 8][4] = {};
+      add_product_of_rows<D>(p, left, lane_of_b<D>(tile_k));
+      if (here || key + kKeys > query + 1) mask(p, query, key, here ? here + row : nullptr);
+      softmax.step(p, out, s.scale);
+      add_product<D>(out, p, lane_of_a<D>(tile_v));
     }
     log_sum += statistics_at(s, owner.seq, owner.head);
     softmax.finish(out, s.scale, log_sum, query, s.seq_len);

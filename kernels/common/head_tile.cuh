@@ -49,7 +49,8 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const HeadRows<const __
 #pragma unroll
   for (unsigned i = 0; i < kRows; i += kStep) {
     const bool valid = first + row + i < from.rows && chunk * 8 < from.d;
-    copy_async(to + i * D * 2, valid ? source : from.first, valid ? 16 : 0);
+    // Where no byte is asked for, the address is not used.
+    copy_async(to + i * D * 2, source, valid ? 16 : 0);
     source += kStep * from.stride;
   }
 }

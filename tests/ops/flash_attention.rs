@@ -372,11 +372,11 @@ fn kernels_read_and_multiply_no_more_than_their_tiles_need() {
             println!("skipped: counters are the emulator's");
             return;
         };
-        let warp = if head_dim == 64 { 32 } else { 16 };
+        let (warp, keys_met) = if head_dim == 64 { (32, 64) } else { (16, 32) };
         let statistics = case.seq_len * case.heads * 4;
         let forward = Tiling {
             warp: 32,
-            step: 64,
+            step: keys_met,
             products: 2,
             others: 0,
             once: [1, 0],

@@ -11,8 +11,6 @@ use crate::tensor::{DType, Tensor};
 
 /// Rows that a block owns.
 const ROWS: usize = 128;
-/// Keys that forward meets at a time.
-const KEYS: usize = 64;
 /// Rows that a backward pass meets at a time.
 const STREAM: usize = 32;
 /// Bytes for document starts of a block's rows, and a number for each warp.
@@ -37,6 +35,8 @@ struct Kernels {
     head_dim: usize,
     forward: Kernel,
     forward_threads: u32,
+    /// Keys of a step of forward.
+    keys: usize,
     backward_q: Kernel,
     backward_kv: Kernel,
     backward_threads: u32,
@@ -46,6 +46,7 @@ const SMALL_HEAD: Kernels = Kernels {
     head_dim: 64,
     forward: forward("flash_attention_forward_bf16_d64"),
     forward_threads: 128,
+    keys: 64,
     backward_q: backward("flash_attention_backward_q_bf16_d64"),
     backward_kv: backward("flash_attention_backward_kv_bf16_d64"),
     backward_threads: 128,
@@ -54,6 +55,7 @@ const LARGE_HEAD: Kernels = Kernels {
     head_dim: 128,
     forward: forward("flash_attention_forward_bf16_d128"),
     forward_threads: 128,
+    keys: 32,
     backward_q: backward("flash_attention_backward_q_bf16_d128"),
     backward_kv: backward("flash_attention_backward_kv_bf16_d128"),
     backward_threads: 256,
@@ -65,9 +67,9 @@ impl Kernels {
         self.head_dim * DType::Bf16.size()
     }
 
-    /// Queries, keys and values; document starts.
+    /// Queries and two pairs of tiles of keys and values; document starts.
     fn forward_shared(&self) -> usize {
-        (ROWS + 2 * KEYS) * self.row() + STARTS
+        (ROWS + 4 * self.keys) * self.row() + STARTS
     }
 
     /// Two tiles that stay and two pairs of tiles that come and go; a number for each row that
