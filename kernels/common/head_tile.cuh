@@ -36,32 +36,22 @@ struct HeadRows {
 };
 
 // Starts to bring rows first..first + kRows into a tile; rows that are not there become zero. The
-// block's threads share the work. Asynchronous where chunks are aligned.
+// block's threads share the work. d and the stride must be multiples of 8.
 template <int D, int kRows, int kThreads>
 __device__ __forceinline__ void load_tile(uint32_t tile, const HeadRows<const __nv_bfloat16>& from,
                                           unsigned first) {
-  constexpr unsigned kChunks = D / 8;
-  if (from.d % 8 == 0) {
+  // Rows that all threads copy at a time: the swizzle is the same each time.
+  constexpr unsigned kChunks = D / 8, kStep = kThreads / kChunks;
+  static_assert(kStep % 8 == 0 && kRows % kStep == 0);
+  const unsigned row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+  const uint32_t to = tile + chunk_at<D>(row, chunk);
+  const __nv_bfloat16* source = from.first + (first + row) * from.stride + chunk * 8;
 #pragma unroll
-    for (unsigned i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
-      const unsigned row = i / kChunks, chunk = i % kChunks;
-      const bool valid = first + row < from.rows && chunk * 8 < from.d;
-      const auto* source = from.first + (first + row) * from.stride + chunk * 8;
-      copy_async(tile + chunk_at<D>(row, chunk), valid ? source : from.first, valid ? 16 : 0);
-    }
-    return;
-  }
-  for (unsigned i = threadIdx.x; i < kRows * D / 2; i += kThreads) {
-    const unsigned row = i / (D / 2), column = i % (D / 2) * 2;
-    uint32_t pair = 0;
-    const auto* source = reinterpret_cast<const uint16_t*>(
-        from.first + (first + row) * from.stride + column);
-    if (first + row < from.rows && column < from.d) {
-      pair = source[0];
-      if (column + 1 < from.d) pair |= uint32_t(source[1]) << 16;
-    }
-    const uint32_t to = tile + chunk_at<D>(row, column / 8) + column % 8 * 2;
-    asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(pair) : "memory");
+  for (unsigned i = 0; i < kRows; i += kStep) {
+    const bool valid = first + row + i < from.rows && chunk * 8 < from.d;
+    // Where no byte is asked for, the address is not used.
+    copy_async(to + i * D * 2, source, valid ? 16 : 0);
+    source += kStep * from.stride;
   }
 }
 
@@ -99,6 +89,40 @@ __device__ __forceinline__ void add_product_of_rows(float (&c)[M][N][4], uint32_
       for (int m = 0; m < M; ++m) {
         mma_bf16(c[m][n], left[m], right[0], right[1]);
         mma_bf16(c[m][n + 1], left[m], right[2], right[3]);
+      }
+    }
+  }
+}
+
+// A warp's left operand in registers: 16 M rows.
+template <int D, int M>
+struct RowFragments {
+  uint32_t at[M][D / 16][4];
+
+  // `a` = lane_of_a.
+  __device__ __forceinline__ explicit RowFragments(uint32_t a) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int i = 0; i < D / 16; ++i) load_matrices(at[m][i], (a ^ 32 * i) + m * 32 * D);
+    }
+  }
+};
+
+// The same with A in registers.
+template <int D, int M, int N>
+__device__ __forceinline__ void add_product_of_rows(float (&c)[M][N][4],
+                                                    const RowFragments<D, M>& a, uint32_t b) {
+#pragma unroll
+  for (int i = 0; i < D / 16; ++i) {
+#pragma unroll
+    for (int n = 0; n < N; n += 2) {
+      uint32_t right[4];
+      load_matrices(right, (b ^ 32 * i) + n * 16 * D);
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        mma_bf16(c[m][n], a.at[m][i], right[0], right[1]);
+        mma_bf16(c[m][n + 1], a.at[m][i], right[2], right[3]);
       }
     }
   }
@@ -153,17 +177,12 @@ __device__ __forceinline__ void store_rows(const HeadRows<__nv_bfloat16>& to, un
     }
   }
   __syncwarp();
-  for (unsigned i = lane; i < 16 * M * (D / 8); i += 32) {
-    const unsigned r = row + i / (D / 8), chunk = i % (D / 8);
-    if (first + r >= to.rows || chunk * 8 >= to.d) continue;
-    const char* from = tile + chunk_at<D>(r, chunk);
-    __nv_bfloat16* target = to.first + (first + r) * to.stride + chunk * 8;
-    if (to.d % 8 == 0) {
-      *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(from);
-    } else {
-      for (unsigned j = 0; j < min(8u, to.d - chunk * 8); ++j) {
-        target[j] = reinterpret_cast<const __nv_bfloat16*>(from)[j];
-      }
-    }
+  constexpr unsigned kStep = 32 / (D / 8);
+  const unsigned chunk = lane % (D / 8), end = min(row + 16 * M, to.rows - min(first, to.rows));
+  if (chunk * 8 >= to.d) return;
+#pragma unroll 4
+  for (unsigned r = row + lane / (D / 8); r < end; r += kStep) {
+    *reinterpret_cast<uint4*>(to.first + (first + r) * to.stride + chunk * 8) =
+        *reinterpret_cast<const uint4*>(tile + chunk_at<D>(r, chunk));
   }
 }

@@ -1,3 +1,4 @@
+use cuda_emulator::Counters;
 use half::bf16;
 use resa_engine::Device;
 use resa_engine::ops::Operator;
@@ -5,7 +6,9 @@ use resa_engine::ops::flash_attention::FlashAttention;
 use resa_engine::tape::{Tape, Var};
 use resa_engine::tensor::Tensor;
 
-use super::harness::{check_in_steps, devices, random, relative_error, round_bf16, to_f64};
+use super::harness::{
+    check_in_steps, counters, cuda, devices, random, relative_error, round_bf16, to_f64,
+};
 
 #[derive(Clone, Copy)]
 struct Case {
@@ -79,6 +82,32 @@ impl Case {
             },
         );
     }
+
+    /// Every entry of the output and of the gradients is compared.
+    fn agrees_with_the_textbook(&self, device: &Device, starts: Option<&Tensor>) {
+        let on_gpu = device.name() == "cuda";
+        let held = |t: Tensor| if on_gpu { round_bf16(&t) } else { t };
+        let inputs = self.inputs().map(held);
+        let inputs64 = inputs.each_ref().map(to_f64);
+        let rows = self.batch * self.seq_len;
+        let up = held(random(10, &[rows, self.heads * self.head_dim], 1.0));
+        let results = |round| textbook(*self, &inputs64, starts, &to_f64(&up), round);
+        let ((want_o, want), (plain_o, plain)) = (results(|v| v), results(to_bf16));
+        let (o, grads) = run(device, self.op(starts), &inputs, &up);
+        let close = |what: &str, got: &Tensor, want: &[f64], plain: &[f64], on_cpu: f64| {
+            let limit = match on_gpu {
+                true => 2.0 * relative_error(plain, want),
+                false => on_cpu,
+            };
+            let error = relative_error(&to_f64(got), want);
+            assert!(error < limit, "{what} is off by {error:e} of {limit:e}");
+        };
+        close("output", &o, &want_o, &plain_o, 2e-6);
+        for (i, got) in grads.iter().enumerate() {
+            let what = format!("gradient of input {i}");
+            close(&what, got, &want[i], &plain[i], 5e-6);
+        }
+    }
 }
 
 fn case(batch: usize, seq_len: usize, heads: usize, kv_heads: usize, head_dim: usize) -> Case {
@@ -94,13 +123,61 @@ fn case(batch: usize, seq_len: usize, heads: usize, kv_heads: usize, head_dim: u
 #[test]
 fn odd_shapes_agree_with_float64() {
     for case in [
-        case(1, 1, 1, 1, 2),
-        case(3, 7, 1, 1, 6),
+        case(2, 2, 1, 1, 8),
+        case(3, 7, 1, 1, 24),
         case(2, 31, 4, 2, 16),
-        case(1, 65, 3, 1, 4),
-        case(1, 63, 2, 2, 8),
+        case(1, 65, 3, 1, 8),
+        case(1, 63, 2, 2, 40),
     ] {
         case.agrees_with_float64(None);
+    }
+}
+
+#[test]
+fn a_row_that_sees_itself_alone_takes_its_value() {
+    let case = case(3, 1, 4, 2, 16);
+    for device in devices("flash_attention") {
+        let inputs = case.inputs().map(|t| round_bf16(&t));
+        let up = round_bf16(&random(10, inputs[0].shape(), 1.0));
+        let (o, grads) = run(&device, case.op(None), &inputs, &up);
+        let (v, up, o) = (to_f64(&inputs[2]), to_f64(&up), to_f64(&o));
+        for (head, o) in o.chunks(16).enumerate() {
+            assert_eq!(o, &v[head / 2 * 16..][..16], "on {}", device.name());
+        }
+        let dv = to_f64(&grads[2]);
+        for (head, dv) in dv.chunks(16).enumerate() {
+            let pairs = up[head * 32..][..16].iter().zip(&up[head * 32 + 16..]);
+            let want: Vec<f64> = pairs.map(|(a, b)| a + b).collect();
+            assert!(relative_error(dv, &want) < 4e-3);
+        }
+        for grad in &grads[..2] {
+            assert!(to_f64(grad).iter().all(|g| g.abs() < 1e-5));
+        }
+    }
+}
+
+#[test]
+fn head_sizes_below_a_vector_agree_with_float64_on_the_cpu() {
+    for case in [
+        case(1, 1, 1, 1, 2),
+        case(3, 7, 1, 1, 6),
+        case(1, 65, 3, 1, 4),
+    ] {
+        case.agrees_with_the_textbook(&Device::cpu(2).unwrap(), None);
+    }
+}
+
+#[test]
+fn a_head_size_without_a_kernel_is_an_error_on_the_gpu() {
+    let Some(device) = cuda() else { return };
+    for head_dim in [12, 136] {
+        let case = case(1, 4, 2, 1, head_dim);
+        let inputs = case.inputs();
+        let inputs: Vec<&Tensor> = inputs.iter().collect();
+        let result = case.op(None).forward(device, &inputs, &[true; 3]);
+        let error = result.map(|_| ()).unwrap_err().to_string();
+        assert!(error.contains("multiples of 8 up to 128"), "{error}");
+        assert!(error.contains(&head_dim.to_string()), "{error}");
     }
 }
 
@@ -191,27 +268,7 @@ fn many_blocks_agree_with_float64() {
         let starts: Option<Vec<u32>> = (0..rows).map(start_of).collect();
         let starts = starts.map(|starts| Tensor::from_u32(starts, [rows]).unwrap());
         for device in devices("flash_attention") {
-            let on_gpu = device.name() == "cuda";
-            let held = |t: &Tensor| if on_gpu { round_bf16(t) } else { t.clone() };
-            let inputs = case.inputs().map(|t| held(&t));
-            let inputs64 = inputs.each_ref().map(to_f64);
-            let up = held(&random(10, &[rows, case.heads * case.head_dim], 1.0));
-            let results = |round| textbook(case, &inputs64, starts.as_ref(), &to_f64(&up), round);
-            let ((want_o, want), (plain_o, plain)) = (results(|v| v), results(to_bf16));
-            let (o, grads) = run(&device, case.op(starts.as_ref()), &inputs, &up);
-            let close = |what: &str, got: &Tensor, want: &[f64], plain: &[f64], on_cpu: f64| {
-                let limit = match on_gpu {
-                    true => 2.0 * relative_error(plain, want),
-                    false => on_cpu,
-                };
-                let error = relative_error(&to_f64(got), want);
-                assert!(error < limit, "{what} is off by {error:e} of {limit:e}");
-            };
-            close("output", &o, &want_o, &plain_o, 2e-6);
-            for (i, got) in grads.iter().enumerate() {
-                let what = format!("gradient of input {i}");
-                close(&what, got, &want[i], &plain[i], 5e-6);
-            }
+            case.agrees_with_the_textbook(&device, starts.as_ref());
         }
     }
 }
@@ -248,4 +305,122 @@ fn operands_that_do_not_fit_are_errors() {
     let later = Tensor::from_u32(vec![0, 0, 3, 3], [4]).unwrap();
     let error = apply(good.op(Some(&later)), good).unwrap_err().to_string();
     assert!(error.contains("row 2"), "{error}");
+}
+
+/// How a kernel splits its work: a warp's rows are multiplied with `step` rows of the other side at
+/// a time, where one of them sees another; a block of 128 rows reads what its warps meet once.
+struct Tiling {
+    warp: usize,
+    step: usize,
+    /// Matrix products, of 2 D FLOP for each pair of a query and a key.
+    products: usize,
+    /// Bytes besides rows of heads: statistics.
+    others: usize,
+    /// Tensors of query heads and of key/value heads that are read, once and in every tile.
+    once: [usize; 2],
+    in_tiles: usize,
+}
+
+impl Tiling {
+    /// Pairs of a query and a key of one head that are multiplied.
+    fn pairs(&self, seq_len: usize) -> usize {
+        let met = |first: usize| (first + self.warp).next_multiple_of(self.step);
+        let warps = (0..seq_len).step_by(self.warp);
+        warps.map(|first| self.warp * met(first)).sum()
+    }
+
+    /// Pairs beside those that see each other, as a ratio.
+    fn wasted(&self, seq_len: usize) -> f64 {
+        self.pairs(seq_len) as f64 / (seq_len * (seq_len + 1) / 2) as f64
+    }
+}
+
+/// Counters of forward and of the two passes of backward; `None` on a real GPU.
+fn counters_of(device: &Device, case: Case) -> Option<[Counters; 3]> {
+    let inputs = case.inputs();
+    let inputs: Vec<&Tensor> = inputs.iter().collect();
+    let up = random(10, inputs[0].shape(), 1.0);
+    let forward = || {
+        case.op(None)
+            .forward(device, &inputs, &[true; 3])
+            .unwrap()
+            .1
+    };
+    let backward = |saved, needed| {
+        counters(|| {
+            let grads = case
+                .op(None)
+                .backward(device, saved, vec![Some(up.clone())], needed);
+            grads.unwrap();
+        })
+    };
+    device.run(|| {
+        Some([
+            counters(|| drop(forward()))?,
+            backward(forward(), &[true, false, false])?,
+            backward(forward(), &[true; 3])?,
+        ])
+    })
+}
+
+#[test]
+fn kernels_read_and_multiply_no_more_than_their_tiles_need() {
+    let Some(device) = cuda() else { return };
+    for head_dim in [64, 128] {
+        let case = case(1, 512, 4, 2, head_dim);
+        let Some(counted) = counters_of(device, case) else {
+            println!("skipped: counters are the emulator's");
+            return;
+        };
+        let (warp, keys_met) = if head_dim == 64 { (32, 64) } else { (16, 32) };
+        let statistics = case.seq_len * case.heads * 4;
+        let forward = Tiling {
+            warp: 32,
+            step: keys_met,
+            products: 2,
+            others: 0,
+            once: [1, 0],
+            in_tiles: 2,
+        };
+        let queries = Tiling {
+            warp,
+            step: 32,
+            products: 3,
+            others: statistics,
+            once: [3, 0],
+            in_tiles: 2,
+        };
+        let keys = Tiling {
+            warp,
+            step: 32,
+            products: 4,
+            others: 5 * statistics,
+            once: [0, 2],
+            in_tiles: 2,
+        };
+        let written = [(1, 0, 1), (1, 0, 1), (0, 2, 0)];
+        // Tiles of 128 rows meet 128, 256, 384 and 512 rows of the other side.
+        let (row, rows_met) = (2 * head_dim, 1280);
+        for ((tiling, counted), written) in
+            [forward, queries, keys].iter().zip(&counted).zip(written)
+        {
+            let rows = |of_queries: usize, of_keys: usize| {
+                (of_queries * case.heads + of_keys * case.kv_heads) * case.seq_len * row
+            };
+            let read = rows(tiling.once[0], tiling.once[1])
+                + tiling.in_tiles * rows_met * case.heads * row
+                + tiling.others;
+            let sectors = |bytes: usize| (bytes / 32) as u64;
+            // A random schedule may split a load.
+            let beyond = counted.global_load_sectors as f64 / sectors(read) as f64;
+            assert!((1.0..1.01).contains(&beyond), "{beyond}");
+            let write = rows(written.0, written.1) + written.2 * statistics;
+            assert_eq!(counted.global_store_sectors, sectors(write));
+            let flop = tiling.pairs(case.seq_len) * case.heads * tiling.products * 2 * head_dim;
+            assert_eq!(counted.mma_flop, flop as u64);
+            assert!(tiling.wasted(512) < 1.13 && tiling.wasted(4096) < 1.02);
+            assert_eq!(counted.shared_bank_conflicts, 0);
+            assert_eq!(counted.global_atomics, 0);
+        }
+    }
 }

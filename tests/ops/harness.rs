@@ -62,6 +62,15 @@ pub fn assert_least_traffic(least: usize) {
     assert!(ratio <= 1.1, "{moved} bytes moved, the least is {least}");
 }
 
+/// What the last kernel that `run` launches from this thread did; `None` on a real GPU.
+pub fn counters(run: impl FnOnce()) -> Option<Counters> {
+    let on_emulator = cuda_emulator::install() == Ok(Backend::Emulator);
+    let emulator = on_emulator.then(|| cuda_emulator::emulator().unwrap())?;
+    emulator.reset();
+    run();
+    Some(emulator.last_counters().expect("no kernel was launched"))
+}
+
 /// The values rounded to bf16, as a GPU holds them.
 pub fn round_bf16(tensor: &Tensor) -> Tensor {
     let rounded = tensor.f32s().unwrap().iter();

@@ -1,55 +1,63 @@
-//! The launches of `kernels/flash_attention.cu`.
+//! The launches of `kernels/flash_attention_forward.cu` and `flash_attention_backward.cu`.
 
 use std::f32::consts::LOG2_E;
 
 use super::{FlashAttention, Saved};
 use crate::device::CudaDevice;
-use crate::device::cuda::{Arg, Grid, Kernel};
+use crate::device::cuda::{Arg, Grid, Kernel, WIDE};
 use crate::error::{Error, Result};
 use crate::ops::Operator;
 use crate::tensor::{DType, Tensor};
 
 /// Rows that a block owns.
 const ROWS: usize = 128;
-/// Keys that forward meets at a time.
-const KEYS: usize = 64;
 /// Rows that a backward pass meets at a time.
 const STREAM: usize = 32;
-/// The head sizes that there are kernels for; smaller ones are filled up with zeros.
-const SMALL: usize = 64;
-const LARGE: usize = 128;
+/// Bytes for document starts of a block's rows, and a number for each warp.
+const STARTS: usize = (ROWS + 8) * size_of::<u32>();
 
-const fn kernel(function: &'static str) -> Kernel {
+const fn forward(function: &'static str) -> Kernel {
     Kernel {
-        stem: "flash_attention",
+        stem: "flash_attention_forward",
         function,
     }
 }
 
-/// The kernels of one head size.
+const fn backward(function: &'static str) -> Kernel {
+    Kernel {
+        stem: "flash_attention_backward",
+        function,
+    }
+}
+
+/// The kernels of one head size; smaller heads are filled up with zeros.
 struct Kernels {
     head_dim: usize,
     forward: Kernel,
     forward_threads: u32,
+    /// Keys of a step of forward.
+    keys: usize,
     backward_q: Kernel,
     backward_kv: Kernel,
     backward_threads: u32,
 }
 
 const SMALL_HEAD: Kernels = Kernels {
-    head_dim: SMALL,
-    forward: kernel("flash_attention_forward_bf16_d64"),
+    head_dim: 64,
+    forward: forward("flash_attention_forward_bf16_d64"),
     forward_threads: 128,
-    backward_q: kernel("flash_attention_backward_q_bf16_d64"),
-    backward_kv: kernel("flash_attention_backward_kv_bf16_d64"),
+    keys: 64,
+    backward_q: backward("flash_attention_backward_q_bf16_d64"),
+    backward_kv: backward("flash_attention_backward_kv_bf16_d64"),
     backward_threads: 128,
 };
 const LARGE_HEAD: Kernels = Kernels {
-    head_dim: LARGE,
-    forward: kernel("flash_attention_forward_bf16_d128"),
+    head_dim: 128,
+    forward: forward("flash_attention_forward_bf16_d128"),
     forward_threads: 128,
-    backward_q: kernel("flash_attention_backward_q_bf16_d128"),
-    backward_kv: kernel("flash_attention_backward_kv_bf16_d128"),
+    keys: 32,
+    backward_q: backward("flash_attention_backward_q_bf16_d128"),
+    backward_kv: backward("flash_attention_backward_kv_bf16_d128"),
     backward_threads: 256,
 };
 
@@ -59,30 +67,33 @@ impl Kernels {
         self.head_dim * DType::Bf16.size()
     }
 
-    /// Queries, keys and values.
+    /// Queries and two pairs of tiles of keys and values; document starts.
     fn forward_shared(&self) -> usize {
-        (ROWS + 2 * KEYS) * self.row()
+        (ROWS + 4 * self.keys) * self.row() + STARTS
     }
 
-    /// Two tiles that stay, two pairs of tiles that come and go, three numbers for each row of
-    /// these pairs or one for each row that stays.
+    /// Two tiles that stay and two pairs of tiles that come and go; a number for each row that
+    /// stays and document starts, which is more than three numbers for each row of these pairs.
     fn backward_shared(&self) -> usize {
-        let statistics = ROWS.max(2 * 3 * STREAM) * DType::F32.size();
+        let statistics = ROWS * DType::F32.size() + STARTS;
         (2 * ROWS + 4 * STREAM) * self.row() + statistics
     }
 }
 
 impl FlashAttention {
     fn kernels(&self) -> Result<&'static Kernels> {
-        match self.head_dim {
-            ..=SMALL => Ok(&SMALL_HEAD),
-            ..=LARGE => Ok(&LARGE_HEAD),
-            _ => Err(Error::operand(
+        if self.head_dim > LARGE_HEAD.head_dim || !self.head_dim.is_multiple_of(WIDE) {
+            return Err(Error::operand(
                 Self::NAME,
-                format!("a head size of at most {LARGE} on CUDA"),
+                format!(
+                    "a head size in multiples of {WIDE} up to {} on CUDA",
+                    LARGE_HEAD.head_dim
+                ),
                 format!("{}", self.head_dim),
-            )),
+            ));
         }
+        let small = self.head_dim <= SMALL_HEAD.head_dim;
+        Ok(if small { &SMALL_HEAD } else { &LARGE_HEAD })
     }
 
     /// One block for each tile of rows of `heads` heads.
