@@ -11,7 +11,7 @@ constexpr int kWide = 8;
 // The same of fp32.
 constexpr int kWideFloat = 4;
 
-// Loads N values; for N = kWide `p` must be aligned to 16 bytes, for N = kWideFloat to 8.
+// Loads N values; `p` must be aligned to the N values.
 template <int N>
 __device__ __forceinline__ void load(float (&v)[N], const __nv_bfloat16* p) {
   if constexpr (N == kWide) {
@@ -28,7 +28,7 @@ __device__ __forceinline__ void load(float (&v)[N], const __nv_bfloat16* p) {
     v[0] = __uint_as_float(raw.x << 16), v[1] = __uint_as_float(raw.x & 0xffff0000u);
     v[2] = __uint_as_float(raw.y << 16), v[3] = __uint_as_float(raw.y & 0xffff0000u);
   } else {
-    static_assert(N == 1, "one value or a full 16-byte access");
+    static_assert(N == 1, "one value, kWideFloat or, of bf16, kWide");
     v[0] = __bfloat162float(*p);
   }
 }
@@ -50,7 +50,7 @@ __device__ __forceinline__ void store(__nv_bfloat16* p, const float (&v)[N]) {
     *reinterpret_cast<uint2*>(p) = make_uint2(*reinterpret_cast<const uint32_t*>(&low),
                                               *reinterpret_cast<const uint32_t*>(&high));
   } else {
-    static_assert(N == 1, "one value or a full 16-byte access");
+    static_assert(N == 1, "one value, kWideFloat or, of bf16, kWide");
     *p = __float2bfloat16_rn(v[0]);
   }
 }
@@ -62,7 +62,7 @@ __device__ __forceinline__ void load(float (&v)[N], const float* p) {
     const float4 raw = *reinterpret_cast<const float4*>(p);
     v[0] = raw.x, v[1] = raw.y, v[2] = raw.z, v[3] = raw.w;
   } else {
-    static_assert(N == 1, "one value or a full 16-byte access");
+    static_assert(N == 1, "one value, kWideFloat or, of bf16, kWide");
     v[0] = *p;
   }
 }
@@ -73,7 +73,7 @@ __device__ __forceinline__ void store(float* p, const float (&v)[N]) {
   if constexpr (N == kWideFloat) {
     *reinterpret_cast<float4*>(p) = make_float4(v[0], v[1], v[2], v[3]);
   } else {
-    static_assert(N == 1, "one value or a full 16-byte access");
+    static_assert(N == 1, "one value, kWideFloat or, of bf16, kWide");
     *p = v[0];
   }
 }

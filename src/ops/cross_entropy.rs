@@ -16,6 +16,7 @@ use crate::device::{CudaDevice, Device};
 use crate::error::{Error, Result};
 use crate::ops::embedding::Embedding;
 use crate::ops::gemm::{product_nn, product_nt};
+use crate::ops::head::CudaHead;
 use crate::ops::math::exp;
 use crate::ops::{Operator, expect_cols, expect_inputs, head, only_grad};
 use crate::tensor::{DType, Tensor};
@@ -186,24 +187,18 @@ impl CrossEntropy {
     ) -> Result<(Vec<Tensor>, Option<Tensor>)> {
         let ((tokens, d), (vocab, _)) = (hidden.matrix_dims(), self.head.matrix_dims());
         let hidden = cuda.resident(hidden, DType::Bf16)?.reshape([tokens, d])?;
-        let head = cuda.resident(&self.head, DType::Bf16)?;
         let n = counted.len();
         let losses = Tensor::from_cuda(cuda.alloc(DType::F32, n)?, [n])?;
-        let grad = match needed {
-            true => Some(head::CudaGradient::new(cuda, n, d, vocab)?),
-            false => None,
-        };
         let chunk = head::cuda_chunk_tokens(n, 1);
+        let head = CudaHead::new(cuda, &self.head, [n, chunk, 1], needed)?;
         for (i, counted) in counted.chunks(chunk).enumerate() {
             let (first, n) = (i * chunk, counted.len());
-            let logits = head::cuda_logits(cuda, &gathered(device, &hidden, counted)?, &head)?;
-            let dlogits = grad.as_ref().map(|g| g.of_logits(cuda, n)).transpose()?;
             let targets = counted.iter().map(|&(_, y)| y).collect();
             let targets = cuda.resident(&Tensor::from_u32(targets, [n])?, DType::U32)?;
             let args = [
                 losses.arg()?,
-                dlogits.as_ref().map_or(Ok(Arg::Pointer(0)), Tensor::arg)?,
-                logits.arg()?,
+                head.logits_gradient()?,
+                head.logits(&gathered(device, &hidden, counted)?)?,
                 targets.arg()?,
                 Arg::size(Self::NAME, first)?,
                 Arg::size(Self::NAME, vocab)?,
@@ -213,16 +208,13 @@ impl CrossEntropy {
             // n targets are below vocab (checked by `counted`), the n losses from `first` on
             // among those of all that count.
             unsafe { cuda.launch(FORWARD, Grid::of_blocks(n, FORWARD_THREADS, 0), &args) }?;
-            if let (Some(grad), Some(dlogits)) = (&grad, &dlogits) {
-                grad.set(cuda, first, dlogits, &head)?;
-            }
+            head.set_gradient(first, n)?;
         }
         let mut each = vec![0.0; tokens];
         for (&(t, _), &loss) in counted.iter().zip(losses.to_f32()?.f32s()?) {
             each[t] = loss;
         }
-        let grad = grad.map(|g| g.into_tensor([n, d])).transpose()?;
-        Ok((mean_and_each(each, n)?, grad))
+        Ok((mean_and_each(each, n)?, head.into_gradient(&[n, d])?))
     }
 
     /// The saved gradient times that of the loss, rounded to bf16, and zero for the tokens that

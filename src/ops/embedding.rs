@@ -3,7 +3,7 @@
 //! ids: \[T\] u32; table: \[V, d\], any float type, possibly memory-mapped; output: \[T, d\] f32,
 //! bf16 on CUDA, where the table's gradient is f32.
 //! Saved: the table's shape. Backward adds each row's gradient to its table row in the order of
-//! the tokens. Least traffic: T d values in, as many out.
+//! the tokens; for a GPU the host sorts the tokens by id before. Least traffic: T d values in, as many out.
 
 use rayon::prelude::*;
 
@@ -124,21 +124,50 @@ impl Embedding {
         grad: &Tensor,
         [vocab, d]: [usize; 2],
     ) -> Result<Tensor> {
-        let tokens = self.ids.len();
+        let [groups, tokens] = grouped(self.ids.u32s()?)?;
         let grad = cuda.resident(grad, DType::Bf16)?;
+        let blocks = groups.len() - 1;
         let ids = cuda.resident(&self.ids, DType::U32)?;
+        let groups = cuda.resident(&groups, DType::U32)?;
+        let tokens = cuda.resident(&tokens, DType::U32)?;
         let mut dtable = cuda.alloc(DType::F32, vocab * d)?;
         dtable.clear()?;
         let args = [
             Arg::from(&dtable),
             grad.arg()?,
             ids.arg()?,
-            Arg::size(Self::NAME, tokens)?,
+            groups.arg()?,
+            tokens.arg()?,
             Arg::size(Self::NAME, d)?,
         ];
+        let grid = Grid::of_blocks(blocks, THREADS, 0);
         // SAFETY: the gradient is [tokens, d] bf16 (checked by the caller), the table [vocab, d]
-        // f32, and the forward pass has checked every id to be below vocab.
-        unsafe { cuda.launch(BACKWARD, Grid::of_blocks(tokens, THREADS, 0), &args) }?;
+        // f32, and the forward pass has checked every id to be below vocab; `groups` lie in
+        // `tokens`, which are those of the gradient's rows.
+        unsafe { cuda.launch(BACKWARD, grid, &args) }?;
         Tensor::from_cuda(dtable, [vocab, d])
     }
+}
+
+/// The positions of the ids sorted by id, equal ones in their order, and before them where the
+/// positions of each id that occurs begin, ended by the number of all.
+fn grouped(ids: &[u32]) -> Result<[Tensor; 2]> {
+    let len = u32::try_from(ids.len())
+        .map_err(|_| Error::operand(Embedding::NAME, "below 2^32 ids", format!("{}", ids.len())))?;
+    let mut positions: Vec<u32> = (0..len).collect();
+    positions.sort_by_key(|&t| ids[t as usize]);
+    let mut starts: Vec<u32> = Vec::new();
+    let mut last = None;
+    for (start, &t) in (0..).zip(&positions) {
+        let id = ids[t as usize];
+        if last.replace(id) != Some(id) {
+            starts.push(start);
+        }
+    }
+    starts.push(len);
+    let vector = |v: Vec<u32>| {
+        let len = v.len();
+        Tensor::from_u32(v, [len])
+    };
+    Ok([vector(starts)?, vector(positions)?])
 }

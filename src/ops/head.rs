@@ -2,6 +2,7 @@
 //! a time, and the softmax statistics of a row.
 
 use crate::device::CudaDevice;
+use crate::device::cuda::Arg;
 use crate::device::simd::vectorized;
 use crate::error::Result;
 use crate::ops::gemm::cuda::{Layout, Matrix, Product};
@@ -26,50 +27,79 @@ pub(super) fn cuda_chunk_tokens(tokens: usize, copies: usize) -> usize {
     even.next_multiple_of(TILE / copies).min(tokens).max(1)
 }
 
-/// The gradient of a loss with respect to the rows it is computed from, on a GPU, chunk by chunk.
-pub(super) struct CudaGradient {
-    /// \[rows, d\] f32: what the upstream gradient multiplies is not rounded before.
-    sum: CudaBuffer,
-    vocab: usize,
+/// The head on a GPU: its products, and the memory of one chunk that they share.
+pub(super) struct CudaHead<'a> {
+    cuda: &'a CudaDevice,
+    /// \[V, d\] bf16
+    weights: Tensor,
+    /// f32, for a chunk's rows of logits.
+    logits: CudaBuffer,
+    /// Where a gradient is wanted.
+    gradient: Option<Gradient>,
 }
 
-impl CudaGradient {
-    /// Room for the gradient of `rows` rows of `d` values.
-    pub(super) fn new(cuda: &CudaDevice, rows: usize, d: usize, vocab: usize) -> Result<Self> {
-        let sum = cuda.alloc(DType::F32, rows * d)?;
-        Ok(Self { sum, vocab })
-    }
+struct Gradient {
+    /// Of a chunk's logits, \[rows, V\] bf16.
+    logits: Tensor,
+    /// Of all hidden states, f32, so that they are rounded only after the loss's own gradient
+    /// has multiplied them.
+    hidden: CudaBuffer,
+}
 
-    /// Memory for the gradient of `rows` rows of logits.
-    pub(super) fn of_logits(&self, cuda: &CudaDevice, rows: usize) -> Result<Tensor> {
-        let shape = [rows, self.vocab];
-        Tensor::from_cuda(cuda.alloc(DType::Bf16, rows * self.vocab)?, shape)
-    }
-
-    /// Row `first` and those that follow, from the gradient of their logits and the head's
-    /// weights \[V, d\].
-    pub(super) fn set(
-        &self,
-        cuda: &CudaDevice,
-        first: usize,
-        of_logits: &Tensor,
+impl<'a> CudaHead<'a> {
+    /// Memory for chunks of `chunk` tokens with `copies` rows of logits each, and for the
+    /// gradient of `tokens` hidden states where it is `needed`. `weights`: \[V, d\].
+    pub(super) fn new(
+        cuda: &'a CudaDevice,
         weights: &Tensor,
-    ) -> Result<()> {
-        let (lhs, rhs) = (Matrix::of(of_logits)?, Matrix::of(weights)?);
-        Product::new(Layout::Nn, lhs, rhs).run_into(cuda, &self.sum, first, false)
+        [tokens, chunk, copies]: [usize; 3],
+        needed: bool,
+    ) -> Result<Self> {
+        let (vocab, d) = weights.matrix_dims();
+        let gradient = || {
+            let logits = cuda.alloc(DType::Bf16, chunk * vocab)?;
+            Ok(Gradient {
+                logits: Tensor::from_cuda(logits, [chunk, vocab])?,
+                hidden: cuda.alloc(DType::F32, tokens * d)?,
+            })
+        };
+        Ok(Self {
+            cuda,
+            weights: cuda.resident(weights, DType::Bf16)?,
+            logits: cuda.alloc(DType::F32, copies * chunk * vocab)?,
+            gradient: needed.then(gradient).transpose()?,
+        })
     }
 
-    /// The whole, in `shape`.
-    pub(super) fn into_tensor(self, shape: impl Into<Vec<usize>>) -> Result<Tensor> {
-        Tensor::from_cuda(self.sum, shape)
+    /// Computes the logits of a chunk's hidden states \[n, d\] bf16: f32, \[n, V\].
+    pub(super) fn logits(&self, hidden: &Tensor) -> Result<Arg> {
+        let (lhs, rhs) = (Matrix::of(hidden)?, Matrix::of(&self.weights)?);
+        Product::new(Layout::Nt, lhs, rhs).run_into(self.cuda, &self.logits, 0, false)?;
+        Ok(Arg::from(&self.logits))
     }
-}
 
-/// The logits of rows of hidden states \[n, d\] in f32, \[n, V\].
-pub(super) fn cuda_logits(cuda: &CudaDevice, hidden: &Tensor, weights: &Tensor) -> Result<Tensor> {
-    let (lhs, rhs) = (Matrix::of(hidden)?, Matrix::of(weights)?);
-    let logits = Product::new(Layout::Nt, lhs, rhs).run(cuda, DType::F32)?;
-    Tensor::from_cuda(logits, [hidden.matrix_dims().0, weights.matrix_dims().0])
+    /// Where the gradient of a chunk's logits goes, bf16, a row a token; null where none is
+    /// needed.
+    pub(super) fn logits_gradient(&self) -> Result<Arg> {
+        let gradient = self.gradient.as_ref();
+        gradient.map_or(Ok(Arg::Pointer(0)), |g| g.logits.arg())
+    }
+
+    /// The gradient of the hidden states from `first` on from that of the logits of `n` tokens.
+    pub(super) fn set_gradient(&self, first: usize, n: usize) -> Result<()> {
+        let Some(gradient) = &self.gradient else {
+            return Ok(());
+        };
+        let lhs = Matrix::of(&gradient.logits)?.rows(0..n)?;
+        let product = Product::new(Layout::Nn, lhs, Matrix::of(&self.weights)?);
+        product.run_into(self.cuda, &gradient.hidden, first, false)
+    }
+
+    /// The gradient of all hidden states in `shape`, f32.
+    pub(super) fn into_gradient(self, shape: &[usize]) -> Result<Option<Tensor>> {
+        let gradient = self.gradient.map(|g| Tensor::from_cuda(g.hidden, shape));
+        gradient.transpose()
+    }
 }
 
 /// log Σ exp of a row of logits.

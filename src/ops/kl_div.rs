@@ -16,6 +16,7 @@ use crate::device::simd::vectorized;
 use crate::device::{CudaDevice, Device};
 use crate::error::{Error, Result};
 use crate::ops::gemm::{product_nn, product_nt};
+use crate::ops::head::CudaHead;
 use crate::ops::math::{LANES, add_up, exp};
 use crate::ops::{Operator, expect_cols, expect_inputs, expect_shape, head, only_grad};
 use crate::tensor::{DType, Tensor};
@@ -164,24 +165,18 @@ impl KlDiv {
         student: &Tensor,
         needed: bool,
     ) -> Result<(Vec<Tensor>, Option<Tensor>)> {
-        let ((tokens, d), (vocab, _)) = (student.matrix_dims(), self.head.matrix_dims());
+        let (tokens, vocab) = (student.matrix_dims().0, self.head.matrix_dims().0);
         let resident = |t: &Tensor| cuda.resident(t, DType::Bf16);
         let hidden = [resident(&self.teacher)?, resident(student)?];
-        let head = resident(&self.head)?;
         let losses = Tensor::from_cuda(cuda.alloc(DType::F32, tokens)?, [tokens])?;
-        let grad = match needed {
-            true => Some(head::CudaGradient::new(cuda, tokens, d, vocab)?),
-            false => None,
-        };
         let chunk = head::cuda_chunk_tokens(tokens, 2);
+        let head = CudaHead::new(cuda, &self.head, [tokens, chunk, 2], needed)?;
         for first in (0..tokens).step_by(chunk) {
             let n = chunk.min(tokens - first);
-            let logits = head::cuda_logits(cuda, &stacked(cuda, &hidden, first, n)?, &head)?;
-            let dlogits = grad.as_ref().map(|g| g.of_logits(cuda, n)).transpose()?;
             let args = [
                 losses.arg()?,
-                dlogits.as_ref().map_or(Ok(Arg::Pointer(0)), Tensor::arg)?,
-                logits.arg()?,
+                head.logits_gradient()?,
+                head.logits(&stacked(cuda, &hidden, first, n)?)?,
                 Arg::size(Self::NAME, first)?,
                 Arg::size(Self::NAME, vocab)?,
                 Arg::F32(1.0 / self.batch),
@@ -189,14 +184,11 @@ impl KlDiv {
             // SAFETY: logits are [2 n, vocab] f32 and their gradient, if any, [n, vocab] bf16;
             // the n losses from `first` on are among the `tokens` f32.
             unsafe { cuda.launch(FORWARD, Grid::of_blocks(n, THREADS, 0), &args) }?;
-            if let (Some(grad), Some(dlogits)) = (&grad, &dlogits) {
-                grad.set(cuda, first, dlogits, &head)?;
-            }
+            head.set_gradient(first, n)?;
         }
         let losses = losses.to_f32()?;
         let loss = self.mean(losses.f32s()?.iter().map(|&v| f64::from(v)).sum())?;
-        let grad = grad.map(|g| g.into_tensor(student.shape())).transpose()?;
-        Ok((vec![loss], grad))
+        Ok((vec![loss], head.into_gradient(student.shape())?))
     }
 }
 

@@ -168,3 +168,19 @@ fn each_logit_is_read_twice_and_its_gradient_written_once_on_the_gpu() {
         assert_least_traffic(bytes * t * vocab);
     }
 }
+
+#[test]
+fn backward_moves_each_value_once_in_and_once_out_on_the_gpu() {
+    let Some(device) = cuda() else { return };
+    let (t, d, vocab) = (41, 1536, 3);
+    let op = CrossEntropy {
+        targets: targets(t, vocab),
+        head: random(3, &[vocab, d], 1.0),
+    };
+    let counted = op.targets.iter().flatten().count();
+    let h = random(2, &[t, d], 1.0);
+    let (losses, saved) = op.forward(device, &[&h], &[true]).unwrap();
+    op.backward(device, saved, vec![Some(losses[0].clone()), None], &[true])
+        .unwrap();
+    assert_least_traffic((4 * counted + 2 * t) * d);
+}

@@ -1,13 +1,15 @@
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::sync::Arc;
 
 use half::{bf16, f16};
 use resa_engine::Device;
+use resa_engine::ops::Operator;
 use resa_engine::ops::embedding::Embedding;
 use resa_engine::tape::{Tape, Var};
 use resa_engine::tensor::{DType, MappedBytes, Tensor};
 
-use super::harness::{check, random};
+use super::harness::{assert_least_traffic, check, cuda, random};
 
 fn ids(count: usize, vocab: usize) -> Tensor {
     let ids = (0..count).map(|t| (t * t * 7 % vocab) as u32).collect();
@@ -16,7 +18,8 @@ fn ids(count: usize, vocab: usize) -> Tensor {
 
 #[test]
 fn rows_are_copied_and_gradients_of_repeated_ids_add_up() {
-    for (count, vocab, d) in [(1, 1, 1), (17, 5, 3), (31, 101, 64)] {
+    // The last has more tokens of one id, and longer rows, than a block of a GPU takes at once.
+    for (count, vocab, d) in [(1, 1, 1), (17, 5, 3), (31, 101, 64), (601, 2, 1028)] {
         let ids = ids(count, vocab);
         let rows = |table: &[f64]| -> Vec<f64> {
             let ids = ids.u32s().unwrap().iter();
@@ -69,4 +72,18 @@ fn an_id_outside_the_vocabulary_is_named() {
         .unwrap_err()
         .to_string();
     assert!(error.contains("id 10 at position 1"), "{error}");
+}
+
+#[test]
+fn backward_reads_each_gradient_once_and_writes_each_row_once_on_the_gpu() {
+    let Some(device) = cuda() else { return };
+    let (count, vocab, d) = (500, 101, 256);
+    let op = Embedding {
+        ids: ids(count, vocab),
+    };
+    let distinct: BTreeSet<u32> = op.ids.u32s().unwrap().iter().copied().collect();
+    let gradient = Some(random(1, &[count, d], 1.0));
+    op.backward(device, [vocab, d], vec![gradient], &[true])
+        .unwrap();
+    assert_least_traffic(2 * count * d + 4 * distinct.len() * d);
 }

@@ -15,7 +15,7 @@ use resa_engine::tape::{Tape, Var};
 use resa_engine::tensor::{DType, MappedBytes, Tensor};
 
 /// Operators and optimizers that have no CUDA kernel yet: tested on the CPU alone.
-const WITHOUT_CUDA: [&str; 0] = [];
+const WITHOUT_CUDA: [&str; 1] = ["decode"];
 
 /// Every device that `stem` runs on: the CPU with different thread counts and, where the build
 /// has kernels, a GPU or the emulator in its place. Says so where `stem` cannot use it.
@@ -52,16 +52,14 @@ pub fn last_counters() -> Option<Counters> {
 }
 
 /// Fails where this thread's last kernel read and wrote over 1.1 times the `least` bytes of
-/// global memory there are to move, in bytes or in the 32-byte sectors that memory moves.
+/// global memory there are to move. What counts is the 32-byte sectors that memory moves: a value
+/// that all threads of a warp read at once is moved once.
 pub fn assert_least_traffic(least: usize) {
     let Some(c) = last_counters() else { return };
-    let bytes = c.global_load_bytes + c.global_store_bytes;
-    let sectors = 32 * (c.global_load_sectors + c.global_store_sectors);
-    for (what, moved) in [("bytes", bytes), ("bytes of sectors", sectors)] {
-        let ratio = moved as f64 / least as f64;
-        println!("{moved} {what}, least {least}: {ratio:.3}");
-        assert!(ratio <= 1.1, "{moved} {what} moved, the least is {least}");
-    }
+    let moved = 32 * (c.global_load_sectors + c.global_store_sectors);
+    let ratio = moved as f64 / least as f64;
+    println!("{moved} bytes moved, least {least}: {ratio:.3}");
+    assert!(ratio <= 1.1, "{moved} bytes moved, the least is {least}");
 }
 
 /// The values rounded to bf16, as a GPU holds them.

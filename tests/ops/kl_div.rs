@@ -221,3 +221,19 @@ fn each_logit_is_read_twice_and_its_gradient_written_once_on_the_gpu() {
         assert_least_traffic(bytes * t * vocab);
     }
 }
+
+#[test]
+fn backward_moves_each_value_once_in_and_once_out_on_the_gpu() {
+    let Some(device) = cuda() else { return };
+    let (t, d) = (40, 1001);
+    let op = KlDiv {
+        teacher: random(1, &[t, d], 1.0),
+        head: random(3, &[3, d], 1.0),
+        batch: 1.0,
+    };
+    let student = random(2, &[t, d], 1.0);
+    let (loss, saved) = op.forward(device, &[&student], &[true]).unwrap();
+    op.backward(device, saved, vec![Some(loss[0].clone())], &[true])
+        .unwrap();
+    assert_least_traffic((4 + 2) * t * d);
+}

@@ -4,6 +4,7 @@
 //! the bytes are marked as in flight, and touching them is a finding.
 
 use crate::bulk_copy;
+use crate::bulk_store;
 use crate::machine::block::Context;
 use crate::machine::checks::{lanes, shared_conflict};
 use crate::machine::registers::LANES;
@@ -56,7 +57,10 @@ pub fn execute(warp: &mut Warp, ctx: &mut Context<'_>, op: &Op, exec: u32) -> Ch
             }
             warp.regs.write32(*d, &ranks, exec);
         }
-        // Bulk stores and wgmma are complete when issued.
+        Op::ProxyFence => ctx.clocks.fence_proxy(warp.index),
+        Op::WgmmaCommit => warp.products.commit(),
+        Op::BulkCommit => warp.stores.commit(exec),
+        Op::BulkWait { pending, read } => bulk_store::wait(warp, ctx, *pending, *read, exec),
         _ => {}
     }
     Ok(Flow::Next)

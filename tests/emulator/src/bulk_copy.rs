@@ -2,14 +2,17 @@
 //! and by tensor map.
 //!
 //! A copy into shared memory lands when a thread tests the mbarrier it reports to; until then
-//! its bytes are in flight. Copies to global memory are done when issued.
+//! its bytes are in flight.
 
+use crate::bulk_store::{self, little_endian};
+use crate::machine::atomic::apply;
 use crate::machine::block::Context;
 use crate::machine::checks::{lanes, shared_conflict};
 use crate::machine::shared::Place;
 use crate::machine::warp::Warp;
 use crate::mbarrier::{self, complete_bytes};
-use crate::ptx::ops::{BulkCopy, BulkKind};
+use crate::ptx::ast::Type;
+use crate::ptx::ops::{AtomicOp, BulkCopy, BulkKind};
 use crate::sanitize::global::Touch;
 use crate::sanitize::{Checked, Fault, Kind, shared};
 use crate::tensor_map::{self, TensorMap};
@@ -21,6 +24,8 @@ pub struct Pending {
     pieces: Vec<(u32, Vec<u8>)>,
     mbarrier: u32,
     bytes: u32,
+    /// Combined with what is there instead of replacing it.
+    reduce: Option<(AtomicOp, Type)>,
 }
 
 /// Executes a bulk copy for each lane of `exec`.
@@ -36,7 +41,9 @@ pub fn execute(warp: &mut Warp, ctx: &mut Context<'_>, copy: &BulkCopy, exec: u3
         match (copy.kind, barrier) {
             (BulkKind::Share, Some(barrier)) => {
                 let from = ctx.place(other[lane], lane)?;
-                share(warp.index, ctx, from, at, barrier, bytes.unwrap_or(0), lane)?;
+                let reduce = copy.reduce.zip(copy.ty);
+                let places = (from, at, barrier);
+                share(warp.index, ctx, places, bytes.unwrap_or(0), reduce, lane)?;
             }
             (BulkKind::Load { multicast }, Some(barrier)) => {
                 let plan = plan(warp, ctx, copy, at, (other[lane], bytes), lane)?;
@@ -49,7 +56,9 @@ pub fn execute(warp: &mut Warp, ctx: &mut Context<'_>, copy: &BulkCopy, exec: u3
             _ => {
                 let plan = plan(warp, ctx, copy, at, (other[lane], bytes), lane)?;
                 check_range(ctx, at, plan.bytes, lane)?;
-                store(warp.index, ctx, &plan, lane)?;
+                let reduce = copy.reduce.map(|op| (op, copy.ty.unwrap_or(plan.ty)));
+                bulk_store::begin(warp, ctx, &plan.pieces, reduce, lane)?;
+                count(ctx, &plan, false);
             }
         }
     }
@@ -74,6 +83,8 @@ fn plan(
 struct Plan {
     pieces: Vec<(u32, Option<u64>, u32)>,
     bytes: u64,
+    /// Element type, if a tensor map says it.
+    ty: Type,
 }
 
 fn misaligned(lane: usize, message: String) -> Box<Fault> {
@@ -89,6 +100,7 @@ fn contiguous(shared: u64, global: u64, bytes: u32, lane: usize) -> Checked<Plan
     Ok(Plan {
         pieces: vec![(shared as u32, Some(global), bytes)],
         bytes: bytes.into(),
+        ty: Type::B32,
     })
 }
 
@@ -142,6 +154,7 @@ fn tiled(
     Ok(Plan {
         pieces,
         bytes: map.box_bytes(),
+        ty: map.element_type(),
     })
 }
 
@@ -202,6 +215,7 @@ fn load(
             pieces: pieces.clone(),
             mbarrier: barrier.offset,
             bytes: plan.bytes as u32,
+            reduce: None,
         };
         begin(warp, ctx, rank, pending, lane)?;
     }
@@ -222,7 +236,13 @@ fn begin(warp: u32, ctx: &mut Context<'_>, rank: u32, copy: Pending, lane: usize
     };
     for (offset, data) in &copy.pieces {
         let len = data.len() as u32;
-        if let Err(conflict) = memory.shadow.begin_copy(*offset, len, &by) {
+        let begun = match copy.reduce {
+            Some(_) => memory
+                .shadow
+                .touch(*offset, len, shared::Touch::Atomic, &by),
+            None => memory.shadow.begin_copy(*offset, len, &by),
+        };
+        if let Err(conflict) = begun {
             let (offset, len) = (u64::from(*offset), u64::from(len));
             return Err(shared_conflict(conflict, "bulk copy", offset, len, lane));
         }
@@ -235,10 +255,9 @@ fn begin(warp: u32, ctx: &mut Context<'_>, rank: u32, copy: Pending, lane: usize
 fn share(
     warp: u32,
     ctx: &mut Context<'_>,
-    from: Place,
-    to: Place,
-    barrier: Place,
+    (from, to, barrier): (Place, Place, Place),
     bytes: u32,
+    reduce: Option<(AtomicOp, Type)>,
     lane: usize,
 ) -> Checked<()> {
     let aligned = [bytes, from.offset, to.offset];
@@ -261,28 +280,9 @@ fn share(
         pieces: vec![(to.offset, data)],
         mbarrier: barrier.offset,
         bytes,
+        reduce,
     };
     begin(warp, ctx, to.rank, pending, lane)
-}
-
-fn store(warp: u32, ctx: &mut Context<'_>, plan: &Plan, lane: usize) -> Checked<()> {
-    for &(offset, to, len) in &plan.pieces {
-        let from = ctx.shared_range(
-            offset.into(),
-            len.into(),
-            1,
-            shared::Touch::Read,
-            warp,
-            lane,
-        )?;
-        let Some(to) = to else { continue };
-        let (allocation, at) = ctx.global(to, len.into(), 1, Touch::Write, lane)?;
-        for i in 0..len as usize {
-            allocation.write(at + i as u64, 1, ctx.shared_read(from + i, 1));
-        }
-    }
-    count(ctx, plan, false);
-    Ok(())
 }
 
 /// Counts a copy as one request of as many bytes and sectors as it moves in global memory.
@@ -320,7 +320,11 @@ pub fn land(ctx: &mut Context<'_>, mbarrier: u32, lane: usize) -> Checked<()> {
     for pending in landing {
         for (offset, data) in pending.pieces {
             let at = offset as usize;
-            ctx.memory.bytes[at..at + data.len()].copy_from_slice(&data);
+            let target = &mut ctx.memory.bytes[at..at + data.len()];
+            match pending.reduce {
+                None => target.copy_from_slice(&data),
+                Some((op, ty)) => combine(target, &data, op, ty),
+            }
             ctx.memory.shadow.define(offset, data.len() as u32);
         }
         let at = Place {
@@ -330,4 +334,14 @@ pub fn land(ctx: &mut Context<'_>, mbarrier: u32, lane: usize) -> Checked<()> {
         complete_bytes(ctx, at, pending.bytes, lane)?;
     }
     Ok(())
+}
+
+/// Reduces the elements of `data` into those of `target`.
+fn combine(target: &mut [u8], data: &[u8], op: AtomicOp, ty: Type) {
+    let size = ty.bytes() as usize;
+    let elements = target.chunks_exact_mut(size).zip(data.chunks_exact(size));
+    for (old, new) in elements {
+        let value = apply(op, ty, little_endian(old), little_endian(new), 0);
+        old.copy_from_slice(&value.to_le_bytes()[..size]);
+    }
 }

@@ -199,6 +199,11 @@ fn wavefronts(offsets: &[u64; 32], len: u64, exec: u32) -> (u64, u64) {
     };
     let (mut total, mut least) = (0, 0);
     for phase in 0..32 / lanes_per_phase {
+        let active = exec >> (phase * lanes_per_phase) & (u32::MAX >> (32 - lanes_per_phase));
+        if one_pass(&offsets[phase * lanes_per_phase..], len, active) {
+            (total, least) = (total + 1, least + 1);
+            continue;
+        }
         let mut words = [0u64; 32];
         let mut count = 0;
         for lane in (phase * lanes_per_phase..).take(lanes_per_phase) {
@@ -219,6 +224,24 @@ fn wavefronts(offsets: &[u64; 32], len: u64, exec: u32) -> (u64, u64) {
         total += distinct_words_per_bank(&mut words[..count]);
     }
     (total, least)
+}
+
+/// Whether the active lanes access different slots of their size, which takes one pass; false if
+/// they may not.
+fn one_pass(offsets: &[u64], len: u64, active: u32) -> bool {
+    if active == 0 || !matches!(len, 4 | 8 | 16) {
+        return false;
+    }
+    let (mut slots, mut rest) = (0u32, active);
+    while rest != 0 {
+        let offset = offsets[rest.trailing_zeros() as usize];
+        rest &= rest - 1;
+        if !offset.is_multiple_of(len) {
+            return false;
+        }
+        slots |= 1 << (offset / len % (128 / len));
+    }
+    slots.count_ones() == active.count_ones()
 }
 
 fn distinct_words_per_bank(words: &mut [u64]) -> u64 {

@@ -10,8 +10,11 @@
 mod api;
 pub mod async_copy;
 pub mod bulk_copy;
+pub mod bulk_store;
+pub mod byte_mma;
 pub mod counters;
 pub mod driver;
+pub mod fp8;
 pub mod machine;
 pub mod mbarrier;
 pub mod printf;
@@ -20,6 +23,7 @@ pub mod sanitize;
 pub mod tensor_core;
 pub mod tensor_map;
 pub mod wgmma;
+pub mod wmma;
 
 pub use api::{Backend, Emulator, emulator, install};
 pub use counters::Counters;

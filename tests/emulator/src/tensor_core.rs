@@ -217,13 +217,18 @@ pub fn load_matrix(warp: &mut Warp, ctx: &mut Context<'_>, m: &Matrix) -> Checke
     let rows = rows(warp, ctx, m, Touch::Read)?;
     for i in 0..usize::from(m.count) {
         let mut out = [0; LANES];
-        for (lane, slot) in out.iter_mut().enumerate() {
-            let (low, high) = pair(&rows, i, lane, m.transpose);
-            *slot = if m.transpose {
-                (ctx.shared_read(low, 2) | ctx.shared_read(high, 2) << 16) as u32
-            } else {
-                ctx.shared_read(low, 4) as u32
-            };
+        if m.transpose {
+            for (lane, slot) in out.iter_mut().enumerate() {
+                let (low, high) = pair(&rows, i, lane, true);
+                *slot = (ctx.shared_read(low, 2) | ctx.shared_read(high, 2) << 16) as u32;
+            }
+        } else {
+            for (row, four) in rows[8 * i..8 * i + 8].iter().zip(out.chunks_exact_mut(4)) {
+                let bytes = &ctx.memory.bytes[*row..*row + 16];
+                for (slot, word) in four.iter_mut().zip(bytes.chunks_exact(4)) {
+                    *slot = u32::from_le_bytes([word[0], word[1], word[2], word[3]]);
+                }
+            }
         }
         warp.regs.write32(m.regs[i], &out, u32::MAX);
     }

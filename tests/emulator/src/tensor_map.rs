@@ -2,6 +2,8 @@
 //!
 //! The 128 bytes are the emulator's own layout; programs treat them as opaque.
 
+use crate::ptx::ast::Type;
+
 /// Bytes of a `CUtensorMap`.
 pub const BYTES: usize = 128;
 /// Most dimensions.
@@ -60,6 +62,8 @@ impl Swizzle {
 pub struct TensorMap {
     pub base: u64,
     pub rank: usize,
+    /// The driver API's number of the element type.
+    pub data_type: u32,
     pub element_bytes: u32,
     pub dims: [u64; MAX_RANK],
     /// Bytes between neighbours in dimensions 1 and up; entry 0 is the element size.
@@ -75,8 +79,10 @@ impl TensorMap {
         let mut out = [0; BYTES / 8];
         out[0] = MAGIC;
         out[1] = self.base;
-        out[2] =
-            self.rank as u64 | u64::from(self.element_bytes) << 8 | (self.swizzle as u64) << 16;
+        out[2] = self.rank as u64
+            | u64::from(self.element_bytes) << 8
+            | (self.swizzle as u64) << 16
+            | u64::from(self.data_type) << 24;
         for i in 0..MAX_RANK {
             // Dimensions have at most 33 bits, boxes 9, element strides 4.
             let (boxed, step) = (
@@ -99,12 +105,20 @@ impl TensorMap {
             base: words[1],
             rank: (words[2] & 0xff) as usize,
             element_bytes: (words[2] >> 8 & 0xff) as u32,
+            data_type: (words[2] >> 24 & 0xff) as u32,
             swizzle: Swizzle::from_code((words[2] >> 16 & 0xff) as u32)?,
             dims: std::array::from_fn(|i| field(i, 0, 40)),
             strides: std::array::from_fn(|i| words[8 + i]),
             box_dims: std::array::from_fn(|i| field(i, 40, 12) as u32),
             element_strides: std::array::from_fn(|i| field(i, 52, 8) as u32),
         })
+    }
+
+    /// Type of the elements, as reductions see them.
+    pub fn element_type(&self) -> Type {
+        use Type::{B8, B16, Bf16, F16, F32, F64, S32, S64, U32, U64};
+        let types = [B8, B16, U32, S32, U64, S64, F16, F32, F64, Bf16, F32];
+        types.get(self.data_type as usize).copied().unwrap_or(F32)
     }
 
     /// Bytes of a box in shared memory.

@@ -1,15 +1,16 @@
 //! `wgmma.mma_async`: a warpgroup's matrix product with operands in shared memory.
 //!
-//! Each warp computes its 16 of the 64 rows when the instruction is issued. Shared-memory
-//! layouts are those of the PTX ISA's matrix descriptors; CUTLASS writes them down as layout
+//! Each warp computes its 16 of the 64 rows when the instruction is issued, but the result lands
+//! in its registers only at `wgmma.wait_group`, and until then nobody may write the operands in
+//! shared memory: a missing wait shows. Shared-memory layouts are those of the PTX ISA's matrix descriptors; CUTLASS writes them down as layout
 //! functions (mma_sm90_desc.hpp).
 
 use crate::machine::block::Context;
-use crate::machine::registers::LANES;
+use crate::machine::registers::{Base, LANES};
 use crate::machine::warp::Warp;
-use crate::ptx::ops::{MmaType, Reg, ScaleD, Wgmma};
-use crate::sanitize::Checked;
-use crate::sanitize::shared::Touch;
+use crate::ptx::ops::{Inst, MmaType, Op, Reg, ScaleD, Wgmma};
+use crate::ptx::program::Function;
+use crate::sanitize::{Checked, Fault, Kind};
 use crate::tensor_core::{
     Accumulators, Columns, Rows, element_tf32, element16, multiply, pack_f16,
 };
@@ -65,31 +66,138 @@ impl Descriptor {
     }
 }
 
-/// Element of an operand in shared memory.
-fn element(ctx: &Context<'_>, ty: MmaType, offset: u64) -> f32 {
-    match ty {
-        MmaType::Tf32 => element_tf32(ctx.shared_read(offset as usize, 4) as u32),
-        _ => element16(ty, ctx.shared_read(offset as usize, 2) as u32),
+/// Products of a warp that have not been waited for.
+#[derive(Debug, Default)]
+pub struct Products {
+    batches: Vec<Batch>,
+    /// Chunks of shared memory that they read, with the group.
+    reads: Vec<(u32, u32)>,
+    committed: u32,
+}
+
+/// Accumulators under way; products that add to the same ones follow each other here.
+#[derive(Debug)]
+struct Batch {
+    group: u32,
+    base: Base,
+    regs: Vec<Reg>,
+    values: Vec<[u32; LANES]>,
+}
+
+impl Products {
+    pub fn is_empty(&self) -> bool {
+        self.batches.is_empty()
+    }
+
+    /// Closes the group of the products issued since the last one.
+    pub fn commit(&mut self) {
+        self.committed += 1;
     }
 }
 
-/// Executes the instruction for one warp.
+/// Waits until at most `pending` groups are under way: the results of the others land in their
+/// registers, and their operands may be overwritten.
+pub fn wait(warp: &mut Warp, ctx: &mut Context<'_>, pending: u32) {
+    let products = &mut warp.products;
+    let complete = |group: u32| group.saturating_add(pending) < products.committed;
+    products.reads.retain(|&(group, chunk)| {
+        if complete(group) {
+            let by = ctx.clocks.accessor(warp.index);
+            ctx.memory.shadow.end_read(chunk, CHUNK as u32, &by);
+        }
+        !complete(group)
+    });
+    let current = warp.regs.base();
+    products.batches.retain(|batch| {
+        if complete(batch.group) {
+            warp.regs.select(batch.base);
+            for (&reg, value) in batch.regs.iter().zip(&batch.values) {
+                warp.regs.write32(reg, value, u32::MAX);
+            }
+        }
+        !complete(batch.group)
+    });
+    warp.regs.select(current);
+}
+
+/// Reports an instruction, other than a product, that names accumulators under way.
+pub fn check_registers(warp: &Warp, inst: &Inst, function: &Function) -> Checked<()> {
+    if matches!(inst.op, Op::Wgmma(_)) {
+        return Ok(());
+    }
+    let (start, end) = inst.uses;
+    let named = &function.uses[start as usize..end as usize];
+    let base = warp.regs.base();
+    let under_way = |batch: &&Batch| batch.base == base;
+    for batch in warp.products.batches.iter().filter(under_way) {
+        if named.iter().any(|reg| batch.regs.contains(reg)) {
+            let message = "accumulators of a wgmma that has not been waited for";
+            return Err(Fault::new(Kind::AsyncCopy, None, message));
+        }
+    }
+    Ok(())
+}
+
+/// Bytes of an operand that lie together whatever the layout.
+const CHUNK: u64 = 16;
+
+/// Reads `outer.len()` rows (or columns) of an operand in shared memory, 16 bytes at a time.
+fn load_operand(
+    warp: &mut Warp,
+    ctx: &mut Context<'_>,
+    (descriptor, major): (Descriptor, bool),
+    ty: MmaType,
+    (first, count): (u64, u64),
+    mut set: impl FnMut(usize, usize, f32),
+) -> Checked<()> {
+    let size = if ty == MmaType::Tf32 { 4 } else { 2 };
+    let (depth, per_chunk) = (2 * CHUNK / size, CHUNK / size);
+    let (lines, chunks) = if major {
+        (depth, count / per_chunk)
+    } else {
+        (count, depth / per_chunk)
+    };
+    for line in 0..lines {
+        for chunk in 0..chunks {
+            let (outer, k) = match major {
+                true => (chunk * per_chunk, line),
+                false => (line, chunk * per_chunk),
+            };
+            let at = descriptor.offset(first + outer, k, size, major);
+            if ctx.begin_read(at, CHUNK, warp.index, (line % 32) as usize)? {
+                let group = warp.products.committed;
+                warp.products.reads.push((group, at as u32));
+            }
+            for i in 0..per_chunk {
+                let (outer, k) = if major {
+                    (outer + i, k)
+                } else {
+                    (outer, k + i)
+                };
+                let bits = ctx.shared_read((at + i * size) as usize, size as usize) as u32;
+                let value = match ty {
+                    MmaType::Tf32 => element_tf32(bits),
+                    _ => element16(ty, bits),
+                };
+                set(outer as usize, k as usize, value);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Issues the instruction for one warp.
 pub fn execute(warp: &mut Warp, ctx: &mut Context<'_>, w: &Wgmma) -> Checked<()> {
     let depth = if w.ty == MmaType::Tf32 { 8 } else { 16 };
-    let size = if w.ty == MmaType::Tf32 { 4 } else { 2 };
     let first_row = u64::from(warp.index % 4) * 16;
     let mut a: Rows = [[0.0; 16]; 16];
     match w.a_descriptor {
         Some(reg) => {
             let descriptor = Descriptor::decode(warp.regs.read64(reg)[0]);
-            for (row, slots) in a.iter_mut().enumerate() {
-                for (k, slot) in slots.iter_mut().enumerate().take(depth) {
-                    let at =
-                        descriptor.offset(first_row + row as u64, k as u64, size, w.transpose_a);
-                    ctx.shared_range(at, size, size, Touch::Read, warp.index, row)?;
-                    *slot = element(ctx, w.ty, at);
-                }
-            }
+            let layout = (descriptor, w.transpose_a);
+            load_operand(warp, ctx, layout, w.ty, (first_row, 16), |row, k, value| {
+                a[row][k] = value;
+            })?;
         }
         None => register_rows(warp, w, &mut a),
     }
@@ -101,26 +209,59 @@ pub fn execute(warp: &mut Warp, ctx: &mut Context<'_>, w: &Wgmma) -> Checked<()>
         ScaleD::Predicate(p, negated) => (warp.regs.pred(p) & 1 == 1) != negated,
     };
     let descriptor = Descriptor::decode(warp.regs.read64(w.b_descriptor)[0]);
-    for tile in 0..usize::from(w.n) / 8 {
-        let mut b: Columns = [[0.0; 8]; 16];
-        for (k, slots) in b.iter_mut().enumerate().take(depth) {
-            for (column, slot) in slots.iter_mut().enumerate() {
-                let at =
-                    descriptor.offset((tile * 8 + column) as u64, k as u64, size, w.transpose_b);
-                ctx.shared_range(at, size, size, Touch::Read, warp.index, column)?;
-                let value = element(ctx, w.ty, at);
-                *slot = if w.negate_b { -value } else { value };
-            }
-        }
+    let mut b: Vec<Columns> = vec![[[0.0; 8]; 16]; usize::from(w.n) / 8];
+    let layout = (descriptor, w.transpose_b);
+    load_operand(
+        warp,
+        ctx,
+        layout,
+        w.ty,
+        (0, w.n.into()),
+        |column, k, value| {
+            b[column / 8][k][column % 8] = if w.negate_b { -value } else { value };
+        },
+    )?;
+    let batch = batch(warp, w)?;
+    for (tile, b) in b.iter().enumerate() {
+        let registers = if w.half_accumulate { 2 } else { 4 };
+        let values = &mut batch.values[registers * tile..registers * (tile + 1)];
         let mut c: Accumulators = [[0.0; 8]; 16];
         if keep {
-            read_tile(warp, w, tile, &mut c);
+            read_tile(values, w.half_accumulate, &mut c);
         }
-        multiply(&a, &b, &mut c, depth);
-        write_tile(warp, w, tile, &c);
+        multiply(&a, b, &mut c, depth);
+        write_tile(values, w.half_accumulate, &c);
     }
     ctx.counters.mma_flop += 2 * 16 * depth as u64 * u64::from(w.n);
     Ok(())
+}
+
+/// The batch of the product's accumulators, with a copy of their values if it is a new one.
+fn batch<'w>(warp: &'w mut Warp, w: &Wgmma) -> Checked<&'w mut Batch> {
+    let (base, group) = (warp.regs.base(), warp.products.committed);
+    let batches = &mut warp.products.batches;
+    let found = batches.iter().position(|b| b.base == base && b.regs == w.d);
+    let index = match found {
+        Some(index) => index,
+        None => {
+            let overlaps = |b: &Batch| b.base == base && b.regs.iter().any(|r| w.d.contains(r));
+            if batches.iter().any(overlaps) {
+                let message = "accumulators that a wgmma of another shape still writes";
+                return Err(Fault::new(Kind::AsyncCopy, None, message));
+            }
+            let values = w.d.iter().map(|&reg| *warp.regs.read32(reg)).collect();
+            let regs = w.d.clone();
+            batches.push(Batch {
+                group,
+                base,
+                regs,
+                values,
+            });
+            batches.len() - 1
+        }
+    };
+    batches[index].group = group;
+    Ok(&mut batches[index])
 }
 
 /// A's fragment from registers, laid out as for `mma.sync`.
@@ -140,23 +281,21 @@ fn register_rows(warp: &Warp, w: &Wgmma, a: &mut Rows) {
     }
 }
 
-/// Registers of an 8-column tile of the accumulators, with the row and column of lane 0's value.
-fn tile_registers(w: &Wgmma, tile: usize) -> Vec<(Reg, usize, usize)> {
-    if w.half_accumulate {
-        (0..2).map(|i| (w.d[2 * tile + i], 8 * i, 0)).collect()
+/// Row and column of lane 0's value in register `i` of an 8-column tile.
+fn tile_place(i: usize, half: bool) -> (usize, usize) {
+    if half {
+        (8 * i, 0)
     } else {
-        (0..4)
-            .map(|i| (w.d[4 * tile + i], 8 * (i / 2), i % 2))
-            .collect()
+        (8 * (i / 2), i % 2)
     }
 }
 
-fn read_tile(warp: &Warp, w: &Wgmma, tile: usize, c: &mut Accumulators) {
-    for (reg, row, column) in tile_registers(w, tile) {
-        let value = warp.regs.read32(reg);
+fn read_tile(values: &[[u32; LANES]], half: bool, c: &mut Accumulators) {
+    for (i, value) in values.iter().enumerate() {
+        let (row, column) = tile_place(i, half);
         for lane in 0..LANES {
             let (row, column) = (row + lane / 4, column + 2 * (lane % 4));
-            if w.half_accumulate {
+            if half {
                 c[row][column] = element16(MmaType::F16, value[lane] & 0xffff);
                 c[row][column + 1] = element16(MmaType::F16, value[lane] >> 16);
             } else {
@@ -166,16 +305,16 @@ fn read_tile(warp: &Warp, w: &Wgmma, tile: usize, c: &mut Accumulators) {
     }
 }
 
-fn write_tile(warp: &mut Warp, w: &Wgmma, tile: usize, c: &Accumulators) {
-    for (reg, row, column) in tile_registers(w, tile) {
-        let value = std::array::from_fn(|lane| {
+fn write_tile(values: &mut [[u32; LANES]], half: bool, c: &Accumulators) {
+    for (i, value) in values.iter_mut().enumerate() {
+        let (row, column) = tile_place(i, half);
+        *value = std::array::from_fn(|lane| {
             let (row, column) = (row + lane / 4, column + 2 * (lane % 4));
-            if w.half_accumulate {
+            if half {
                 pack_f16(c[row][column], c[row][column + 1])
             } else {
                 c[row][column].to_bits()
             }
         });
-        warp.regs.write32(reg, &value, u32::MAX);
     }
 }

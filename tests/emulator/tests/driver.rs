@@ -121,8 +121,8 @@ fn unknown_opcode_is_a_load_error_that_names_opcode_kernel_and_line() {
         ("frobnicate.sync.b32 %r, %r;", "frobnicate.sync.b32"),
         ("add.wrong.s32 %r, %r, %r;", "add.wrong.s32"),
         (
-            "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%r}, {%r}, {%r}, {%r};",
-            "mma.sync.aligned.m16n8k32",
+            "mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32 {%r}, {%r}, {%r}, {%r};",
+            "mma.sync.aligned.m16n8k64",
         ),
         ("ld.global.strange.b32 %r, [0];", "ld.global.strange.b32"),
     ] {

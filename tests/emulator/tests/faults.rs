@@ -298,7 +298,7 @@ fn arrival_that_an_mbarrier_waits_for_in_vain_is_caught() {
 }
 
 #[test]
-fn memory_live_at_exit_is_reported() {
+fn memory_live_at_exit_is_reported_when_asked_for() {
     if !emulated() {
         return;
     }
@@ -311,16 +311,21 @@ fn memory_live_at_exit_is_reported() {
         std::mem::forget(leaked);
         return;
     }
-    let output = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "memory_live_at_exit_is_reported"])
-        .env(CHILD, "1")
-        .output()
-        .unwrap();
-    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    let errors = |asked: &str| {
+        let output = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "memory_live_at_exit_is_reported_when_asked_for"])
+            .env(CHILD, "1")
+            .env("CUDA_EMU_LEAKS", asked)
+            .output()
+            .unwrap();
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    let text = errors("1");
     assert!(
         text.contains("1 allocations of 123457 bytes are still live at exit"),
         "{text}"
     );
+    assert!(!errors("0").contains("live at exit"));
 }
 
 #[test]

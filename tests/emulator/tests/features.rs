@@ -291,3 +291,28 @@ fn three_dimensional_indices_cover_the_grid() {
         .collect();
     assert_eq!(stream.clone_dtoh(&x).unwrap(), expected);
 }
+
+#[test]
+fn blocks_of_a_cooperative_grid_wait_for_each_other() {
+    let context = context();
+    let stream = context.default_stream();
+    let kernel = function(&compiled(&context, "features"), "grid_sum");
+    let x: Vec<i32> = (0..40).collect();
+    let dx = stream.clone_htod(&x).unwrap();
+    let run = |blocks: u32| {
+        let mut partial = stream.alloc_zeros::<i32>(blocks as usize).unwrap();
+        let mut total = stream.alloc_zeros::<i32>(2 * blocks as usize).unwrap();
+        let mut launch = stream.launch_builder(&kernel);
+        launch.arg(&dx).arg(&mut partial).arg(&mut total);
+        // SAFETY: the arguments match the kernel's parameters.
+        unsafe { launch.launch_cooperative(config(blocks, 64)) }?;
+        stream.clone_dtoh(&total)
+    };
+    let total = run(40).unwrap_or_else(|e| panic!("{e:?}: {}", common::emu().last_finding()));
+    assert_eq!(total, [780, 820].repeat(40));
+    let too_many = run(1 << 20).unwrap_err();
+    assert_eq!(
+        too_many.0,
+        cudarc::driver::sys::CUresult::CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE
+    );
+}

@@ -4,7 +4,7 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{compiled, context, counters, emulated, function, noise};
+use common::{compiled, context, counters, digest, digests_under, emulated, function, noise};
 use cudarc::driver::{CudaContext, LaunchConfig, PushKernelArg, sys};
 use half::bf16;
 
@@ -53,7 +53,9 @@ fn gemm(context: &Arc<CudaContext>, m: usize, n: usize, k: usize) {
         .arg(&alpha);
     // SAFETY: the arguments match the kernel's parameters.
     unsafe { launch.launch(config) }.unwrap();
-    let c = floats(&stream.clone_dtoh(&dc).unwrap());
+    let c = stream.clone_dtoh(&dc).unwrap();
+    digest("gemm", &c);
+    let c = floats(&c);
     for row in 0..m {
         for column in 0..n {
             let products = (0..k).map(|i| a[row * k + i].to_f64() * b[column * k + i].to_f64());
@@ -131,7 +133,9 @@ fn flash_attention_agrees_with_softmax_in_float64() {
         })
     }
     .unwrap();
-    let out = floats(&stream.clone_dtoh(&out).unwrap());
+    let out = stream.clone_dtoh(&out).unwrap();
+    digest("output", &out);
+    let out = floats(&out);
     let lse = stream.clone_dtoh(&lse).unwrap();
     for (b, head, row) in
         (0..batch).flat_map(|b| (0..heads).flat_map(move |h| (0..time).map(move |t| (b, h, t))))
@@ -239,7 +243,9 @@ fn rmsnorm_and_rope_agree_with_float64() {
     };
     // SAFETY: the arguments match the kernel's parameters.
     unsafe { launch.launch(config) }.unwrap();
-    let y = floats(&stream.clone_dtoh(&dy).unwrap());
+    let y = stream.clone_dtoh(&dy).unwrap();
+    digest("norm", &y);
+    let y = floats(&y);
     for r in 0..rows {
         let row: Vec<f64> = x[r * channels..(r + 1) * channels]
             .iter()
@@ -281,7 +287,9 @@ fn swiglu_agrees_with_float64() {
     launch.arg(&dg).arg(&du).arg(&mut out).arg(&chunks);
     // SAFETY: the arguments match the kernel's parameters.
     unsafe { launch.launch(common::config(4, 256)) }.unwrap();
-    let out = floats(&stream.clone_dtoh(&out).unwrap());
+    let out = stream.clone_dtoh(&out).unwrap();
+    digest("output", &out);
+    let out = floats(&out);
     for i in 0..n {
         let g = gate[i].to_f64();
         let exact = g / (1.0 + (-g).exp()) * up[i].to_f64();
@@ -290,5 +298,24 @@ fn swiglu_agrees_with_float64() {
             "{} for {exact}",
             out[i]
         );
+    }
+}
+
+#[test]
+fn random_schedules_give_equal_bits() {
+    if !emulated() {
+        return;
+    }
+    let tests = [
+        "gemm_agrees_with_a_plain_product_at_tile_sized_and_odd_shapes",
+        "flash_attention_agrees_with_softmax_in_float64",
+        "topk_finds_the_largest_values_and_where_they_are",
+        "rmsnorm_and_rope_agree_with_float64",
+        "swiglu_agrees_with_float64",
+    ];
+    let fixed = digests_under(None, &tests);
+    assert!(fixed.len() >= tests.len(), "{fixed:?}");
+    for seed in 1..=4 {
+        assert_eq!(digests_under(Some(seed), &tests), fixed, "seed {seed}");
     }
 }

@@ -5,8 +5,7 @@ use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::sync::atomic::Ordering::Relaxed;
 
 use super::error::{
-    CuResult, INVALID_CONTEXT, INVALID_DEVICE, INVALID_VALUE, NOT_SUPPORTED,
-    PEER_ACCESS_UNSUPPORTED, SUCCESS,
+    CuResult, INVALID_CONTEXT, INVALID_DEVICE, INVALID_VALUE, PEER_ACCESS_UNSUPPORTED, SUCCESS,
 };
 use super::{Handle, call, driver, put};
 
@@ -290,9 +289,4 @@ pub extern "C" fn cuProfilerStart() -> CuResult {
 #[unsafe(no_mangle)]
 pub extern "C" fn cuProfilerStop() -> CuResult {
     SUCCESS
-}
-
-#[unsafe(no_mangle)]
-pub extern "C" fn cuLaunchCooperativeKernel() -> CuResult {
-    NOT_SUPPORTED
 }

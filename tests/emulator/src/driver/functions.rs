@@ -126,7 +126,7 @@ pub unsafe extern "C" fn cuOccupancyMaxActiveClusters(
     call(|| {
         let kernel = driver().functions.get(function)?;
         // SAFETY: the caller's promise.
-        let Some((shape, _)) = (unsafe { shape_of(config)? }) else {
+        let Some((shape, _)) = (unsafe { shape_of(config) }) else {
             return Err(INVALID_VALUE.into());
         };
         let shape = with_required_cluster(&kernel, shape);
@@ -153,7 +153,7 @@ pub unsafe extern "C" fn cuOccupancyMaxPotentialClusterSize(
     call(|| {
         let kernel = driver().functions.get(function)?;
         // SAFETY: the caller's promise.
-        let Some((shape, _)) = (unsafe { shape_of(config)? }) else {
+        let Some((shape, _)) = (unsafe { shape_of(config) }) else {
             return Err(INVALID_VALUE.into());
         };
         let threads = shape.block.iter().product();

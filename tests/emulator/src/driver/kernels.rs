@@ -8,8 +8,10 @@ use std::time::Instant;
 use super::context::require_context;
 use super::device::{MAX_BLOCK, MAX_GRID, MAX_THREADS, SHARED_DEFAULT};
 use super::error::{
-    CuResult, INVALID_CLUSTER_SIZE, INVALID_VALUE, LAUNCH_OUT_OF_RESOURCES, NOT_SUPPORTED,
+    COOPERATIVE_LAUNCH_TOO_LARGE, CuResult, INVALID_CLUSTER_SIZE, INVALID_VALUE,
+    LAUNCH_OUT_OF_RESOURCES, NOT_SUPPORTED, OUT_OF_MEMORY,
 };
+use super::functions::blocks_per_sm;
 use super::graphs::Work;
 use super::modules::Module;
 use super::streams::submit;
@@ -21,6 +23,9 @@ use crate::sanitize::shared::MAX_CLUSTER;
 
 /// Blocks that a cluster may have without `CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED`.
 pub const PORTABLE_CLUSTER: u64 = 8;
+
+/// Bytes through which the blocks of a cooperative grid synchronise.
+const WORKSPACE: u64 = 64;
 
 /// A kernel handle.
 pub struct Kernel {
@@ -80,6 +85,8 @@ pub struct Shape {
     pub block: [u32; 3],
     pub cluster: [u32; 3],
     pub dynamic_shared: u32,
+    /// All blocks run at once and may wait for each other.
+    pub cooperative: bool,
 }
 
 /// A checked launch with its parameters.
@@ -107,7 +114,13 @@ pub fn check(kernel: &Kernel, shape: &Shape) -> Result<(), CuResult> {
             return Err(LAUNCH_OUT_OF_RESOURCES);
         }
     }
-    check_cluster(kernel, shape)
+    check_cluster(kernel, shape)?;
+    let blocks: u64 = shape.grid.iter().map(|&g| u64::from(g)).product();
+    let per_sm = blocks_per_sm(kernel, threads, shape.dynamic_shared as usize);
+    if shape.cooperative && blocks > u64::from(per_sm * driver().device.sm_count) {
+        return Err(COOPERATIVE_LAUNCH_TOO_LARGE);
+    }
+    Ok(())
 }
 
 /// Checks the cluster of a launch; one block is always fine.
@@ -163,6 +176,22 @@ unsafe fn gather(
 impl Prepared {
     /// Runs the launch.
     pub fn run(&self) -> Result<(), CuResult> {
+        if !self.shape.cooperative {
+            return self.run_with(0);
+        }
+        let memory = &driver().memory;
+        let workspace = memory.allocate(WORKSPACE).map_err(|_| OUT_OF_MEMORY)?;
+        let outcome = memory
+            .fill(workspace, &[0], WORKSPACE)
+            .map_err(|_| INVALID_VALUE)
+            .and_then(|()| self.run_with(workspace));
+        // The address is one that was just allocated, and nobody else knows it.
+        let _ = memory.free(workspace);
+        outcome
+    }
+
+    /// Runs the launch with a workspace for its blocks, 0 if they do not synchronise.
+    fn run_with(&self, workspace: u64) -> Result<(), CuResult> {
         let driver = driver();
         let (view, epoch) = driver.memory.snapshot();
         let function = self.kernel.function();
@@ -180,6 +209,7 @@ impl Prepared {
             races: LaunchState::new(epoch, blocks),
             alu: driver.alu,
             sm_count: driver.device.sm_count,
+            workspace,
             started: Instant::now(),
             schedule: driver.schedule,
             step_limit: driver.step_limit,
@@ -256,6 +286,35 @@ pub unsafe extern "C" fn cuLaunchKernel(
             block: [block_x, block_y, block_z],
             cluster: [1; 3],
             dynamic_shared,
+            cooperative: false,
+        };
+        // SAFETY: the caller's promise.
+        unsafe { launch(function, shape, stream, params) }
+    })
+}
+
+/// # Safety
+/// As for [`cuLaunchKernel`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuLaunchCooperativeKernel(
+    function: Handle,
+    grid_x: c_uint,
+    grid_y: c_uint,
+    grid_z: c_uint,
+    block_x: c_uint,
+    block_y: c_uint,
+    block_z: c_uint,
+    dynamic_shared: c_uint,
+    stream: Handle,
+    params: *const *const c_void,
+) -> CuResult {
+    call(|| {
+        let shape = Shape {
+            grid: [grid_x, grid_y, grid_z],
+            block: [block_x, block_y, block_z],
+            cluster: [1; 3],
+            dynamic_shared,
+            cooperative: true,
         };
         // SAFETY: the caller's promise.
         unsafe { launch(function, shape, stream, params) }
@@ -287,17 +346,12 @@ const COOPERATIVE: i32 = 2;
 
 /// Dimensions and stream of a launch configuration; None if it is null.
 ///
-/// # Errors
-/// Attributes that are not supported.
-///
 /// # Safety
 /// `config` is null or valid with its attributes.
-pub unsafe fn shape_of(config: *const LaunchConfig) -> Result<Option<(Shape, Handle)>, CuResult> {
+pub unsafe fn shape_of(config: *const LaunchConfig) -> Option<(Shape, Handle)> {
     // SAFETY: the caller's promise.
-    let Some(config) = (unsafe { config.as_ref() }) else {
-        return Ok(None);
-    };
-    let mut cluster = [1; 3];
+    let config = unsafe { config.as_ref() }?;
+    let (mut cluster, mut cooperative) = ([1; 3], false);
     for i in 0..config.attribute_count as usize {
         // SAFETY: the configuration says how many attributes there are.
         let attribute = unsafe { &*config.attributes.add(i) };
@@ -306,7 +360,7 @@ pub unsafe fn shape_of(config: *const LaunchConfig) -> Result<Option<(Shape, Han
                 cluster =
                     [attribute.value[0], attribute.value[1], attribute.value[2]].map(|c| c.max(1))
             }
-            COOPERATIVE if attribute.value[0] != 0 => return Err(NOT_SUPPORTED),
+            COOPERATIVE => cooperative = attribute.value[0] != 0,
             _ => {}
         }
     }
@@ -315,8 +369,9 @@ pub unsafe fn shape_of(config: *const LaunchConfig) -> Result<Option<(Shape, Han
         block: config.block,
         cluster,
         dynamic_shared: config.dynamic_shared,
+        cooperative,
     };
-    Ok(Some((shape, config.stream)))
+    Some((shape, config.stream))
 }
 
 /// # Safety
@@ -333,7 +388,7 @@ pub unsafe extern "C" fn cuLaunchKernelEx(
             return Err(NOT_SUPPORTED.into());
         }
         // SAFETY: the caller's promise.
-        let Some((shape, stream)) = (unsafe { shape_of(config)? }) else {
+        let Some((shape, stream)) = (unsafe { shape_of(config) }) else {
             return Err(INVALID_VALUE.into());
         };
         // SAFETY: the caller's promise.

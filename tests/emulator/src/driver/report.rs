@@ -12,6 +12,9 @@ use super::{driver, lock};
 use crate::counters::Counters;
 use crate::sanitize::Finding;
 
+/// Live allocations listed at exit, in the order they were made.
+const MAX_LISTED: usize = 100;
+
 thread_local! {
     static LAST_FINDING: RefCell<String> = const { RefCell::new(String::new()) };
     static LAST_COUNTERS: RefCell<Option<(String, Counters)>> = const { RefCell::new(None) };
@@ -62,15 +65,25 @@ fn write_line(line: &str) {
     }
 }
 
-/// Asks for a report of leaked memory when the process ends.
+/// Asks for a list of the memory that is live when the process ends, if `CUDA_EMU_LEAKS` is 1.
+///
+/// A program that keeps a device in a static never frees it, and a GPU's driver takes such
+/// memory back without a word; so the list is for those who look for leaks.
 pub fn at_exit() {
+    if std::env::var("CUDA_EMU_LEAKS").as_deref() != Ok("1") {
+        return;
+    }
     unsafe extern "C" {
         fn atexit(callback: extern "C" fn()) -> c_int;
     }
     extern "C" fn leaks() {
-        let (count, bytes) = driver().memory.live();
-        if count > 0 {
+        let sizes = driver().memory.live_sizes();
+        if !sizes.is_empty() {
+            let (count, bytes) = (sizes.len(), sizes.iter().sum::<u64>());
             eprintln!("cuda-emulator: {count} allocations of {bytes} bytes are still live at exit");
+        }
+        for bytes in sizes.iter().take(MAX_LISTED) {
+            eprintln!("cuda-emulator:   {bytes} bytes");
         }
     }
     // SAFETY: `leaks` may run at any time after the driver was started.

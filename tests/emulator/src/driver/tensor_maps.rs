@@ -51,6 +51,7 @@ pub unsafe extern "C" fn cuTensorMapEncodeTiled(
         let mut tensor = TensorMap {
             base,
             rank,
+            data_type: data_type as u32,
             element_bytes: size,
             dims: [1; MAX_RANK],
             strides: [size.into(); MAX_RANK],

@@ -90,6 +90,40 @@ impl Warp {
         Ok(())
     }
 
+    /// One element per lane from these addresses.
+    pub fn load_lanes(
+        &mut self,
+        ctx: &mut Context<'_>,
+        access: &Access,
+        addresses: &[u64; LANES],
+    ) -> Checked<[u64; LANES]> {
+        let mut values: Elements = [[0; LANES]; 4];
+        for (space, mask) in split(access.space, addresses, u32::MAX) {
+            if mask != 0 {
+                self.load_from(ctx, space, access, addresses, mask, &mut values)?;
+            }
+        }
+        Ok(values[0])
+    }
+
+    /// One element per lane to these addresses.
+    pub fn store_lanes(
+        &mut self,
+        ctx: &mut Context<'_>,
+        access: &Access,
+        addresses: &[u64; LANES],
+        value: &[u64; LANES],
+    ) -> Checked<()> {
+        let mut values: Elements = [[0; LANES]; 4];
+        values[0] = *value;
+        for (space, mask) in split(access.space, addresses, u32::MAX) {
+            if mask != 0 {
+                self.store_to(ctx, space, access, addresses, mask, &values)?;
+            }
+        }
+        Ok(())
+    }
+
     fn load_from(
         &mut self,
         ctx: &mut Context<'_>,
@@ -109,9 +143,19 @@ impl Warp {
                 } else {
                     shared::Touch::Read
                 };
+                let whole = ctx.shared_together(addresses, total, mask, touch, self.index);
                 for lane in lanes(mask) {
-                    let at =
-                        ctx.shared_range(addresses[lane], total, total, touch, self.index, lane)?;
+                    let at = match whole {
+                        true => (addresses[lane] & WINDOW_MASK) as usize,
+                        false => ctx.shared_range(
+                            addresses[lane],
+                            total,
+                            total,
+                            touch,
+                            self.index,
+                            lane,
+                        )?,
+                    };
                     for (n, value) in values.iter_mut().enumerate().take(count) {
                         value[lane] = ctx.shared_read(at + n * size as usize, size as usize);
                     }
@@ -191,6 +235,9 @@ impl Warp {
     ) -> Checked<()> {
         let addresses = self.addresses(&access.address);
         let count = usize::from(access.count);
+        if access.release {
+            ctx.launch.races.fence(ctx.block);
+        }
         let mut values: Elements = [[0; LANES]; 4];
         for (value, reg) in values.iter_mut().zip(access.regs).take(count) {
             *value = self.regs.read_any(reg);
@@ -222,12 +269,23 @@ impl Warp {
                 } else {
                     shared::Touch::Write
                 };
+                let whole = touch == shared::Touch::Write
+                    && ctx.shared_together(addresses, total, mask, touch, self.index);
                 for lane in lanes(mask) {
                     if touch == shared::Touch::Atomic {
                         ctx.shared_define(addresses[lane] & WINDOW_MASK, total);
                     }
-                    let at =
-                        ctx.shared_range(addresses[lane], total, total, touch, self.index, lane)?;
+                    let at = match whole {
+                        true => (addresses[lane] & WINDOW_MASK) as usize,
+                        false => ctx.shared_range(
+                            addresses[lane],
+                            total,
+                            total,
+                            touch,
+                            self.index,
+                            lane,
+                        )?,
+                    };
                     for (n, value) in values.iter().enumerate().take(count) {
                         ctx.shared_write(at + n * size as usize, size as usize, value[lane]);
                     }

@@ -20,6 +20,9 @@ impl Warp {
         let b = self.regs.read_any(a.b);
         let c = a.c.map_or([0; LANES], |c| self.regs.read_any(c));
         let len = u64::from(a.ty.bytes());
+        if a.release {
+            ctx.launch.races.fence(ctx.block);
+        }
         let mut out = [0; LANES];
         for lane in lanes(exec) {
             let address = addresses[lane];

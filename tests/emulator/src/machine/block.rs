@@ -10,6 +10,7 @@ use crate::sanitize::{Fault, Finding, Kind};
 
 /// Instructions a warp runs before others get a turn.
 const SLICE: u32 = 1 << 14;
+const COOPERATIVE_SLICE: u32 = 1 << 9;
 /// Barrier number that stands for the cluster's barrier, and the first of those that stand for
 /// the warpgroups' completion of wgmma.
 const CLUSTER_BARRIER: u32 = 16;
@@ -231,7 +232,12 @@ impl<'p> Block<'p> {
     }
 
     fn slice(&mut self) -> u32 {
-        self.draw(200).map_or(SLICE, |n| 64 + n as u32)
+        // Blocks that take turns with all others wait for them in loops: give way sooner.
+        let fixed = match self.ctx.launch.workspace {
+            0 => SLICE,
+            _ => COOPERATIVE_SLICE,
+        };
+        self.draw(200).map_or(fixed, |n| 64 + n as u32)
     }
 
     /// A random number below `bound`, when the schedule is random.

@@ -177,6 +177,8 @@ impl Warp {
                     S::LanemaskLe => u32::MAX >> (31 - lane),
                     S::LanemaskGt => !(u32::MAX >> (31 - lane)),
                     S::LanemaskGe => u32::MAX << lane,
+                    S::Env(1) => (ctx.launch.workspace >> 32) as u32,
+                    S::Env(_) => ctx.launch.workspace as u32,
                     S::DynamicShared => ctx.launch.dynamic_shared,
                     S::TotalShared => ctx.launch.shared_bytes,
                     S::ClusterCtaid(axis) => {

@@ -29,6 +29,17 @@ pub fn is_row(addresses: &[u64; LANES], len: u64, mask: u32) -> bool {
     gaps == 0 && mask == u32::MAX
 }
 
+/// Whether all lanes of a mask access the same place.
+#[inline]
+fn is_one(addresses: &[u64; LANES], mask: u32) -> bool {
+    let first = addresses[mask.trailing_zeros() as usize % LANES];
+    let mut different = 0;
+    for lane in 0..LANES {
+        different |= u32::from(addresses[lane] != first) << lane;
+    }
+    different & mask == 0
+}
+
 fn touch_name(touch: Touch) -> &'static str {
     match touch {
         Touch::Read => "read",
@@ -205,6 +216,56 @@ impl<'p> Context<'p> {
         }
     }
 
+    /// Checks the accesses of a warp's lanes to shared memory at once if they form a row or are
+    /// the same; false if they are neither, or if something is wrong with them that
+    /// [`Self::shared_range`] will name.
+    #[inline]
+    pub fn shared_together(
+        &mut self,
+        addresses: &[u64; LANES],
+        len: u64,
+        mask: u32,
+        touch: shared::Touch,
+        warp: u32,
+    ) -> bool {
+        let first = addresses[mask.trailing_zeros() as usize % LANES] & WINDOW_MASK;
+        let total = if is_row(addresses, len, mask) {
+            len * LANES as u64
+        } else if touch == shared::Touch::Read && is_one(addresses, mask) {
+            len
+        } else {
+            return false;
+        };
+        if first & (len - 1) != 0 || first + total > self.memory.bytes.len() as u64 {
+            return false;
+        }
+        let by = self.clocks.accessor(warp);
+        let shadow = &mut self.memory.shadow;
+        shadow.touch(first as u32, total as u32, touch, &by).is_ok()
+    }
+
+    /// Checks the beginning of an asynchronous read of whole words, and keeps track of it;
+    /// false if too many are under way for that.
+    pub fn begin_read(&mut self, offset: u64, len: u64, warp: u32, lane: usize) -> Checked<bool> {
+        let size = self.memory.bytes.len() as u64;
+        if offset + len > size {
+            let message = format!("shared read of {len} bytes at offset {offset} of {size}");
+            return Err(Fault::new(Kind::OutOfBounds, lane as u32, message));
+        }
+        let by = self.clocks.accessor(warp);
+        let shadow = &mut self.memory.shadow;
+        let begun = shadow.begin_read(offset as u32, len as u32, &by);
+        let counted =
+            begun.map_err(|c| shared_conflict(c, "asynchronous read", offset, len, lane))?;
+        if let Some(writer) = shadow.unfenced(offset as u32, len as u32, warp, &self.clocks) {
+            let message = format!(
+                "asynchronous read of {len} bytes at shared offset {offset}: warp {writer} wrote there with no fence.proxy.async since"
+            );
+            return Err(Fault::new(Kind::AsyncCopy, lane as u32, message));
+        }
+        Ok(counted)
+    }
+
     /// Checks a shared access of one lane; returns its offset.
     #[inline]
     pub fn shared_range(
@@ -292,6 +353,10 @@ pub fn shared_conflict(
         shared::Conflict::InFlight => (
             Kind::AsyncCopy,
             "an asynchronous copy to these bytes has not been waited for".to_string(),
+        ),
+        shared::Conflict::BeingRead => (
+            Kind::AsyncCopy,
+            "an asynchronous operation that reads these bytes has not been waited for".to_string(),
         ),
         shared::Conflict::WrittenBy(actor) => (
             Kind::SharedRace,

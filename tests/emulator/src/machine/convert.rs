@@ -4,6 +4,7 @@ use half::{bf16, f16};
 
 use super::registers::{LANES, Registers, map1, map2};
 use super::rounding::{self, F32, TF32, bf16_bits, integer_to_odd, round};
+use crate::fp8::{self, Format};
 use crate::ptx::ast::Type;
 use crate::ptx::ops::{Convert, Rounding};
 
@@ -68,6 +69,9 @@ fn general(r: &mut Registers, exec: u32, c: &Convert) {
     let mut out = [0u64; LANES];
     for lane in (0..LANES).filter(|lane| exec >> lane & 1 == 1) {
         out[lane] = match &b {
+            _ if Format::of_pair(c.to).is_some() || Format::of_pair(c.from).is_some() => {
+                fp8_pair(c, a[lane], b.map_or(0, |b| b[lane]))
+            }
             Some(b) => {
                 let half = if c.to == Type::F16x2 {
                     Type::F16
@@ -80,6 +84,33 @@ fn general(r: &mut Registers, exec: u32, c: &Convert) {
         };
     }
     r.write_any(c.d, &out, exec);
+}
+
+/// Conversions of pairs to and from fp8.
+fn fp8_pair(c: &Convert, a: u64, b: u64) -> u64 {
+    if let Some(format) = Format::of_pair(c.from) {
+        let half = |bits: u64| {
+            let value = f64::from(fp8::decode(bits as u8, format));
+            encode(c, Type::F16, value)
+        };
+        return half(a >> 8) << 16 | half(a);
+    }
+    let Some(format) = Format::of_pair(c.to) else {
+        return 0;
+    };
+    let narrow = |value: Value| match value {
+        Value::Float(x) if c.relu && x < 0.0 => 0,
+        Value::Float(x) => u64::from(fp8::encode(x, format)),
+        Value::Int(_) => 0,
+    };
+    let (high, low) = match c.from {
+        Type::F32 => (decode(Type::F32, a, false), decode(Type::F32, b, false)),
+        _ => (
+            decode(Type::F16, a >> 16, false),
+            decode(Type::F16, a & 0xffff, false),
+        ),
+    };
+    narrow(high) << 8 | narrow(low)
 }
 
 fn decode(ty: Type, bits: u64, ftz: bool) -> Value {

@@ -34,6 +34,8 @@ pub struct Launch<'p> {
     pub races: LaunchState,
     pub alu: Alu,
     pub sm_count: u32,
+    /// Address of what the blocks of a cooperative launch synchronise through; 0 for others.
+    pub workspace: u64,
     pub started: Instant,
     /// Seed of a random warp schedule.
     pub schedule: Option<u64>,
@@ -74,6 +76,9 @@ impl Launch<'_> {
     pub fn run(&self) -> Result<Counters, Box<Finding>> {
         let sizes = self.grid.iter().zip(self.cluster);
         let clusters: u64 = sizes.map(|(&g, c)| u64::from(g / c)).product();
+        if self.workspace != 0 {
+            return self.run_together(clusters);
+        }
         let workers = (rayon::current_num_threads() as u64).min(clusters).max(1);
         let (next, stop) = (AtomicU64::new(0), AtomicBool::new(false));
         let total = Mutex::new(Counters {
@@ -105,5 +110,32 @@ impl Launch<'_> {
             Ok(())
         })?;
         Ok(total.into_inner().unwrap_or_else(|e| e.into_inner()))
+    }
+
+    /// Runs all blocks in turns on one thread, as a cooperative launch needs: each of them may
+    /// wait for any other.
+    fn run_together(&self, clusters: u64) -> Result<Counters, Box<Finding>> {
+        let mut running: Vec<Cluster<'_>> = (0..clusters)
+            .map(|index| {
+                let mut cluster = Cluster::new(self);
+                cluster.start(index);
+                cluster
+            })
+            .collect();
+        let mut total = Counters {
+            launches: 1,
+            ..Counters::default()
+        };
+        while !running.is_empty() {
+            let mut rest = Vec::with_capacity(running.len());
+            for mut cluster in running {
+                match cluster.round()? {
+                    Progress::Running => rest.push(cluster),
+                    Progress::Finished => total.add(&cluster.counters()),
+                }
+            }
+            running = rest;
+        }
+        Ok(total)
     }
 }

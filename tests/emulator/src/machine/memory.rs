@@ -193,6 +193,11 @@ impl Memory {
         (state.live.len(), state.used)
     }
 
+    /// Sizes of the live allocations by address, which is the order they were made in.
+    pub fn live_sizes(&self) -> Vec<u64> {
+        self.lock().live.values().map(|a| a.size).collect()
+    }
+
     /// Reserves `size` bytes, undefined at first.
     ///
     /// # Errors

@@ -74,6 +74,11 @@ impl Registers {
         }
     }
 
+    /// The current frame.
+    pub fn base(&self) -> Base {
+        self.base
+    }
+
     /// Makes the frame at `base` current.
     pub fn select(&mut self, base: Base) {
         self.base = base;

@@ -29,6 +29,16 @@ pub const BF16: Format = Format {
     min_exponent: -126,
     largest: 3.389_531_389_251_535_5e38,
 };
+pub const E4M3: Format = Format {
+    precision: 4,
+    min_exponent: -6,
+    largest: 448.0,
+};
+pub const E5M2: Format = Format {
+    precision: 3,
+    min_exponent: -14,
+    largest: 57344.0,
+};
 pub const TF32: Format = Format {
     precision: 11,
     min_exponent: -126,

@@ -7,8 +7,10 @@
 use super::block::Context;
 use super::registers::{Base, LANES, Registers};
 use crate::async_copy::Copies;
+use crate::bulk_store::{self, Stores};
 use crate::ptx::ops::{Address, BarrierKind, Class, FloatOp, Inst, Op, Reg, Special};
 use crate::sanitize::{Checked, Fault, Kind};
+use crate::wgmma::{self, Products};
 
 /// Lanes that run together.
 #[derive(Clone, Copy, Debug)]
@@ -81,6 +83,9 @@ pub struct Warp {
     /// Local memory, word by word.
     pub local: Vec<[u32; LANES]>,
     pub copies: Copies,
+    /// Bulk stores and matrix products under way.
+    pub stores: Stores,
+    pub products: Products,
     /// An instruction polled in vain; the warp gives way after it.
     pub polling: bool,
 }
@@ -103,6 +108,8 @@ impl Warp {
             frames: Vec::new(),
             local: Vec::new(),
             copies: Copies::default(),
+            stores: Stores::default(),
+            products: Products::default(),
             polling: false,
         }
     }
@@ -135,6 +142,8 @@ impl Warp {
         self.local
             .resize(function.local_size as usize / 4, [0; LANES]);
         self.copies = Copies::default();
+        self.stores = Stores::default();
+        self.products = Products::default();
         self.polling = false;
         self.fill_specials(ctx, ctx.launch.function);
     }
@@ -207,6 +216,9 @@ impl Warp {
             if exec == 0 {
                 self.current.pc += 1;
                 continue;
+            }
+            if !self.products.is_empty() {
+                wgmma::check_registers(self, inst, &program.functions[function])?;
             }
             if (ctx.launch.alu)(&inst.op, &mut self.regs, exec) {
                 self.current.pc += 1;
@@ -304,7 +316,10 @@ impl Warp {
             Op::Atomic(atomic) => self.atomic(ctx, atomic, exec)?,
             Op::BranchIndex { targets, a } => return self.branch_index(targets, *a, exec),
             Op::Return if self.frame().caller.is_some() => return self.return_from(ctx, exec),
-            Op::Exit | Op::Return => return Ok(self.exit(exec)),
+            Op::Exit | Op::Return => {
+                bulk_store::exit(self, ctx, exec)?;
+                return Ok(self.exit(exec));
+            }
             Op::Call(call) => return self.call(ctx, call, exec),
             Op::Barrier {
                 kind,

@@ -7,7 +7,7 @@ use super::registers::LANES;
 use super::warp::{Flow, Stop, Warp};
 use crate::ptx::ops::{AnyReg, AtomicOp, Op, Reg, ShuffleMode, VoteMode};
 use crate::sanitize::{Checked, Fault, Kind};
-use crate::{async_copy, tensor_core};
+use crate::{async_copy, byte_mma, tensor_core, wgmma, wmma};
 
 /// Whether the lanes an instruction needs are together.
 enum Meeting {
@@ -40,8 +40,10 @@ impl Warp {
             return self.for_members(op, *self.regs.read32(reg), exec);
         }
         let needed = match op {
-            Op::Mma(_) | Op::LoadMatrix(_) | Op::StoreMatrix(_) => u32::MAX,
-            Op::Wgmma(_) | Op::WgmmaCommit | Op::WgmmaWait => u32::MAX,
+            Op::Mma(_) | Op::ByteMma(_) | Op::DoubleMma(_) => u32::MAX,
+            Op::LoadMatrix(_) | Op::StoreMatrix(_) => u32::MAX,
+            Op::WmmaAccess(_) | Op::WmmaProduct(_) => u32::MAX,
+            Op::Wgmma(_) | Op::WgmmaCommit | Op::WgmmaWait { .. } => u32::MAX,
             Op::ClusterArrive { .. } | Op::ClusterWait => self.live,
             _ => exec,
         };
@@ -51,9 +53,16 @@ impl Warp {
         match op {
             Op::Activemask { d } => self.regs.write32(*d, &[exec; LANES], exec),
             Op::Mma(mma) => tensor_core::mma(&mut self.regs, ctx, mma),
+            Op::ByteMma(mma) => byte_mma::mma(&mut self.regs, ctx, mma),
+            Op::DoubleMma(mma) => byte_mma::mma_double(&mut self.regs, ctx, mma),
+            Op::WmmaAccess(w) => wmma::access(self, ctx, w)?,
+            Op::WmmaProduct(w) => wmma::multiply(self, ctx, w),
             Op::LoadMatrix(m) => tensor_core::load_matrix(self, ctx, m)?,
             Op::StoreMatrix(m) => tensor_core::store_matrix(self, ctx, m)?,
-            Op::WgmmaWait => return Ok(self.step_over(Stop::WarpgroupWait)),
+            Op::WgmmaWait { pending } => {
+                wgmma::wait(self, ctx, *pending);
+                return Ok(self.step_over(Stop::WarpgroupWait));
+            }
             Op::ClusterArrive { relaxed } => {
                 return Ok(self.step_over(Stop::ClusterArrive { relaxed: *relaxed }));
             }

@@ -50,6 +50,8 @@ pub struct Function {
     pub required_threads: bool,
     pub cluster: Option<[u32; 3]>,
     pub locations: Vec<SourceLocation>,
+    /// 32-bit registers that instructions name, one instruction after the other.
+    pub uses: Vec<Reg>,
 }
 
 impl Function {

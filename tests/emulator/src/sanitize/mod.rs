@@ -21,7 +21,8 @@ pub enum Kind {
     GlobalRace,
     /// A barrier not all threads reach, or reached by threads that diverged.
     Barrier,
-    /// Shared memory touched while an asynchronous copy into it is in flight.
+    /// Memory or registers touched while an asynchronous operation uses them, or that operation
+    /// started before what it reads was made visible to it.
     AsyncCopy,
     /// Shared memory of a block that has exited, or may have, used by another of its cluster.
     ClusterExit,

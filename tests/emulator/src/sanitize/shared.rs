@@ -33,6 +33,8 @@ pub enum Conflict {
     Uninitialized,
     /// An asynchronous copy to the bytes is in flight.
     InFlight,
+    /// An asynchronous operation that reads the bytes has not been waited for.
+    BeingRead,
     /// Unordered with a write of this actor.
     WrittenBy(u32),
     /// Unordered with a read of this actor.
@@ -41,8 +43,11 @@ pub enum Conflict {
     Atomic,
 }
 
-/// Shadow of four bytes.
-#[derive(Clone, Copy, Debug)]
+/// Words of a line.
+const LINE: u32 = 4;
+
+/// Shadow of four bytes, or of each word of a line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Word {
     readers: u64,
     atomics: u64,
@@ -50,8 +55,10 @@ struct Word {
     write_time: u32,
     first_atomic: u32,
     writer: u8,
-    written: u8,
-    read: u8,
+    /// Low half: bytes the writer wrote; high half: bytes the readers read.
+    touched: u8,
+    /// Asynchronous reads under way.
+    async_reads: u8,
     /// Low half: defined bytes; high half: bytes with a copy in flight.
     state: u8,
 }
@@ -63,14 +70,19 @@ const FRESH: Word = Word {
     write_time: 0,
     first_atomic: 0,
     writer: NOBODY,
-    written: 0,
-    read: 0,
+    touched: 0,
+    async_reads: 0,
     state: 0,
 };
 
-/// Shadow of the shared memory of one block.
+/// Shadow of the shared memory of one block. Accesses of 16 bytes are the rule, so a line of
+/// four words has one shadow as long as nothing tells its words apart.
 #[derive(Debug, Default)]
 pub struct Shadow {
+    /// Each line's shadow; that of a split line means nothing.
+    lines: Vec<Word>,
+    split: Vec<bool>,
+    /// The words of split lines.
     words: Vec<Word>,
 }
 
@@ -125,6 +137,8 @@ pub struct Clocks {
     /// Time; the blocks of a cluster take turns and hand it on.
     pub now: u32,
     known: [Known; MAX_WARPS],
+    /// Time of each warp's last `fence.proxy.async`.
+    fenced: [u32; MAX_WARPS],
 }
 
 impl Default for Clocks {
@@ -133,6 +147,7 @@ impl Default for Clocks {
             me: MAX_WARPS,
             now: 1,
             known: [NOTHING; MAX_WARPS],
+            fenced: [0; MAX_WARPS],
         }
     }
 }
@@ -193,6 +208,12 @@ impl Clocks {
         }
     }
 
+    /// A warp makes its view of shared memory the asynchronous proxy's too.
+    pub fn fence_proxy(&mut self, warp: u32) {
+        self.now += 1;
+        self.fenced[warp as usize] = self.now;
+    }
+
     /// Whether some warp knows what the block with this rank did at a time.
     pub fn knows(&self, rank: u32, time: u32) -> bool {
         let actor = MAX_WARPS + rank as usize;
@@ -216,8 +237,13 @@ fn latest(times: &Times, me: &[usize]) -> u32 {
 impl Shadow {
     /// Starts a block with `bytes` of undefined shared memory.
     pub fn reset(&mut self, bytes: usize) {
-        self.words.clear();
-        self.words.resize(bytes.div_ceil(4), FRESH);
+        let lines = bytes.div_ceil(4 * LINE as usize);
+        self.lines.clear();
+        self.lines.resize(lines, FRESH);
+        self.split.clear();
+        self.split.resize(lines, false);
+        // Filled in where a line is split.
+        self.words.resize(lines * LINE as usize, FRESH);
     }
 
     /// Marks a copy into the bytes as in flight; they count as untouched until it lands.
@@ -231,6 +257,51 @@ impl Shadow {
     pub fn land_copy(&mut self, start: u32, len: u32, by: &Accessor<'_>) -> Result<(), Conflict> {
         self.each(start, len, |word, mask| word.state &= !(mask << 4));
         self.touch(start, len, Touch::Write, by)
+    }
+
+    /// An asynchronous read begins: until it ends nobody may write them. False
+    /// if so many are under way that it is not kept track of.
+    pub fn begin_read(
+        &mut self,
+        start: u32,
+        len: u32,
+        by: &Accessor<'_>,
+    ) -> Result<bool, Conflict> {
+        self.touch(start, len, Touch::Read, by)?;
+        let mut most = 0;
+        self.each(start, len, |word, _| most = most.max(word.async_reads));
+        let counted = most < u8::MAX;
+        if counted {
+            self.each(start, len, |word, _| word.async_reads += 1);
+        }
+        Ok(counted)
+    }
+
+    /// The warp of the block that wrote some of the bytes with ordinary stores since it, and
+    /// since warp `by`, executed `fence.proxy.async`.
+    pub fn unfenced(&mut self, start: u32, len: u32, by: u32, clocks: &Clocks) -> Option<u32> {
+        let mut found = None;
+        self.each(start, len, |word, _| {
+            let warp = usize::from(word.writer);
+            let unfenced = word.touched & 0xf != 0
+                && warp < MAX_WARPS
+                && word.write_time >= clocks.fenced[warp]
+                && word.write_time >= clocks.fenced[by as usize];
+            if unfenced {
+                found = Some(u32::from(word.writer));
+            }
+        });
+        found
+    }
+
+    /// Ends an asynchronous read that was kept track of: the warp that waited counts as the
+    /// reader, now.
+    pub fn end_read(&mut self, start: u32, len: u32, by: &Accessor<'_>) {
+        self.each(start, len, |word, mask| {
+            word.async_reads = word.async_reads.saturating_sub(1);
+            (word.readers, word.first_read) = (1 << by.actor, by.now);
+            word.touched |= mask << 4;
+        });
     }
 
     /// Marks bytes as defined and leaves who touched them alone.
@@ -249,13 +320,74 @@ impl Shadow {
         });
     }
 
-    fn each(&mut self, start: u32, len: u32, mut f: impl FnMut(&mut Word, u8)) {
+    /// The words of a line, which is split from now on.
+    #[inline]
+    fn split(&mut self, line: usize) {
+        if !self.split[line] {
+            self.split[line] = true;
+            let first = line * LINE as usize;
+            self.words[first..first + LINE as usize].fill(self.lines[line]);
+        }
+    }
+
+    /// Calls `f` with each piece of the bytes that has a shadow of its own: a line or a word,
+    /// with its bytes as a mask.
+    #[inline(always)]
+    fn try_each<E>(
+        &mut self,
+        start: u32,
+        len: u32,
+        mut f: impl FnMut(&mut Word, u8) -> Result<(), E>,
+    ) -> Result<(), E> {
+        const BYTES: u32 = 4 * LINE;
         let (mut at, end) = (start, start + len);
         while at < end {
+            let line = (at / BYTES) as usize;
+            if at.is_multiple_of(BYTES) && end - at >= BYTES {
+                if self.split[line] {
+                    self.each_word_of_line(line, &mut f)?;
+                } else {
+                    f(&mut self.lines[line], 0xf)?;
+                }
+                at += BYTES;
+                continue;
+            }
+            self.split(line);
             let stop = end.min((at / 4 + 1) * 4);
             let mask = (((1u32 << (stop - at)) - 1) << (at % 4)) as u8;
-            f(&mut self.words[(at / 4) as usize], mask);
+            f(&mut self.words[(at / 4) as usize], mask)?;
             at = stop;
+        }
+        Ok(())
+    }
+
+    /// Calls `f` with the words of a split line, and joins them if they have become equal.
+    fn each_word_of_line<E>(
+        &mut self,
+        line: usize,
+        f: &mut impl FnMut(&mut Word, u8) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let first = line * LINE as usize;
+        let words = &mut self.words[first..first + LINE as usize];
+        for word in words.iter_mut() {
+            f(word, 0xf)?;
+        }
+        if words.iter().all(|w| *w == words[0]) {
+            self.lines[line] = words[0];
+            self.split[line] = false;
+        }
+        Ok(())
+    }
+
+    fn each(&mut self, start: u32, len: u32, mut f: impl FnMut(&mut Word, u8)) {
+        let result: Result<(), std::convert::Infallible> =
+            self.try_each(start, len, |word, mask| {
+                f(word, mask);
+                Ok(())
+            });
+        match result {
+            Ok(()) => {}
+            Err(never) => match never {},
         }
     }
 
@@ -268,20 +400,7 @@ impl Shadow {
         touch: Touch,
         by: &Accessor<'_>,
     ) -> Result<(), Conflict> {
-        if start.is_multiple_of(4) && len.is_multiple_of(4) {
-            for word in &mut self.words[(start / 4) as usize..((start + len) / 4) as usize] {
-                touch_word(word, 0xf, touch, by)?;
-            }
-            return Ok(());
-        }
-        let (mut at, end) = (start, start + len);
-        while at < end {
-            let stop = end.min((at / 4 + 1) * 4);
-            let mask = (((1u32 << (stop - at)) - 1) << (at % 4)) as u8;
-            touch_word(&mut self.words[(at / 4) as usize], mask, touch, by)?;
-            at = stop;
-        }
-        Ok(())
+        self.try_each(start, len, |word, mask| touch_word(word, mask, touch, by))
     }
 }
 
@@ -313,7 +432,7 @@ fn touch_word(word: &mut Word, mask: u8, touch: Touch, by: &Accessor<'_>) -> Res
         return Err(Conflict::Uninitialized);
     }
     let foreign_writer = word.writer != NOBODY && u32::from(word.writer) != by.actor;
-    if word.written & mask != 0
+    if word.touched & mask != 0
         && foreign_writer
         && by.known.synced[usize::from(word.writer)] < word.write_time
     {
@@ -332,13 +451,17 @@ fn touch_word(word: &mut Word, mask: u8, touch: Touch, by: &Accessor<'_>) -> Res
                 word.readers = 0;
             }
             if word.readers == 0 {
-                (word.first_read, word.read) = (by.now, 0);
+                word.first_read = by.now;
+                word.touched &= 0xf;
             }
             word.readers |= 1 << by.actor;
-            word.read |= mask;
+            word.touched |= mask << 4;
         }
         Touch::Write | Touch::Atomic => {
-            let readers = if word.read & mask != 0 {
+            if word.async_reads != 0 {
+                return Err(Conflict::BeingRead);
+            }
+            let readers = if word.touched >> 4 & mask != 0 {
                 word.readers
             } else {
                 0
@@ -358,7 +481,8 @@ fn touch_word(word: &mut Word, mask: u8, touch: Touch, by: &Accessor<'_>) -> Res
                 word.atomics |= 1 << by.actor;
             } else {
                 let same = u32::from(word.writer) == by.actor;
-                word.written = if same { word.written | mask } else { mask };
+                let kept = if same { 0xff } else { 0xf0 };
+                word.touched = word.touched & kept | mask;
                 (word.writer, word.write_time) = (by.actor as u8, by.now);
                 (word.atomics, word.readers) = (0, 0);
             }

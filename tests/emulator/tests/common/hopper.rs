@@ -24,6 +24,7 @@ pub fn on_hopper(test: &str, body: fn(&Arc<CudaStream>)) {
         .env("CUDA_EMU_DEVICE", "h100")
         .output()
         .unwrap();
+    print!("{}", String::from_utf8_lossy(&output.stdout));
     assert!(
         output.status.success(),
         "{}",

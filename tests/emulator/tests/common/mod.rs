@@ -180,6 +180,39 @@ pub fn compiled(context: &Arc<CudaContext>, name: &str) -> Arc<CudaModule> {
     module(context, &compile(name, "compute_80"))
 }
 
+/// Environment variable that makes [`digest`] print.
+pub const DIGESTS: &str = "CUDA_EMULATOR_TEST_DIGESTS";
+
+/// Prints a digest of a result's bits, for comparison between runs under different schedules.
+pub fn digest<T: Hash>(what: &str, values: &[T]) {
+    if std::env::var_os(DIGESTS).is_some() {
+        let mut hasher = DefaultHasher::new();
+        values.hash(&mut hasher);
+        println!("digest {what} {:016x}", hasher.finish());
+    }
+}
+
+/// Digests that tests of this executable print under a schedule, `None` for the fixed one.
+pub fn digests_under(schedule: Option<u64>, tests: &[&str]) -> Vec<String> {
+    let mut command = Command::new(std::env::current_exe().expect("the test's path"));
+    command
+        .args(["--exact", "--nocapture", "--test-threads=1"])
+        .args(tests);
+    command.env(DIGESTS, "1").env_remove("CUDA_EMU_SCHEDULE");
+    if let Some(seed) = schedule {
+        command.env("CUDA_EMU_SCHEDULE", seed.to_string());
+    }
+    let output = command.output().expect("the test starts");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{schedule:?}: {text}");
+    let mut lines: Vec<String> = text
+        .lines()
+        .filter_map(|line| Some(line[line.find("digest ")?..].to_string()))
+        .collect();
+    lines.sort();
+    lines
+}
+
 /// Deterministic values in [-1, 1).
 pub fn noise(seed: u64, count: usize) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;

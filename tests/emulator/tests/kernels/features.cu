@@ -141,3 +141,18 @@ extern "C" __global__ void wide_index(unsigned char *x) {
   x[blockIdx.z * 24 + blockIdx.y * 8 + (threadIdx.z * 2 + threadIdx.y) * 2 + threadIdx.x] =
       blockIdx.z * 100 + blockIdx.y * 10 + threadIdx.z * 4 + threadIdx.y * 2 + threadIdx.x;
 }
+
+// Every block adds up what all blocks wrote before the grid's barrier, twice.
+extern "C" __global__ void grid_sum(const int *x, int *partial, int *total) {
+  cg::grid_group grid = cg::this_grid();
+  for (int round = 0; round < 2; round++) {
+    if (threadIdx.x == 0) partial[blockIdx.x] = x[blockIdx.x] + round;
+    grid.sync();
+    if (threadIdx.x == 0) {
+      int sum = 0;
+      for (int i = 0; i < gridDim.x; i++) sum += partial[i];
+      total[blockIdx.x * 2 + round] = sum;
+    }
+    grid.sync();
+  }
+}

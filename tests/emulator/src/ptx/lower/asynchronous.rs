@@ -2,7 +2,8 @@
 
 use super::super::ast::{Instruction, Operand};
 use super::super::ops::{BulkCopy, BulkKind, Class, CopyAsync, MbarrierOp, Op};
-use super::{FunctionLowering, Result, immediate, operand};
+use super::memory::atomic_op;
+use super::{FunctionLowering, Result, immediate, last_type, operand};
 
 impl FunctionLowering<'_> {
     pub(super) fn asynchronous(&mut self, i: &Instruction) -> Result<Option<(Op, Class)>> {
@@ -90,11 +91,13 @@ impl FunctionLowering<'_> {
 
     fn bulk(&mut self, i: &Instruction) -> Result<Op> {
         if i.has("commit_group") {
-            return Ok(Op::BulkGroup);
+            return Ok(Op::BulkCommit);
         }
         if i.has("wait_group") {
-            Self::constant_operand(i, 0)?;
-            return Ok(Op::BulkGroup);
+            return Ok(Op::BulkWait {
+                pending: Self::constant_operand(i, 0)?,
+                read: i.has("read"),
+            });
         }
         let spaces: Vec<&str> = i
             .parts
@@ -111,10 +114,23 @@ impl FunctionLowering<'_> {
             ["shared::cluster", "shared::cta"] => BulkKind::Share,
             _ => return Err("unknown opcode: direction of a bulk copy".into()),
         };
-        if i.parts.iter().any(|p| p.starts_with("im2col")) || i.has("reduce") {
-            return Err("unknown opcode: bulk copy mode".into());
+        if i.parts.iter().any(|p| p.starts_with("im2col")) {
+            return Err("im2col copies are not supported".into());
         }
         let tensor = i.has("tensor");
+        let reduce = match i.has("reduce") {
+            true => Some(
+                i.parts
+                    .iter()
+                    .find_map(|p| atomic_op(p))
+                    .ok_or("no reduction")?,
+            ),
+            false => None,
+        };
+        let ty = match reduce {
+            Some(_) if !tensor => Some(last_type(i)?),
+            _ => None,
+        };
         let (to, from) = (operand(i, 0)?, operand(i, 1)?);
         let (shared, other) = if kind == BulkKind::Store {
             (from, to)
@@ -156,6 +172,8 @@ impl FunctionLowering<'_> {
             bytes,
             coordinates,
             barrier,
+            reduce,
+            ty,
         })))
     }
 

@@ -3,6 +3,7 @@
 use super::super::ast::{Instruction, Operand, Space, Type};
 use super::super::ops::{AnyReg, Class, Convert, Op, Rounding, Special};
 use super::{FunctionLowering, Result, last_type, operand};
+use crate::fp8::Format;
 
 impl FunctionLowering<'_> {
     pub(super) fn conversion(&mut self, i: &Instruction) -> Result<Option<(Op, Class)>> {
@@ -98,7 +99,10 @@ impl FunctionLowering<'_> {
         let [to, from] = types[..] else {
             return Err("expected two types".into());
         };
-        let packed = matches!(to, Type::F16x2 | Type::Bf16x2) && from == Type::F32;
+        let to_fp8 = Format::of_pair(to).is_some();
+        let from_fp8 = Format::of_pair(from).is_some();
+        let pair = to_fp8 || matches!(to, Type::F16x2 | Type::Bf16x2);
+        let packed = pair && from == Type::F32;
         let mut c = Convert {
             from,
             to,
@@ -139,13 +143,13 @@ impl FunctionLowering<'_> {
                 }
             };
         }
-        let supported = |t: Type| {
-            !matches!(
-                t,
-                Type::E4m3x2 | Type::E5m2x2 | Type::U16x2 | Type::S16x2 | Type::Pred
-            )
+        let fp8_known = match (to_fp8, from_fp8) {
+            (true, _) => matches!(from, Type::F32 | Type::F16x2) && c.satfinite,
+            (_, true) => to == Type::F16x2,
+            _ => !c.satfinite,
         };
-        if !supported(to) || !supported(from) || from == Type::Tf32 || c.satfinite {
+        let supported = |t: Type| !matches!(t, Type::U16x2 | Type::S16x2 | Type::Pred);
+        if !supported(to) || !supported(from) || from == Type::Tf32 || !fp8_known {
             return Err("unknown conversion".into());
         }
         Ok(Op::Convert(Box::new(c)))

@@ -38,6 +38,7 @@ impl FunctionLowering<'_> {
                 },
                 Class::Barrier,
             ),
+            "fence" if i.has("async") && !i.has("global") => (Op::ProxyFence, Class::Barrier),
             "fence" => {
                 let proxy = i.parts[1..]
                     .iter()
@@ -126,6 +127,7 @@ impl FunctionLowering<'_> {
             size: ty.bytes() as u8,
             signed: ty.is_signed(),
             strong,
+            release: releases(i),
             count: lanes as u8,
             regs,
             discard,
@@ -147,16 +149,7 @@ impl FunctionLowering<'_> {
         let mut op = None;
         for part in &i.parts[1..i.parts.len() - 1] {
             op = match part.as_str() {
-                "add" => Some(AtomicOp::Add),
-                "min" => Some(AtomicOp::Min),
-                "max" => Some(AtomicOp::Max),
-                "inc" => Some(AtomicOp::Inc),
-                "dec" => Some(AtomicOp::Dec),
-                "and" => Some(AtomicOp::And),
-                "or" => Some(AtomicOp::Or),
-                "xor" => Some(AtomicOp::Xor),
-                "exch" => Some(AtomicOp::Exch),
-                "cas" => Some(AtomicOp::Cas),
+                p if atomic_op(p).is_some() => atomic_op(p),
                 "relaxed" | "acquire" | "release" | "acq_rel" | "noftz" => op,
                 p if is_hint(p) || Space::parse(p).is_some() => op,
                 other => return Err(format!("unknown modifier `.{other}`")),
@@ -182,12 +175,35 @@ impl FunctionLowering<'_> {
             space,
             op,
             ty,
+            release: releases(i),
             d,
             address,
             b,
             c,
         })))
     }
+}
+
+/// Whether an access orders the block's earlier writes before it for the whole device.
+fn releases(i: &Instruction) -> bool {
+    (i.has("release") || i.has("acq_rel")) && (i.has("gpu") || i.has("sys"))
+}
+
+/// The operation that a modifier names.
+pub fn atomic_op(name: &str) -> Option<AtomicOp> {
+    Some(match name {
+        "add" => AtomicOp::Add,
+        "min" => AtomicOp::Min,
+        "max" => AtomicOp::Max,
+        "inc" => AtomicOp::Inc,
+        "dec" => AtomicOp::Dec,
+        "and" => AtomicOp::And,
+        "or" => AtomicOp::Or,
+        "xor" => AtomicOp::Xor,
+        "exch" => AtomicOp::Exch,
+        "cas" => AtomicOp::Cas,
+        _ => return None,
+    })
 }
 
 fn access_class(space: Space, load: bool) -> Class {

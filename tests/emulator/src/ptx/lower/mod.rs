@@ -8,6 +8,7 @@ mod convert;
 mod memory;
 mod operands;
 mod tensor;
+mod wmma;
 
 use std::collections::HashMap;
 
@@ -147,6 +148,8 @@ pub(super) struct FunctionLowering<'m> {
     fixups: Vec<(usize, Vec<String>, u32)>,
     dynamic_align: u64,
     line: u32,
+    /// Register uses that belong to instructions already emitted.
+    used: u32,
 }
 
 impl<'m> FunctionLowering<'m> {
@@ -172,6 +175,7 @@ impl<'m> FunctionLowering<'m> {
             fixups: Vec::new(),
             dynamic_align: 16,
             line: function.line,
+            used: 0,
         }
     }
 
@@ -363,7 +367,9 @@ impl<'m> FunctionLowering<'m> {
             class,
             line: self.line,
             location,
+            uses: (self.used, self.out.uses.len() as u32),
         });
+        self.used = self.out.uses.len() as u32;
     }
 
     fn instruction(&mut self, i: &Instruction) -> Result<()> {
@@ -383,6 +389,7 @@ impl<'m> FunctionLowering<'m> {
             Self::memory_access,
             Self::control_flow,
             Self::warp_matrix,
+            Self::wmma,
             Self::asynchronous,
         ];
         for family in families {

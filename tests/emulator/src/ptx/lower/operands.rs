@@ -10,6 +10,13 @@ impl FunctionLowering<'_> {
         self.scopes.iter().rev().find_map(|s| s.get(name).copied())
     }
 
+    fn note_use(&mut self, reg: AnyReg) -> AnyReg {
+        if !reg.wide {
+            self.out.uses.push(reg.index);
+        }
+        reg
+    }
+
     pub(super) fn constant(&mut self, value: u64, wide: bool) -> AnyReg {
         if wide {
             if let Some(&index) = self.constants64.get(&value) {
@@ -73,7 +80,7 @@ impl FunctionLowering<'_> {
     pub(super) fn source(&mut self, operand: &Operand, wide: bool) -> Result<AnyReg> {
         match operand {
             Operand::Name(name) => match self.find(name) {
-                Some(Symbol::Register(reg)) => Ok(reg),
+                Some(Symbol::Register(reg)) => Ok(self.note_use(reg)),
                 Some(Symbol::Predicate(_)) => Err(format!("{name} is a predicate")),
                 _ => self.named_value(name, wide),
             },
@@ -124,7 +131,7 @@ impl FunctionLowering<'_> {
         match operand {
             Operand::Name(name) if name == "_" => Ok(self.new_reg(wide)),
             Operand::Name(name) => match self.find(name) {
-                Some(Symbol::Register(reg)) => Ok(reg),
+                Some(Symbol::Register(reg)) => Ok(self.note_use(reg)),
                 _ => Err(format!("`{name}` is not a register")),
             },
             other => Err(format!("unexpected destination {other:?}")),
@@ -217,6 +224,8 @@ fn fixed_special(name: &str) -> Option<FixedSpecial> {
         ("%lanemask_le", _) => S::LanemaskLe,
         ("%lanemask_gt", _) => S::LanemaskGt,
         ("%lanemask_ge", _) => S::LanemaskGe,
+        ("%envreg1", _) => S::Env(1),
+        ("%envreg2", _) => S::Env(2),
         ("%dynamic_smem_size", _) => S::DynamicShared,
         ("%total_smem_size", _) => S::TotalShared,
         _ => return None,

@@ -1,8 +1,11 @@
 //! `mma.sync`, `ldmatrix`, `stmatrix` and `wgmma`.
 
 use super::super::ast::{Instruction, Operand, Type};
-use super::super::ops::{Class, Matrix, Mma, MmaType, Op, Reg, ScaleD, Wgmma};
+use super::super::ops::{
+    ByteMma, ByteType, Class, DoubleMma, Matrix, Mma, MmaType, Op, Reg, ScaleD, Wgmma,
+};
 use super::{FunctionLowering, Result, immediate, operand};
+use crate::fp8::Format;
 
 fn mma_type(name: &str) -> Result<MmaType> {
     Ok(match name {
@@ -23,8 +26,8 @@ impl FunctionLowering<'_> {
             "wgmma" if i.has("fence") => (Op::Nothing, Class::Async),
             "wgmma" if i.has("commit_group") => (Op::WgmmaCommit, Class::Async),
             "wgmma" if i.has("wait_group") => {
-                Self::constant_operand(i, 0)?;
-                (Op::WgmmaWait, Class::Async)
+                let pending = Self::constant_operand(i, 0)?;
+                (Op::WgmmaWait { pending }, Class::Async)
             }
             _ => return Ok(None),
         }))
@@ -56,6 +59,12 @@ impl FunctionLowering<'_> {
     }
 
     fn mma(&mut self, i: &Instruction) -> Result<Op> {
+        if let Some(op) = self.byte_mma(i)? {
+            return Ok(op);
+        }
+        if i.has("m8n8k4") && i.has("f64") {
+            return self.double_mma(i);
+        }
         let Some(shape_at) = i.parts.iter().position(|p| p.starts_with("m16n8k")) else {
             return Err("unknown opcode: matrix shape".into());
         };
@@ -90,6 +99,75 @@ impl FunctionLowering<'_> {
             a: self.fragment(operand(i, 1)?, a_count, false)?,
             b: self.fragment(operand(i, 2)?, b_count, false)?,
             c: self.fragment(operand(i, 3)?, c_count, false)?,
+        })))
+    }
+
+    /// Products of 8-bit operands; None for others.
+    fn byte_mma(&mut self, i: &Instruction) -> Result<Option<Op>> {
+        let types = &i.parts[i.parts.len().saturating_sub(4)..];
+        let byte_type = |name: &String| match name.as_str() {
+            "s8" => Some(ByteType::Signed),
+            "u8" => Some(ByteType::Unsigned),
+            "e4m3" => Some(ByteType::Fp8(Format::E4m3)),
+            "e5m2" => Some(ByteType::Fp8(Format::E5m2)),
+            _ => None,
+        };
+        let (Some(a_type), Some(b_type)) = (
+            types.get(1).and_then(byte_type),
+            types.get(2).and_then(byte_type),
+        ) else {
+            return Ok(None);
+        };
+        let fp8 = |t| matches!(t, ByteType::Fp8(_));
+        let half_accumulate = match (types[0].as_str(), fp8(a_type)) {
+            ("s32", false) | ("f32", true) => false,
+            ("f16", true) => true,
+            _ => return Err("unknown opcode: accumulator type".into()),
+        };
+        let k = match (i.has("m16n8k32"), i.has("m16n8k16")) {
+            (true, _) => 32,
+            (_, true) if !fp8(a_type) => 16,
+            _ => return Err("unknown opcode: matrix shape".into()),
+        };
+        let known = i.has("sync") && i.has("row") && i.has("col");
+        if !known || types[0] != types[3] || fp8(a_type) != fp8(b_type) {
+            return Err("unknown opcode: matrix layout or types".into());
+        }
+        let c_count = if half_accumulate { 2 } else { 4 };
+        Ok(Some(Op::ByteMma(Box::new(ByteMma {
+            a_type,
+            b_type,
+            k,
+            saturate: i.has("satfinite"),
+            half_accumulate,
+            d: self.fragment(operand(i, 0)?, c_count, true)?,
+            a: self.fragment(operand(i, 1)?, usize::from(k) / 8, false)?,
+            b: self.fragment(operand(i, 2)?, usize::from(k) / 16, false)?,
+            c: self.fragment(operand(i, 3)?, c_count, false)?,
+        }))))
+    }
+
+    fn double_mma(&mut self, i: &Instruction) -> Result<Op> {
+        let types = &i.parts[i.parts.len() - 4..];
+        if types.iter().any(|t| t != "f64") || !(i.has("row") && i.has("col")) {
+            return Err("unknown opcode: matrix layout or types".into());
+        }
+        let (d, c) = (
+            Self::elements(operand(i, 0)?),
+            Self::elements(operand(i, 3)?),
+        );
+        let (a, b) = (
+            Self::elements(operand(i, 1)?),
+            Self::elements(operand(i, 2)?),
+        );
+        let ([d0, d1], [a], [b], [c0, c1]) = (d, a, b, c) else {
+            return Err("fragments of the wrong size".into());
+        };
+        Ok(Op::DoubleMma(Box::new(DoubleMma {
+            d: [self.dst(d0, true)?, self.dst(d1, true)?],
+            a: self.src(a, true)?,
+            b: self.src(b, true)?,
+            c: [self.src(c0, true)?, self.src(c1, true)?],
         })))
     }
 

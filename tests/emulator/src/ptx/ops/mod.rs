@@ -3,8 +3,10 @@
 //! Immediates live in constant registers that a frame is filled with on entry, so every
 //! source operand is a register index.
 
+mod matrix;
 mod modes;
 
+pub use matrix::*;
 pub use modes::*;
 
 use super::ast::{Space, Type};
@@ -66,6 +68,8 @@ pub struct Access {
     pub signed: bool,
     /// Ordered with other threads (`.relaxed`, `.acquire`, `.release`, `.volatile`).
     pub strong: bool,
+    /// A store that publishes the block's earlier writes to the device.
+    pub release: bool,
     pub count: u8,
     pub regs: [AnyReg; 4],
     /// Elements of a load that `_` discards, as bits.
@@ -79,40 +83,12 @@ pub struct Atomic {
     pub space: Space,
     pub op: AtomicOp,
     pub ty: Type,
+    /// Publishes the block's earlier writes to the device.
+    pub release: bool,
     pub d: Option<AnyReg>,
     pub address: Address,
     pub b: AnyReg,
     pub c: Option<AnyReg>,
-}
-
-/// Number formats of `mma.sync` and `wgmma` operands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum MmaType {
-    F16,
-    Bf16,
-    Tf32,
-}
-
-/// An `mma.sync` m16n8.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Mma {
-    pub ty: MmaType,
-    pub k: u8,
-    /// Accumulators are packed f16 instead of f32.
-    pub half_accumulate: bool,
-    pub d: [Reg; 4],
-    pub a: [Reg; 4],
-    pub b: [Reg; 2],
-    pub c: [Reg; 4],
-}
-
-/// `ldmatrix` or `stmatrix` of 1, 2 or 4 8x8 matrices of 16-bit elements.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Matrix {
-    pub count: u8,
-    pub transpose: bool,
-    pub regs: [Reg; 4],
-    pub address: Address,
 }
 
 /// A `cp.async` of 4, 8 or 16 bytes.
@@ -223,31 +199,9 @@ pub struct BulkCopy {
     /// Tensor coordinates, innermost first; empty without tensor map.
     pub coordinates: Vec<Reg>,
     pub barrier: Option<Address>,
-}
-
-/// A `wgmma.mma_async` of m64nNk16 (k8 for tf32).
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Wgmma {
-    pub ty: MmaType,
-    pub n: u16,
-    pub half_accumulate: bool,
-    pub d: Vec<Reg>,
-    /// A from registers, or else its descriptor.
-    pub a: Vec<Reg>,
-    pub a_descriptor: Option<Reg>,
-    pub b_descriptor: Reg,
-    pub scale_d: ScaleD,
-    pub negate_a: bool,
-    pub negate_b: bool,
-    pub transpose_a: bool,
-    pub transpose_b: bool,
-}
-
-/// Whether a wgmma adds to its accumulator.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ScaleD {
-    Constant(bool),
-    Predicate(Reg, bool),
+    /// Reduction into the destination, and its type unless a tensor map says it.
+    pub reduce: Option<AtomicOp>,
+    pub ty: Option<Type>,
 }
 
 /// An executable operation. `d` is the destination; `a`, `b`, `c` are sources.
@@ -421,6 +375,10 @@ pub enum Op {
         members: Reg,
     },
     Mma(Box<Mma>),
+    ByteMma(Box<ByteMma>),
+    DoubleMma(Box<DoubleMma>),
+    WmmaAccess(Box<WmmaAccess>),
+    WmmaProduct(Box<WmmaProduct>),
     LoadMatrix(Box<Matrix>),
     StoreMatrix(Box<Matrix>),
     CopyAsync(Box<CopyAsync>),
@@ -439,16 +397,26 @@ pub enum Op {
     Fence {
         device: bool,
     },
+    /// `fence.proxy.async` for shared memory.
+    ProxyFence,
     Mbarrier {
         op: Box<MbarrierOp>,
         address: Address,
     },
     BulkCopy(Box<BulkCopy>),
-    /// Group bookkeeping of copies that are complete when issued.
-    BulkGroup,
+    BulkCommit,
+    /// Waits until at most this many groups of bulk stores are under way, or only until those
+    /// have read shared memory.
+    BulkWait {
+        pending: u32,
+        read: bool,
+    },
     Wgmma(Box<Wgmma>),
     WgmmaCommit,
-    WgmmaWait,
+    /// Waits until at most this many groups are under way.
+    WgmmaWait {
+        pending: u32,
+    },
     /// `mapa`: an address in the shared memory of the block with rank `b`.
     MapCluster {
         d: AnyReg,
@@ -493,4 +461,8 @@ pub struct Inst {
     pub line: u32,
     /// Index into the function's source locations; `u32::MAX` for none.
     pub location: u32,
+    /// The instruction's 32-bit registers: start and end in [`Function::uses`].
+    ///
+    /// [`Function::uses`]: super::program::Function::uses
+    pub uses: (u32, u32),
 }

@@ -243,6 +243,8 @@ pub enum FixedSpecial {
     LanemaskGe,
     DynamicShared,
     TotalShared,
+    /// The driver's registers: 1 and 2 hold the address of a cooperative grid's workspace.
+    Env(u8),
     ClusterCtaid(u8),
     ClusterNctaid(u8),
     ClusterCtarank,
