@@ -33,7 +33,7 @@ __device__ __forceinline__ void load(float (&v)[N], const __nv_bfloat16* p) {
   }
 }
 
-// Stores N values, rounded to the nearest; alignment as for load.
+// Stores N values, rounded to the nearest; `p` must be aligned to the N values.
 template <int N>
 __device__ __forceinline__ void store(__nv_bfloat16* p, const float (&v)[N]) {
   if constexpr (N == kWide) {
