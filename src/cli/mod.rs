@@ -4,6 +4,7 @@ mod args;
 mod completions;
 mod config_file;
 mod eval;
+mod features;
 mod interrupt;
 mod merge;
 mod show;
@@ -38,6 +39,7 @@ pub fn main() -> ExitCode {
         Command::Train(args) => train::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Merge(args) => merge::run(&args),
+        Command::Features(args) => features::run(&args),
         Command::Completions(args) => completions::run(&args),
     };
     let (error, code) = match result {

@@ -7,6 +7,7 @@ mod cuda;
 mod equivalence;
 mod examples;
 mod faults;
+mod features;
 mod folder;
 mod outputs;
 mod plan;
