@@ -4,7 +4,7 @@ use crate::device::Device;
 use crate::error::Result;
 use crate::eval::Inference;
 use crate::model::{Adapters, Layout, Sae};
-use crate::ops::fvu::{mse, token_mean};
+use crate::ops::fvu::{squared_error, total_variance};
 use crate::tape::Tape;
 use crate::tensor::Tensor;
 
@@ -95,14 +95,10 @@ pub(super) fn firings(
 impl LayerFirings {
     fn add(&mut self, device: &Device, sae: &Sae, x: &Tensor, text: u32) -> Result<()> {
         let (acts, indices) = sae.encode(device, x)?;
-        let x_hat = sae.reconstruct(device, x)?.to_f32()?;
-        let (x, acts) = (x.to_f32()?, acts.to_f32()?);
-        let (tokens, d) = x.matrix_dims();
-        let mean = token_mean(&x)?;
-        let mean = Tensor::from_vec(mean.f32s()?.repeat(tokens), [tokens, d])?;
-        let n = x.len() as f64;
-        self.error += mse(&x, &x_hat)?.unwrap_or(0.0) * n;
-        self.variance += mse(&x, &mean)?.unwrap_or(0.0) * n;
+        let x_hat = sae.reconstruct(device, x)?;
+        self.error += squared_error(device, x, &x_hat, None)?;
+        self.variance += total_variance(device, x, None)?;
+        let (acts, indices) = (acts.to_f32()?, indices.to_u32()?);
         let k = sae.config.k;
         for (i, (&activation, &latent)) in acts.f32s()?.iter().zip(indices.u32s()?).enumerate() {
             if activation > 0.0 {
