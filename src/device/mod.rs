@@ -4,7 +4,7 @@ mod cpu;
 pub(crate) mod cuda;
 pub(crate) mod simd;
 
-pub use cpu::CpuDevice;
+pub use cpu::{CpuDevice, Precision};
 pub use cuda::CudaDevice;
 
 use crate::error::{Error, Result};
@@ -28,6 +28,23 @@ impl Device {
     /// GPU number `ordinal`, with `threads` worker threads on the host; 0 means one for each core.
     pub fn cuda(ordinal: usize, threads: usize) -> Result<Self> {
         Ok(Self::Cuda(CudaDevice::new(ordinal, threads)?))
+    }
+
+    /// The same device with another precision of matrix products; a GPU's is always bf16.
+    #[must_use]
+    pub fn with_precision(self, precision: Precision) -> Self {
+        match self {
+            Self::Cpu(cpu) => Self::Cpu(cpu.with_precision(precision)),
+            Self::Cuda(cuda) => Self::Cuda(cuda),
+        }
+    }
+
+    /// The precision of matrix products.
+    pub fn precision(&self) -> Precision {
+        match self {
+            Self::Cpu(cpu) => cpu.precision(),
+            Self::Cuda(_) => Precision::Bf16,
+        }
     }
 
     /// `cpu` or `cuda`, for messages.

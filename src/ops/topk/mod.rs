@@ -5,6 +5,7 @@
 //! once, so the T x m pre-activations never exist. Least work: 2 T d m FLOP forward. Backward
 //! touches active latents alone: T k d x 4 bytes (rows of X) and the dense ∂W_enc written once.
 
+mod bf16;
 mod cuda;
 mod fired;
 mod select;
@@ -18,8 +19,8 @@ use rayon::prelude::*;
 use super::sparse_decode::rows::weighted_row_sum;
 use super::sparse_decode::{LatentGroups, SharedGroups, check_indices, gather, to_f32_row};
 use super::{Operator, expect_cols, expect_inputs, expect_shape, only_grad};
-use crate::device::Device;
 use crate::device::simd::vectorized;
+use crate::device::{Device, Precision};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor};
 pub use fired::Fired;
@@ -187,17 +188,19 @@ impl TopK {
         let k = self.k;
         let mut acts = device.buffer(tokens * k);
         let mut indices = vec![0u32; tokens * k];
-        acts.par_chunks_mut(TILE_TOKENS * k)
-            .zip(indices.par_chunks_mut(TILE_TOKENS * k))
-            .zip(x.f32s()?.par_chunks(TILE_TOKENS * d))
-            .enumerate()
-            .try_for_each(|(tile, ((acts, indices), x))| {
-                select_tile(device, x, encoder, (acts, indices), k).map_err(|row| {
-                    let token = tile * TILE_TOKENS + row;
-                    let what = format!("topk: a pre-activation of token {token} is not finite");
-                    Error::NotFinite { what }
-                })
-            })?;
+        let rows = x.f32s()?;
+        match device.precision() {
+            Precision::Bf16 => bf16::select(device, rows, encoder, (&mut acts, &mut indices), k)?,
+            Precision::F32 => acts
+                .par_chunks_mut(TILE_TOKENS * k)
+                .zip(indices.par_chunks_mut(TILE_TOKENS * k))
+                .zip(rows.par_chunks(TILE_TOKENS * d))
+                .enumerate()
+                .try_for_each(|(tile, ((acts, indices), x))| {
+                    select_tile(device, x, encoder, (acts, indices), k)
+                        .map_err(|row| not_finite(tile * TILE_TOKENS + row))
+                })?,
+        }
         if let Some(among) = &self.among {
             let among = among.u32s()?;
             for index in &mut indices {
@@ -209,6 +212,11 @@ impl TopK {
             Tensor::from_u32(indices, [tokens, k])?,
         ))
     }
+}
+
+fn not_finite(token: usize) -> Error {
+    let what = format!("topk: a pre-activation of token {token} is not finite");
+    Error::NotFinite { what }
 }
 
 fn gathered(matrix: &[f32], rows: &[u32], d: usize) -> Vec<f32> {
