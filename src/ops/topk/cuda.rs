@@ -1,6 +1,6 @@
 //! The kernels of kernels/topk.cu.
 
-use super::{Saved, TopK};
+use super::{Saved, TopK, not_finite};
 use crate::device::CudaDevice;
 use crate::device::cuda::{Arg, Grid, Kernel};
 use crate::error::{Error, Result};
@@ -86,10 +86,7 @@ impl TopK {
         }
         match bytemuck::pod_read_unaligned::<u32>(&bad.read(0, 1)?) {
             0 => {}
-            token => {
-                let what = format!("topk: a pre-activation of token {} is not finite", !token);
-                return Err(Error::NotFinite { what });
-            }
+            token => return Err(not_finite(!token as usize)),
         }
         Ok((
             Tensor::from_cuda(acts, [tokens, k])?,
