@@ -6,15 +6,19 @@
 // x: [T, d] bf16; W, dW: [m, d] fp32; b, db: [m] fp32; c: [d] fp32; a, da, g: [T, k] fp32;
 // indices: [T, k] u32. Everything is written (=) unless said. Saved: x, W, c, a, indices.
 // The matrix product is x W'^T + b' with W' = W rounded to bf16 and b' = b - W' c, so that x is
-// not rounded again: made for a few hundred tokens at a time, whose pre-activations [tokens, m]
-// fp32 are then read once, by a running selection in shared memory.
-// Least traffic: 4 m d + 2 m d bytes for W', 8 T m for the pre-activations; 2 T k d + 4 m d bytes
-// backward.
+// not rounded again. An eighth of the latents goes first: their pre-activations [tokens, m / 8]
+// fp32 are read once, by a running selection in shared memory, whose k-th value is a threshold
+// that a later value must exceed. The product with the rest keeps such values alone, in a list for
+// each token; all of them never exist. Where a list overflows, or the selection is too small for
+// lists, the pre-activations of all latents go the way of the first.
+// Least traffic: 4 m d + 2 m d bytes for W', T m for the first pre-activations (8 T m without
+// lists); 2 T k d + 4 m d bytes backward.
 
 #include <cstdint>
 
 #include "common/compact.cuh"
 #include "common/gather.cuh"
+#include "common/gemm_tile.cuh"
 #include "common/radix_select.cuh"
 
 namespace {
@@ -22,7 +26,6 @@ namespace {
 using gather::kColumns;
 using gather::kMaxThreads;
 using gather::kStage;
-using gather::Stage;
 
 constexpr unsigned kThreads = radix_select::kThreads;
 // Pre-activations of one round of a block.
@@ -134,22 +137,15 @@ extern "C" __global__ void __launch_bounds__(256)
   }
 }
 
-// The selection of one token a block. products: [blocks, m] with b' added; a, indices: the rows
-// of token `first` and on. bad: [1], the largest ~t of a token t with a value that is NaN or
-// +inf (max=). Dynamic shared memory for `capacity` keys, at least k + kRound.
-extern "C" __global__ void __launch_bounds__(kThreads)
-    topk_select(float* __restrict__ a, unsigned* __restrict__ indices, unsigned* __restrict__ bad,
-                const float* __restrict__ products, const unsigned* __restrict__ among,
-                unsigned first, unsigned m, unsigned k, unsigned capacity) {
-  extern __shared__ uint64_t keys[];
-  __shared__ radix_select::Shared shared;
-  __shared__ unsigned count;
-  const unsigned token = first + blockIdx.x;
-  const float* row = products + size_t(blockIdx.x) * m;
-  if (threadIdx.x == 0) count = 0;
-  __syncthreads();
+namespace {
+
+// Offers a row's m pre-activations to the selection; the number of keys it ends with, at most k.
+// A value that is NaN or +inf clears `finite`. `count` is the block's, 0 at first.
+__device__ __forceinline__ unsigned select_row(uint64_t* keys, unsigned capacity,
+                                               const float* row, unsigned m, unsigned k,
+                                               unsigned& count, bool& finite,
+                                               radix_select::Shared& shared) {
   float threshold = 0.0f;
-  bool finite = true;
   // At least as large as `count`, and the same for all threads.
   unsigned bound = 0;
   for (unsigned round = 0; round < m; round += kRound) {
@@ -176,17 +172,18 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     }
     bound += 4 * __syncthreads_count(found);
   }
-  if (!finite) atomicMax(bad, ~token);
-  unsigned kept = count;
+  const unsigned kept = count;
   __syncthreads();
-  if (kept > k) {
-    prune(keys, kept, k, &count, shared);
-    kept = k;
-  }
-  a += size_t(token) * k;
-  indices += size_t(token) * k;
-  // Where fewer than k values are above zero, the lowest other latents fill up with zeros: as
-  // long as they last, place p belongs to latent p.
+  if (kept > k) prune(keys, kept, k, &count, shared);
+  return min(kept, k);
+}
+
+// Writes a token's selection in ascending order of the latents. Where fewer than k values are
+// above zero, the lowest other latents fill up with zeros: as long as they last, place p belongs
+// to latent p.
+__device__ __forceinline__ void write_selection(float* a, unsigned* indices,
+                                                const uint64_t* keys, unsigned kept, unsigned k,
+                                                const unsigned* among) {
   const unsigned zeros = k - kept;
   for (unsigned p = threadIdx.x; zeros > 0 && p < k; p += kThreads) {
     a[p] = 0.0f;
@@ -201,6 +198,132 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     a[p] = value_of(keys[i]);
     indices[p] = among == nullptr ? latent : among[latent];
   }
+}
+
+}  // namespace
+
+// The selection of one token a block. products: [blocks, m] with b' added; a, indices: the rows
+// of token `first` and on. bad: [1], the largest ~t of a token t with a value that is NaN or
+// +inf (max=). Dynamic shared memory for `capacity` keys, at least k + kRound.
+extern "C" __global__ void __launch_bounds__(kThreads)
+    topk_select(float* __restrict__ a, unsigned* __restrict__ indices, unsigned* __restrict__ bad,
+                const float* __restrict__ products, const unsigned* __restrict__ among,
+                unsigned first, unsigned m, unsigned k, unsigned capacity) {
+  extern __shared__ uint64_t keys[];
+  __shared__ radix_select::Shared shared;
+  __shared__ unsigned count;
+  if (threadIdx.x == 0) count = 0;
+  __syncthreads();
+  const size_t token = first + blockIdx.x;
+  bool finite = true;
+  const float* row = products + size_t(blockIdx.x) * m;
+  const unsigned kept = select_row(keys, capacity, row, m, k, count, finite, shared);
+  if (!finite) atomicMax(bad, ~unsigned(token));
+  write_selection(a + token * k, indices + token * k, keys, kept, k, among);
+}
+
+// The same for the first m latents of each token, whose selection begins its list: lists
+// [blocks, length] keys, counts [blocks], thresholds [blocks] fp32. `bad` as above.
+extern "C" __global__ void __launch_bounds__(kThreads)
+    topk_begin_lists(uint64_t* __restrict__ lists, unsigned* __restrict__ counts,
+                     float* __restrict__ thresholds, unsigned* __restrict__ bad,
+                     const float* __restrict__ products, unsigned first, unsigned m, unsigned k,
+                     unsigned capacity, unsigned length) {
+  extern __shared__ uint64_t keys[];
+  __shared__ radix_select::Shared shared;
+  __shared__ unsigned count, least;
+  if (threadIdx.x == 0) count = 0, least = ~0u;
+  __syncthreads();
+  bool finite = true;
+  const float* row = products + size_t(blockIdx.x) * m;
+  const unsigned kept = select_row(keys, capacity, row, m, k, count, finite, shared);
+  if (!finite) atomicMax(bad, ~(first + blockIdx.x));
+  __syncthreads();
+  for (unsigned i = threadIdx.x; i < kept; i += kThreads) {
+    lists[size_t(blockIdx.x) * length + i] = keys[i];
+    atomicMin(&least, __float_as_uint(value_of(keys[i])));
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    counts[blockIdx.x] = kept;
+    thresholds[blockIdx.x] = kept == k ? __uint_as_float(least) : 0.0f;
+  }
+}
+
+namespace {
+
+using ListTile = Tile<128, 256, 64, 64, 3>;
+
+}  // namespace
+
+// One tile of x W'^T + b' a block, tokens in its rows and the latents from `first` on in its
+// columns: what exceeds its token's threshold joins the token's list, as long as there is room;
+// counts [tokens] goes on (+=). x: [tokens, d] bf16; w: [m, d] bf16; shifted: b' [m]; d is a
+// multiple of 8. The order within a list is any: the selection from it does not depend on it.
+extern "C" __global__ void __launch_bounds__(ListTile::kThreads)
+    topk_extend_lists(uint64_t* __restrict__ lists, unsigned* __restrict__ counts,
+                      const float* __restrict__ thresholds, const __nv_bfloat16* __restrict__ x,
+                      const __nv_bfloat16* __restrict__ w, const float* __restrict__ shifted,
+                      unsigned tokens, unsigned first, unsigned m, unsigned d, unsigned length) {
+  using T = ListTile;
+  using P = Product<T, Layout::kNt, true>;
+  extern __shared__ __align__(128) unsigned char ring[];
+  // Tiles of the same latents follow each other: they share W' in L2.
+  const unsigned rows = (tokens + T::kM - 1) / T::kM;
+  const unsigned row = blockIdx.x % rows * T::kM, col = first + blockIdx.x / rows * T::kN;
+  const P none{{x, 0, 0, d}, {w, 0, 0, d}};
+  const P full{{x, tokens, d, d}, {w, m, d, d}};
+  typename P::Accumulator acc = {};
+  accumulate<P, T>(acc, none, full, 0, (d + kStageK - 1) / kStageK, row, col,
+                   shared_address(ring), [](typename P::Accumulator&) {});
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const unsigned from_token = row + warp / T::kWarpsN * T::kWarpM + lane / 4;
+  const unsigned from_latent = col + warp % T::kWarpsN * T::kWarpN + lane % 4 * 2;
+#pragma unroll
+  for (int half = 0; half < 2 * T::kFragmentsM; ++half) {
+    const unsigned token = from_token + half * 8;
+    if (token >= tokens) continue;
+    const float threshold = thresholds[token];
+#pragma unroll
+    for (int i = 0; i < 2 * T::kFragmentsN; ++i) {
+      const unsigned latent = from_latent + i / 2 * kMmaN + i % 2;
+      if (latent >= m) continue;
+      const float v = acc[half / 2][i / 2][half % 2 * 2 + i % 2] + shifted[latent];
+      // Written so that NaN passes.
+      if (!(v <= threshold)) {
+        const unsigned place = atomicAdd(counts + token, 1u);
+        if (place < length) lists[size_t(token) * length + place] = key_of(v, latent);
+      }
+    }
+  }
+}
+
+// The selection from the list of one token a block; a, indices: the rows of token `first` and on.
+// bad: [2]: the first as above, the second 1 where a list has not had room (max=), whose token
+// is left out. Dynamic shared memory for `length` keys.
+extern "C" __global__ void __launch_bounds__(kThreads)
+    topk_finish_lists(float* __restrict__ a, unsigned* __restrict__ indices,
+                      unsigned* __restrict__ bad, const uint64_t* __restrict__ lists,
+                      const unsigned* __restrict__ counts, const unsigned* __restrict__ among,
+                      unsigned first, unsigned k, unsigned length) {
+  extern __shared__ uint64_t keys[];
+  __shared__ radix_select::Shared shared;
+  __shared__ unsigned kept;
+  const size_t token = first + blockIdx.x;
+  const unsigned count = counts[blockIdx.x];
+  if (count > length) {
+    if (threadIdx.x == 0) atomicMax(bad + 1, 1u);
+    return;
+  }
+  bool finite = true;
+  for (unsigned i = threadIdx.x; i < count; i += kThreads) {
+    keys[i] = lists[size_t(blockIdx.x) * length + i];
+    finite &= value_of(keys[i]) < INFINITY;
+  }
+  if (!finite) atomicMax(bad, ~unsigned(token));
+  __syncthreads();
+  if (count > k) prune(keys, count, k, &kept, shared);
+  write_selection(a + token * k, indices + token * k, keys, min(count, k), k, among);
 }
 
 // g = da where a > 0, else 0. One thread a pair.
@@ -220,7 +343,7 @@ __device__ __forceinline__ void encoder_rows(float* dw, float* db, const float* 
                                              const unsigned* offsets, const unsigned* pairs,
                                              unsigned first, unsigned last, unsigned k,
                                              unsigned d) {
-  __shared__ Stage stage;
+  __shared__ gather::Stage stage;
   for (unsigned from = 0; from < d; from += blockDim.x * N) {
     const unsigned at = from + threadIdx.x * N;
     const bool mine = at < d;

@@ -4,7 +4,7 @@ use crate::device::Device;
 use crate::error::Result;
 use crate::eval::Inference;
 use crate::model::{Adapters, Layout, Sae};
-use crate::ops::fvu::{mse, token_mean};
+use crate::ops::fvu::{squared_error, total_variance};
 use crate::tape::Tape;
 use crate::tensor::Tensor;
 
@@ -96,14 +96,8 @@ impl LayerFirings {
     fn add(&mut self, device: &Device, sae: &Sae, x: &Tensor, text: u32) -> Result<()> {
         let (acts, indices) = sae.encode(device, x)?;
         let x_hat = sae.reconstruct(device, x)?;
-        let (tokens, d) = x.matrix_dims();
-        let mean = token_mean(device, x)?.to_f32()?;
-        let mean = Tensor::from_vec(mean.f32s()?.repeat(tokens), [tokens, d])?;
-        let sum = |other: &Tensor| -> Result<f64> {
-            Ok(mse(device, x, other, 1)?[0] * (tokens * d) as f64)
-        };
-        self.error += sum(&x_hat)?;
-        self.variance += sum(&mean)?;
+        self.error += squared_error(device, x, &x_hat, None)?;
+        self.variance += total_variance(device, x, None)?;
         let (acts, indices) = (acts.to_f32()?, indices.to_u32()?);
         let k = sae.config.k;
         for (i, (&activation, &latent)) in acts.f32s()?.iter().zip(indices.u32s()?).enumerate() {

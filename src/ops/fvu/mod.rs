@@ -280,7 +280,7 @@ fn mean_of(x: &Tensor, keep: impl Fn(usize) -> bool + Sync) -> Result<Vec<f32>> 
 }
 
 /// Σ‖x_t − mean‖² over the tokens that are no sinks; all where `None`.
-fn total_variance(device: &Device, x: &Tensor, sinks: Option<&Sinks>) -> Result<f64> {
+pub fn total_variance(device: &Device, x: &Tensor, sinks: Option<&Sinks>) -> Result<f64> {
     if let Device::Cuda(cuda) = device {
         return cuda::total_variance(cuda, x, sinks);
     }
@@ -295,7 +295,12 @@ fn total_variance(device: &Device, x: &Tensor, sinks: Option<&Sinks>) -> Result<
 }
 
 /// Σ‖x_t − y_t‖² over the tokens that are no sinks; all where `None`.
-fn squared_error(device: &Device, x: &Tensor, y: &Tensor, sinks: Option<&Sinks>) -> Result<f64> {
+pub fn squared_error(
+    device: &Device,
+    x: &Tensor,
+    y: &Tensor,
+    sinks: Option<&Sinks>,
+) -> Result<f64> {
     if let Device::Cuda(cuda) = device {
         return cuda::squared_error(cuda, x, y, sinks);
     }

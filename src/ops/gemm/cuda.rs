@@ -66,7 +66,7 @@ impl<'a> Matrix<'a> {
         })
     }
 
-    fn address(&self) -> u64 {
+    pub(crate) fn address(&self) -> u64 {
         let start = self.first * self.cols * DType::Bf16.size();
         // `of` refuses a tensor without device memory.
         self.tensor

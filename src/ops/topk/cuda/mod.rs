@@ -1,26 +1,21 @@
 //! The kernels of kernels/topk.cu.
 
+mod selection;
+
 use super::{Saved, TopK};
 use crate::device::CudaDevice;
 use crate::device::cuda::{Arg, Grid, Kernel};
 use crate::error::{Error, Result};
 use crate::ops::Operator;
-use crate::ops::gemm::cuda::{Layout, Matrix, Product};
 use crate::ops::sparse_decode::{SharedGroups, check_indices, cuda as sparse};
 use crate::tensor::{DType, Tensor};
+use selection::Selection;
 
 const NAME: &str = TopK::NAME;
 const NULL: Arg = Arg::U64(0);
-/// Threads of a selection's block and pre-activations of one of its rounds.
-const SELECT_THREADS: u32 = 256;
-const ROUND: usize = 1024;
 /// The selection keeps k candidates and those of two rounds, 8 bytes each, in the shared memory
 /// that every launch may have, 48 KiB, less what the block itself needs.
 const MOST_K: usize = 3072;
-const KEY_BYTES: usize = 8;
-/// Pre-activations that are in memory at a time: 64 MB, 256 tokens of 65 536 latents. They
-/// partly stay in the cache, and the product still reuses each weight 256 times.
-const WORKSPACE: usize = 1 << 24;
 /// Rows of W_enc that a warp rounds, and latents that a block of the backward pass owns.
 const ROWS_PER_WARP: usize = 8;
 const LATENTS: usize = 4;
@@ -39,11 +34,6 @@ impl TopK {
         cuda: &CudaDevice,
         [x, w_enc, b_enc, b_dec]: [&Tensor; 4],
     ) -> Result<(Tensor, Tensor)> {
-        let k = self.k;
-        if k > MOST_K {
-            let expected = format!("k of at most {MOST_K} on CUDA");
-            return Err(Error::operand(NAME, expected, format!("{k}")));
-        }
         let among = match &self.among {
             Some(among) if !cuda.holds(among) => {
                 check_indices(NAME, among.u32s()?, w_enc.matrix_dims().0)?;
@@ -52,49 +42,15 @@ impl TopK {
             among => among.clone(),
         };
         let (weights, bias) = prepare(cuda, [w_enc, b_enc, b_dec], among.as_ref())?;
-        let (tokens, _) = x.matrix_dims();
-        let candidates = bias.len();
-        let chunk = (WORKSPACE / candidates).clamp(1, tokens.max(1));
-        let products = cuda.alloc(DType::F32, chunk * candidates)?;
-        let acts = cuda.alloc(DType::F32, tokens * k)?;
-        let indices = cuda.alloc(DType::U32, tokens * k)?;
-        let mut bad = cuda.alloc(DType::U32, 1)?;
-        bad.clear()?;
-        let capacity = k + 2 * ROUND;
-        for first in (0..tokens).step_by(chunk) {
-            let rows = first..tokens.min(first + chunk);
-            let lhs = Matrix::of(x)?.rows(rows.clone())?;
-            let mut product = Product::new(Layout::Nt, lhs, Matrix::of(&weights)?);
-            product.bias = Some(&bias);
-            product.run_into(cuda, &products, 0, false)?;
-            let args = [
-                Arg::from(&acts),
-                Arg::from(&indices),
-                Arg::from(&bad),
-                Arg::from(&products),
-                among.as_ref().map_or(Ok(NULL), Tensor::arg)?,
-                Arg::size(NAME, first)?,
-                Arg::size(NAME, candidates)?,
-                Arg::size(NAME, k)?,
-                Arg::size(NAME, capacity)?,
-            ];
-            let grid = Grid::of_blocks(rows.len(), SELECT_THREADS, capacity * KEY_BYTES);
-            // SAFETY: products has a row of `candidates` for each block, acts and indices one of
-            // k for each token up to `first` + blocks, `among` is [candidates]; shared memory
-            // holds `capacity` keys.
-            unsafe { cuda.launch(kernel("topk_select"), grid, &args) }?;
-        }
-        match bytemuck::pod_read_unaligned::<u32>(&bad.read(0, 1)?) {
-            0 => {}
-            token => {
-                let what = format!("topk: a pre-activation of token {} is not finite", !token);
-                return Err(Error::NotFinite { what });
-            }
-        }
-        Ok((
-            Tensor::from_cuda(acts, [tokens, k])?,
-            Tensor::from_cuda(indices, [tokens, k])?,
-        ))
+        let selection = Selection {
+            cuda,
+            x,
+            weights,
+            bias,
+            among,
+            k: self.k,
+        };
+        selection.run()
     }
 
     /// As [`crate::ops::Operator::backward`], with all that was saved on the device.
@@ -124,6 +80,14 @@ impl TopK {
         }
         Ok(result)
     }
+}
+
+fn check_k(k: usize) -> Result<()> {
+    if k <= MOST_K {
+        return Ok(());
+    }
+    let expected = format!("k of at most {MOST_K} on CUDA");
+    Err(Error::operand(NAME, expected, format!("{k}")))
 }
 
 /// W_enc \[n, d\] in bf16 and b_enc − W_enc b_dec \[n\] f32, of all latents or of those `among`.
