@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 
 use half::bf16;
 
-use resa_engine::device::{CudaDevice, Device};
+use resa_engine::device::{CudaDevice, Device, Precision};
 use resa_engine::error::Result;
 use resa_engine::ops::Operator;
 use resa_engine::rng::{Purpose, Stream};
@@ -129,8 +129,8 @@ pub fn relative_error(got: &[f64], want: &[f64]) -> f64 {
 /// Runs `make()` on `inputs` on every device. `reference` maps the inputs, in float64, to the
 /// outputs that carry gradients (outputs of other dtypes, such as indices, are not compared).
 /// Outputs and gradients must be as close to it as [`Allowed`] says, and have the same bits when
-/// run again and for every number of CPU threads. Where the operator runs on a GPU, its fields
-/// must hold values that bf16 can represent.
+/// run again and for every number of CPU threads. A GPU and the CPU in bf16 get inputs that bf16
+/// can represent; the operator's fields must hold such values, too.
 pub fn check<O: Operator>(
     make: impl Fn() -> O,
     inputs: &[Tensor],
@@ -143,11 +143,18 @@ pub fn check<O: Operator>(
         "the list of operators without CUDA is not up to date for {}",
         O::NAME
     );
-    let mut on_cpu = None;
-    for device in devices(O::NAME) {
-        let label = format!("{} on {} x{}", O::NAME, device.name(), device.threads());
-        let on_gpu = device.name() == "cuda";
-        let held = |t: &Tensor| if on_gpu { round_bf16(t) } else { t.clone() };
+    let mut on_cpu: [Option<(Bits, Bits)>; 2] = [None, None];
+    let in_bf16 = [1, 3].map(|n| Device::cpu(n).unwrap().with_precision(Precision::Bf16));
+    for device in devices(O::NAME).into_iter().chain(in_bf16) {
+        let narrow = device.precision() == Precision::Bf16;
+        let label = format!(
+            "{} on {} x{} in {:?}",
+            O::NAME,
+            device.name(),
+            device.threads(),
+            device.precision()
+        );
+        let held = |t: &Tensor| if narrow { round_bf16(t) } else { t.clone() };
         let inputs: Vec<Tensor> = inputs.iter().map(held).collect();
         let inputs64: Vec<Vec<f64>> = inputs.iter().map(to_f64).collect();
         let want = reference(&inputs64);
@@ -159,11 +166,11 @@ pub fn check<O: Operator>(
         let first = run(&device, make(), &inputs, &upstream);
         let again = run(&device, make(), &inputs, &upstream);
         assert_eq!(first, again, "{label}: two runs differ in bits");
-        if !on_gpu {
-            let other = on_cpu.get_or_insert_with(|| first.clone());
+        if device.name() == "cpu" {
+            let other = on_cpu[usize::from(narrow)].get_or_insert_with(|| first.clone());
             assert_eq!(&first, other, "{label}: bits depend on the thread count");
         }
-        let allowed = if on_gpu {
+        let allowed = if narrow {
             Allowed::Bf16
         } else {
             Allowed::Relative(tolerance)
