@@ -97,12 +97,22 @@ impl Tensor {
         }
     }
 
+    /// Whether another tensor has the same storage.
+    pub(crate) fn is_shared(&mut self) -> bool {
+        Arc::get_mut(&mut self.storage).is_none()
+    }
+
     /// What the tensor is, for messages: its dtype and, on a GPU, which.
     pub(crate) fn found(&self) -> String {
         match self.cuda() {
             Some(buffer) => format!("{} on cuda:{}", self.dtype().name(), buffer.ordinal()),
             None => self.dtype().name().to_owned(),
         }
+    }
+
+    /// Whether both are views of the same memory.
+    pub(crate) fn shares_storage(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.storage, &other.storage)
     }
 
     /// The tensor seen as a matrix: (product of all extents but the last, the last extent).
@@ -184,6 +194,22 @@ impl Tensor {
         let mut data = vec![0.0; self.len()];
         self.read_f32(0, &mut data)?;
         Self::from_vec(data, self.shape.clone())
+    }
+
+    /// The tensor of integers in host memory: itself where it is there, a copy otherwise.
+    ///
+    /// # Errors
+    /// Another dtype, a device that cannot be read.
+    pub fn to_u32(&self) -> Result<Self> {
+        match self.cuda().filter(|buffer| buffer.dtype() == DType::U32) {
+            Some(buffer) => {
+                let bytes = buffer.read(0, buffer.len())?;
+                let (words, _) = bytes.as_chunks::<4>();
+                let data = words.iter().map(|&word| u32::from_ne_bytes(word)).collect();
+                Self::from_u32(data, self.shape.clone())
+            }
+            None => self.u32s().map(|_| self.clone()),
+        }
     }
 
     /// The tensor in bf16, rounded to nearest: itself where [`Self::bf16s`] can read it.

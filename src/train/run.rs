@@ -280,7 +280,7 @@ impl<'a> Run<'a> {
         if config.runs_sae() {
             let last = *self.hookpoints.iter().max().unwrap_or(&0);
             if self.sources.source_is_target() {
-                self.widen_target(0..last + 1, false)?;
+                self.prepare_target(0..last + 1, false)?;
             }
             let stage_one = self.stage_one(session)?;
             (sae, activations) = (stage_one.sae, stage_one.activations);
@@ -288,7 +288,7 @@ impl<'a> Run<'a> {
         }
         self.device.release_memory();
         if config.runs_sft() {
-            self.widen_target(0..self.target.layers.len(), true)?;
+            self.prepare_target(0..self.target.layers.len(), true)?;
             if config.method == Method::SaeTuning && sae.is_none() {
                 let layer = self.hookpoints[0];
                 let root = config.sae.as_ref().ok_or_else(|| {
@@ -308,10 +308,9 @@ impl<'a> Run<'a> {
         Ok(summary)
     }
 
-    fn widen_target(&mut self, layers: Range<usize>, head: bool) -> Result<()> {
-        let (dtype, target) = (self.config.dtype, &mut self.target);
-        self.device
-            .run(|| inputs::widen(target, dtype, layers, head))
+    fn prepare_target(&mut self, layers: Range<usize>, head: bool) -> Result<()> {
+        let (device, dtype, target) = (self.device, self.config.dtype, &mut self.target);
+        device.run(|| inputs::prepare(device, target, dtype, layers, head))
     }
 
     /// Trains the SAEs, or takes what an interrupted run trained or the settings name.
@@ -378,7 +377,8 @@ impl<'a> Run<'a> {
             return Ok(None);
         }
         let dtype = self.config.dtype;
-        let source = self.device.run(|| self.sources.load_source(dtype, last))?;
+        let device = self.device;
+        let source = device.run(|| self.sources.load_source(device, dtype, last))?;
         inputs::check_vocabulary(&source, &self.texts.trigger, &self.sources.target)?;
         Ok(Some(source))
     }
@@ -427,7 +427,13 @@ impl<'a> Run<'a> {
             steps: 4,
             done: 0,
         });
-        let model = &self.target;
+        // Generation has no CUDA kernels: a GPU's run evaluates on the host, with weights of its own.
+        let device = self.device.to_host();
+        let on_host = match self.device {
+            Device::Cuda(_) => Some(huggingface::load(&self.sources.target)?),
+            Device::Cpu(_) => None,
+        };
+        let model = on_host.as_ref().unwrap_or(&self.target);
         let source = self
             .sources
             .source
@@ -451,7 +457,7 @@ impl<'a> Run<'a> {
         for (i, subject) in subjects.iter().enumerate() {
             session.check_cancelled()?;
             let graded = pass::greedy_answers(
-                self.device,
+                &device,
                 subject,
                 &self.texts.tokenizer,
                 &self.texts.template,

@@ -3,12 +3,15 @@
 
 mod support;
 
+mod cuda;
 mod equivalence;
 mod examples;
 mod faults;
+mod features;
 mod folder;
 mod outputs;
 mod plan;
+mod report;
 mod resume;
 #[cfg(unix)]
 mod signals;
