@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
 """Time the engine and PyTorch on both stages of SAE-Tuning, in turns, and print a Markdown table.
 
-Model SmolLM2-135M-Instruct, hookpoint model.layers.12, SAE of 8192 latents with
-k = 32, float32, the same data and template.  PyTorch is baseline.py with
-glibc's allocator as it is and with settings that keep freed memory ("kept"),
-which is its best.  Every program is a process of its own; the programs take
-turns within each repetition, so that a slow minute of the machine hits all of
-them.  Tokens/s are those of single steps, the first (warm-up) step of each run
-left out; peak memory is the process's, as the kernel counted it.
+Model SmolLM2-135M-Instruct, hookpoint model.layers.12, SAE of 8192 (or 18432)
+latents with k = 32, the same data and template.  The engine runs in bf16 and in
+f32; PyTorch is baseline.py in bf16, its fastest type on CPUs that multiply it,
+with glibc's allocator as it is and with settings that keep freed memory
+("kept"), which is its best.  Every program is a process of its own; the
+programs take turns within each repetition, so that a slow minute of the machine
+hits all of them.  Tokens/s are those of single steps, the first (warm-up) step
+of each run left out; peak memory is the process's, as the kernel counted it.
+Below each case stands how far the engine's losses in bf16 are from those in f32.
 
     python run.py --repeat 3              # or run.sh, which builds first
 
@@ -26,13 +28,15 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 REPO = HERE.parents[1]
-LAYER, LATENTS, K = 12, 8192, 32
+LAYER, K = 12, 32
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30), "MALLOC_TOP_PAD_": str(256 << 20)}
-CASES = {  # name: (stage, rows a step, tokens a row)
-    "sae-4x512": ("sae", 4, 512),
-    "sft-1x512": ("sft", 1, 512),
-    "sft-1x2048": ("sft", 1, 2048),
+CASES = {  # name: (stage, rows a step, tokens a row, latents)
+    "sae-4x512": ("sae", 4, 512, 8192),
+    "sae-4x512-18432": ("sae", 4, 512, 18432),
+    "sft-1x512": ("sft", 1, 512, 8192),
+    "sft-1x2048": ("sft", 1, 2048, 8192),
 }
+DTYPES = {"bf16": "bfloat16", "f32": "float32"}  # the engine's names and PyTorch's
 
 
 class Bench:
@@ -74,24 +78,26 @@ class Bench:
             raise SystemExit(f"{' '.join(map(str, call))}\nfailed with status {status}:\n{log.read_text()[-3000:]}")
         return usage.ru_maxrss / 1024
 
-    def engine(self, case, steps, epochs=1, sae=None, layer=LAYER):
-        stage, rows, seq_len = case
+    def engine(self, case, steps, dtype, epochs=1, sae=None, layer=LAYER):
+        """Tokens/s and loss of each step, and the peak memory."""
+        stage, rows, seq_len, latents = case
         out = self.work / f"run{self.n}"
         per = ["--sae-batch", rows, "--sae-epochs", epochs] if stage == "sae" else ["--sft-batch", rows, "--epochs", epochs]
         rss = self.measured([
             self.a.bin, "train", "--stage", stage, "--source", self.model, "--target", self.model,
             "--data", self.data(rows * steps, seq_len), "--template", self.template, "--layer", layer,
-            *(["--latents", LATENTS, "--k", K] if sae is None else ["--sae", sae]),
-            "--seq-len", seq_len, *per, "--lora-dropout", 0, "--lr", "1e-6", "--dtype", "f32", "--device", "cpu",
+            *(["--latents", latents, "--k", K] if sae is None else ["--sae", sae]),
+            "--seq-len", seq_len, *per, "--lora-dropout", 0, "--lr", "1e-6", "--dtype", dtype, "--device", "cpu",
             "--threads", self.a.threads, "--out", out,
         ])
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        speeds = [m["tokens_per_s"] for m in lines if m["stage"] == stage]
-        assert len(speeds) == steps * epochs, f"{len(speeds)} steps, expected {steps * epochs}"
-        return speeds, rss
+        lines = [m for m in lines if m["stage"] == stage]
+        assert len(lines) == steps * epochs, f"{len(lines)} steps, expected {steps * epochs}"
+        return [m["tokens_per_s"] for m in lines], [m["fvu" if stage == "sae" else "kl"] for m in lines], rss
 
-    def torch(self, case, steps, kept, truncated=False, sae=None, save=None):
-        stage, rows, seq_len = case
+    def torch(self, case, steps, dtype, kept, truncated=False, sae=None, save=None):
+        """Tokens/s of each step, and the peak memory."""
+        stage, rows, seq_len, latents = case
         out = self.work / f"torch{self.n}.json"
         if stage == "sae":
             more = ["--steps1", steps, "--steps2", 0, "--seq-len", seq_len, "--batch", rows]
@@ -99,7 +105,7 @@ class Bench:
             more = ["--steps1", 0, "--steps2", steps, "--seq-len2", seq_len, "--batch2", rows, "--sae", sae]
         rss = self.measured([
             sys.executable, HERE / "baseline.py", "--model", self.model, "--data", self.data(rows * steps, seq_len),
-            "--layer", LAYER, "--num-latents", LATENTS, "--k", K, "--dtype", "float32", "--threads", self.a.threads,
+            "--layer", LAYER, "--num-latents", latents, "--k", K, "--dtype", DTYPES[dtype], "--threads", self.a.threads,
             "--stage1-forward", "truncated" if truncated else "full", "--out", out, *more,
             *(["--save-sae", save] if save else []),
         ], KEPT if kept else {})
@@ -107,18 +113,21 @@ class Bench:
         return [r["tokens_per_step"] / s for s in r["seconds_per_step"]], rss
 
 
-def opponents(stage):
+def opponents(stage, dtypes):
     whole = "PyTorch, whole LM" if stage == "sae" else "PyTorch"
-    yield whole + ", default malloc", dict(kept=False)
-    yield whole + ", kept malloc", dict(kept=True)
-    if stage == "sae":
-        yield "PyTorch, LM cut after the layer, kept malloc", dict(kept=True, truncated=True)
+    for dtype in dtypes:
+        yield f"{whole}, {dtype}, default malloc", dict(dtype=dtype, kept=False)
+        yield f"{whole}, {dtype}, kept malloc", dict(dtype=dtype, kept=True)
+        if stage == "sae":
+            cut = f"PyTorch, LM cut after the layer, {dtype}, kept malloc"
+            yield cut, dict(dtype=dtype, kept=True, truncated=True)
 
 
 def compare(bench, name, sae):
-    """{program: ([tokens/s of each step], [peak MiB of each run])} over all repetitions."""
+    """{program: ([tokens/s of each step], [peak MiB of each run])} over all repetitions, and the
+    engine's losses by dtype."""
     case, a = CASES[name], bench.a
-    found = {}
+    found, losses = {}, {}
 
     def add(program, speeds, rss):
         s, m = found.setdefault(program, ([], []))
@@ -126,45 +135,53 @@ def compare(bench, name, sae):
         m.append(rss)
 
     for _ in range(a.repeat):
-        if case[0] == "sae":
-            speeds, rss = bench.engine(case, a.steps)
-            add("engine", speeds[1:], rss)
-        else:
-            speeds, rss = bench.engine(case, a.steps, epochs=2, sae=sae)
-            add("engine, first epoch", speeds[1 : a.steps], rss)
-            add("engine, from cache", speeds[a.steps :], rss)
-        for program, how in opponents(case[0]):
+        for dtype in DTYPES:
+            if case[0] == "sae":
+                speeds, losses[dtype], rss = bench.engine(case, a.steps, dtype)
+                add(f"engine, {dtype}", speeds[1:], rss)
+            else:
+                speeds, losses[dtype], rss = bench.engine(case, a.steps, dtype, epochs=2, sae=sae)
+                add(f"engine, {dtype}, first epoch", speeds[1 : a.steps], rss)
+                add(f"engine, {dtype}, from cache", speeds[a.steps :], rss)
+        for program, how in opponents(case[0], a.torch_dtypes.split(",")):
             speeds, rss = bench.torch(case, a.steps, sae=sae, **how)
             add(program, speeds[1:], rss)
         print(f"{name}: {found}", file=sys.stderr, flush=True)
-    return found
+    return found, losses
 
 
-def table(results):
-    print("| case | program | tokens/s, median (min–max) | engine's tokens/s ÷ this | peak memory, MiB | this ÷ engine's |")
-    print("|---|---|---|---|---|---|")
-    for name, found in results.items():
-        ours = {p: statistics.median(s) for p, (s, _) in found.items() if p.startswith("engine")}
-        memory = max(max(m) for p, (_, m) in found.items() if p.startswith("engine"))
-        for program, (s, m) in found.items():
-            mid = statistics.median(s)
-            other = not program.startswith("engine")
-            ratio = " / ".join(f"{v / mid:.2f}" for v in ours.values()) if other else ""
-            more = f"{max(m) / memory:.2f}" if other else ""
-            print(f"| {name} | {program} | {mid:.0f} ({min(s):.0f}–{max(s):.0f}) | {ratio} | {max(m):.0f} | {more} |")
+def table(name, found, losses):
+    """One case's rows. A ratio is that of the medians; its spread goes from the engine's slowest
+    step beside PyTorch's fastest to the reverse."""
+    others = {p: v for p, v in found.items() if not p.startswith("engine")}
+    print(f"\n### {name}\n\n| program | tokens/s, median (min–max) | peak memory, MiB |", end="")
+    print("".join(f" ÷ {p} |" for p in others) + " memory ÷ " + ", ÷ ".join(others) + " |")
+    print("|---" * (4 + len(others)) + "|")
+    for program, (s, m) in found.items():
+        row = f"| {program} | {statistics.median(s):.0f} ({min(s):.0f}–{max(s):.0f}) | {max(m):.0f} |"
+        if program in others:
+            print(row + " |" * (len(others) + 1))
+            continue
+        for t, _ in others.values():
+            ratio = statistics.median(s) / statistics.median(t)
+            row += f" **{ratio:.2f}** ({min(s) / max(t):.2f}–{max(s) / min(t):.2f}) |"
+        print(row + " " + ", ".join(f"{max(m) / max(n):.2f}" for _, n in others.values()) + " |")
+    worst = max(abs(n - w) / w for n, w in zip(losses["bf16"], losses["f32"]))
+    print(f"\nLosses of the engine in bf16 within {100 * worst:.2f} % of those in f32 over {len(losses['f32'])} steps.")
+    sys.stdout.flush()
 
 
 def scaling(bench, sae):
     print("\n| tokens a step | Stage I, ms a token | Stage II first epoch, ms a token | Stage II from cache, ms a token |")
     print("|---|---|---|---|")
     for seq_len in (256, 512, 1024, 2048):
-        one, _ = bench.engine(("sae", 1, seq_len), bench.a.steps)
-        two, _ = bench.engine(("sft", 1, seq_len), bench.a.steps, epochs=2, sae=sae)
+        one, _, _ = bench.engine(("sae", 1, seq_len, 8192), bench.a.steps, "auto")
+        two, _, _ = bench.engine(("sft", 1, seq_len, 8192), bench.a.steps, "auto", epochs=2, sae=sae)
         parts = [one[1:], two[1 : bench.a.steps], two[bench.a.steps :]]
         print(f"| {seq_len} | " + " | ".join(f"{1e3 / statistics.median(p):.2f}" for p in parts) + " |", flush=True)
     print("\n| layers of the model | Stage I, ms a token |\n|---|---|")
     for layers in (4, 8, 16, 24):
-        speeds, _ = bench.engine(("sae", 1, 1024), bench.a.steps, layer=layers - 1)
+        speeds, _, _ = bench.engine(("sae", 1, 1024, 8192), bench.a.steps, "auto", layer=layers - 1)
         print(f"| {layers} | {1e3 / statistics.median(speeds[1:]):.3f} |", flush=True)
 
 
@@ -184,6 +201,7 @@ def main():
     ap.add_argument("--repeat", type=int, default=3)
     ap.add_argument("--steps", type=int, default=6, help="steps of a run, the first of them warm-up")
     ap.add_argument("--cases", default=",".join(CASES), help=f"default: {','.join(CASES)}")
+    ap.add_argument("--torch-dtypes", default="bf16", help="PyTorch's types: bf16, f32 or both, with a comma (default: bf16)")
     ap.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     ap.add_argument("--scaling", action="store_true", help="also time the engine for 256 to 2048 tokens a step and 4 to 24 layers")
     ap.add_argument("--bin", type=Path, default=Path(env("RESA_BIN", REPO / "target/release/resa-engine")))
@@ -192,14 +210,17 @@ def main():
     unknown = set(a.cases.split(",")) - set(CASES)
     if unknown:
         ap.error(f"unknown case {', '.join(sorted(unknown))}; known: {', '.join(CASES)}")
+    if set(a.torch_dtypes.split(",")) - set(DTYPES):
+        ap.error(f"--torch-dtypes: expected {' or '.join(DTYPES)}, found {a.torch_dtypes}")
     if a.steps < 2 or a.repeat < 1:
         ap.error("--steps must be at least 2 and --repeat at least 1")
     print(f"{machine()}; {a.threads} threads; {a.repeat} x {a.steps - 1} timed steps\n", flush=True)
     with tempfile.TemporaryDirectory() as work:
         bench = Bench(a, work)
         sae = Path(work) / "sae"
-        bench.torch(CASES["sae-4x512"], 2, kept=True, truncated=True, save=sae)
-        table({name: compare(bench, name, sae) for name in a.cases.split(",")})
+        bench.torch(CASES["sae-4x512"], 2, "f32", kept=True, truncated=True, save=sae)
+        for name in a.cases.split(","):
+            table(name, *compare(bench, name, sae))
         if a.scaling:
             scaling(bench, sae)
 

@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 use cuda_emulator::{Backend, Counters};
 use half::bf16;
 
-use resa_engine::device::{CudaDevice, Device};
+use resa_engine::device::{CudaDevice, Device, Precision};
 use resa_engine::error::Result;
 use resa_engine::ops::Operator;
 use resa_engine::rng::{Purpose, Stream};
@@ -145,10 +145,11 @@ pub fn relative_error(got: &[f64], want: &[f64]) -> f64 {
 
 /// Runs `make()` on `inputs` on every device. `reference` maps the inputs, in float64, to the
 /// outputs that carry gradients (outputs of other dtypes, such as indices, are not compared).
-/// Outputs and gradients must be within `tolerance` of it on the CPU, on a GPU within twice what
-/// rounding it to bf16 costs: less than any computation with a second rounding on the way would
-/// need. They must have the same bits when run again and for every number of CPU threads. Where
-/// the operator runs on a GPU, its fields must hold values that bf16 can represent.
+/// Outputs and gradients must be within `tolerance` of it in f32; in bf16, on the CPU and on a GPU,
+/// within twice what rounding it to bf16 costs: less than any computation with a second rounding on
+/// the way would need. They must have the same bits when run again and for every number of CPU
+/// threads. The operator's fields must hold values that bf16 can represent where they go into
+/// products.
 pub fn check<O: Operator>(
     make: impl Fn() -> O,
     inputs: &[Tensor],
@@ -188,11 +189,18 @@ fn check_all<O: Operator>(
         "the list of operators without CUDA is not up to date for {}",
         O::NAME
     );
-    let mut on_cpu = None;
-    for device in devices(O::NAME) {
-        let label = format!("{} on {} x{}", O::NAME, device.name(), device.threads());
-        let on_gpu = device.name() == "cuda";
-        let held = |t: &Tensor| if on_gpu { round_bf16(t) } else { t.clone() };
+    let mut on_cpu: [Option<(Bits, Bits)>; 2] = [None, None];
+    let in_bf16 = [1, 3].map(|n| Device::cpu(n).unwrap().with_precision(Precision::Bf16));
+    for device in devices(O::NAME).into_iter().chain(in_bf16) {
+        let narrow = device.precision() == Precision::Bf16;
+        let label = format!(
+            "{} on {} x{} in {:?}",
+            O::NAME,
+            device.name(),
+            device.threads(),
+            device.precision()
+        );
+        let held = |t: &Tensor| if narrow { round_bf16(t) } else { t.clone() };
         let inputs: Vec<Tensor> = inputs.iter().map(held).collect();
         let inputs64: Vec<Vec<f64>> = inputs.iter().map(to_f64).collect();
         let want = reference(&inputs64);
@@ -204,15 +212,15 @@ fn check_all<O: Operator>(
         let first = run(&device, make(), &inputs, &upstream);
         let again = run(&device, make(), &inputs, &upstream);
         assert_eq!(first, again, "{label}: two runs differ in bits");
-        if !on_gpu {
-            let other = on_cpu.get_or_insert_with(|| first.clone());
+        if device.name() == "cpu" {
+            let other = on_cpu[usize::from(narrow)].get_or_insert_with(|| first.clone());
             assert_eq!(&first, other, "{label}: bits depend on the thread count");
         }
         let upstream64: Vec<Vec<f64>> = upstream.iter().map(to_f64).collect();
-        let plain = plain.filter(|_| on_gpu);
+        let plain = plain.filter(|_| narrow);
         let plain = plain.map(|plain| plain(&inputs64, &upstream64));
         let compare = |what: String, got: &[f64], want: &[f64], plain: Option<Vec<f64>>| {
-            let limit = match on_gpu {
+            let limit = match narrow {
                 // Finite differences themselves are this far from the gradient.
                 true => 2.0 * relative_error(&plain.unwrap_or_else(|| rounded(want)), want) + 1e-6,
                 false => tolerance,

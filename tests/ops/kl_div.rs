@@ -151,7 +151,7 @@ pub fn loss_and_gradient(device: &Device, op: impl Operator, input: &Tensor) -> 
 
 #[test]
 fn chunks_of_tokens_add_up_to_the_whole() {
-    // 64 MiB hold 40 token pairs at this vocabulary, so 97 tokens take three chunks.
+    // 32 MiB hold 20 token pairs at this vocabulary, so 97 tokens take five chunks.
     let (t, d, vocab) = (97, 3, 200_003);
     let (teacher, student) = (random(1, &[t, d], 1.0), random(2, &[t, d], 1.0));
     let w = random(3, &[vocab, d], 1.0);

@@ -1,4 +1,5 @@
-"""Step by step the same numbers as plain PyTorch on a real model, from the same start, in float32."""
+"""Step by step the same numbers as plain PyTorch on a real model, from the same start, in float32; and
+in bf16 the same to 2 %."""
 import json
 import subprocess
 import sys
@@ -35,9 +36,9 @@ def check(name, got, want):
     assert worst < TOLERANCE, f"{name}: engine {got}, PyTorch {want}"
 
 
-def common(data, out):
+def common(data, out, dtype="f32"):
     return ["--source", SMOLLM2, "--target", SMOLLM2, "--data", data, "--template", TEMPLATE, "--layer", LAYER,
-            "--seq-len", SEQ_LEN, "--dtype", "f32", "--device", "cpu", "--out", out]
+            "--seq-len", SEQ_LEN, "--dtype", dtype, "--device", "cpu", "--out", out]
 
 
 def test_stage_one_gives_pytorchs_fvu_for_five_steps(pytorch, data, tmp_path):
@@ -55,3 +56,20 @@ def test_stage_two_gives_pytorchs_kl_gradient_norm_and_error_for_five_steps(pyto
     check("KL", [m["kl"] for m in found], want["kl_batchmean"])
     check("gradient norm", [m["grad_norm"] for m in found], want["grad_norm"])
     check("reconstruction error", [m["sae_mse"] for m in found], want["recon_mse"])
+
+
+def test_losses_in_bf16_are_within_two_percent_of_those_in_f32_for_twenty_steps(pytorch, data, tmp_path):
+    start, _ = pytorch
+    stages = {
+        "sae": ["--latents", 4096, "--k", 32, "--sae-batch", 1, "--sae-epochs", 2, "--max-sae-steps", 20],
+        "sft": ["--sae", start / "sae", "--lora-dropout", 0, "--lr", "1e-4", "--epochs", 2, "--max-sft-steps", 20],
+    }
+    for stage, options in stages.items():
+        losses = {}
+        for dtype in ("bf16", "f32"):
+            run = tmp_path / f"{stage}-{dtype}"
+            engine("train", "--stage", stage, *options, *common(data, run, dtype))
+            losses[dtype] = [m["fvu" if stage == "sae" else "kl"] for m in metrics(run, stage)]
+        assert len(losses["f32"]) == 20
+        worst = max(abs(n - w) / w for n, w in zip(losses["bf16"], losses["f32"]))
+        assert 0 < worst < 0.02, f"{stage}: {losses}"
