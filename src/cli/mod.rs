@@ -1,6 +1,7 @@
 //! The command line: one file per command, no computation.
 
 mod args;
+mod bench_kernels;
 mod completions;
 mod config_file;
 mod eval;
@@ -38,6 +39,7 @@ pub fn main() -> ExitCode {
         Command::Train(args) => train::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Merge(args) => merge::run(&args),
+        Command::BenchKernels(args) => bench_kernels::run(&args),
         Command::Completions(args) => completions::run(&args),
     };
     let (error, code) = match result {

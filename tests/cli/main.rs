@@ -3,6 +3,7 @@
 
 mod support;
 
+mod bench;
 mod equivalence;
 mod examples;
 mod faults;
