@@ -7,6 +7,8 @@ use resa_engine::model::Module;
 use resa_engine::train::{DeviceSetting, DtypeSetting, TrainConfig, settings::parse_hookpoint};
 use serde::Serialize;
 
+use super::features::FeaturesArgs;
+
 /// Turns a language model into a reasoning model with SAE-Tuning.
 #[derive(Parser)]
 #[command(name = "resa-engine", version, propagate_version = true)]
@@ -23,6 +25,8 @@ pub enum Command {
     Eval(EvalArgs),
     /// Merge an adapter into the weights of its base, or of any model of the same shape
     Merge(MergeArgs),
+    /// Find the reasoning features of SAEs, layer by layer, and what each SAE costs the model
+    Features(FeaturesArgs),
     /// Measure every operator at the shapes of three models, and whole stages
     BenchKernels(BenchArgs),
     /// Print a completion script for a shell
@@ -348,7 +352,7 @@ pub struct EvalArgs {
     pub dtype: DtypeSetting,
 }
 
-fn dtype(text: &str) -> Result<DtypeSetting, String> {
+pub(super) fn dtype(text: &str) -> Result<DtypeSetting, String> {
     match text {
         "auto" => Ok(DtypeSetting::Auto),
         "f32" => Ok(DtypeSetting::F32),
@@ -357,7 +361,7 @@ fn dtype(text: &str) -> Result<DtypeSetting, String> {
     }
 }
 
-fn at_least<const MIN: usize>(text: &str) -> Result<usize, String> {
+pub(super) fn at_least<const MIN: usize>(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(number) if number >= MIN => Ok(number),
         _ => Err(format!("expected a whole number of at least {MIN}")),

@@ -5,7 +5,7 @@ use std::path::Path;
 use resa_engine::data::{Template, Tokenizer, records};
 use resa_engine::eval::{Inference, pass, perplexity::perplexity};
 use resa_engine::formats::{huggingface, peft, sparsify};
-use resa_engine::train::inputs::{check_vocabulary, read_texts, widen};
+use resa_engine::train::inputs::{check_vocabulary, prepare, read_texts};
 use resa_engine::train::{Event, Observer};
 use resa_engine::{Device, report::Progress};
 use serde_json::json;
@@ -19,7 +19,7 @@ pub fn run(args: &EvalArgs) -> Result<(), Failure> {
     let dtype = args.dtype;
     let mut model = huggingface::load(dir)?;
     let layers = 0..model.layers.len();
-    device.run(|| widen(&mut model, dtype, layers, true))?;
+    device.run(|| prepare(&device, &mut model, dtype, layers, true))?;
     let lora = args
         .adapter
         .as_ref()

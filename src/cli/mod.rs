@@ -5,6 +5,7 @@ mod bench_kernels;
 mod completions;
 mod config_file;
 mod eval;
+mod features;
 mod interrupt;
 mod merge;
 mod show;
@@ -39,6 +40,7 @@ pub fn main() -> ExitCode {
         Command::Train(args) => train::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Merge(args) => merge::run(&args),
+        Command::Features(args) => features::run(&args),
         Command::BenchKernels(args) => bench_kernels::run(&args),
         Command::Completions(args) => completions::run(&args),
     };

@@ -8,7 +8,7 @@ pub use cpu::CpuDevice;
 pub use cuda::CudaDevice;
 
 use crate::error::{Error, Result};
-use crate::tensor::{Buffer, Tensor};
+use crate::tensor::{Buffer, DType, Tensor};
 
 /// A place that operators run on.
 #[derive(Clone, Debug)]
@@ -58,6 +58,23 @@ impl Device {
     /// Runs `work` on the host's threads: everything that computes is called inside this.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         self.host().run(work)
+    }
+
+    /// A trained value, its gradient or an optimizer's state, in f32 where the device works on
+    /// it: itself where it is there already.
+    ///
+    /// # Errors
+    /// A tensor of integers, out of memory.
+    pub fn resident(&self, tensor: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Cpu(_) => tensor.to_f32(),
+            Self::Cuda(cuda) => cuda.resident(tensor, DType::F32),
+        }
+    }
+
+    /// The host's cores alone.
+    pub fn to_host(&self) -> Self {
+        Self::Cpu(self.host().clone())
     }
 
     /// Gives memory that is kept for reuse back to the system, for instance between two stages.

@@ -98,6 +98,11 @@ impl Tensor {
         }
     }
 
+    /// Whether both are views of the same memory.
+    pub(crate) fn shares_storage(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.storage, &other.storage)
+    }
+
     /// The tensor seen as a matrix: (product of all extents but the last, the last extent).
     pub fn matrix_dims(&self) -> (usize, usize) {
         match self.shape.split_last() {

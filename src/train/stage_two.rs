@@ -69,13 +69,14 @@ impl StageTwo<'_> {
             seed: config.seed,
         };
         let mut teacher = self.teacher(session, &lora, first, config)?;
-        let mut trainer = SftTrainer::new(lora, first..self.model.layers.len(), options)?;
+        let mut trainer =
+            SftTrainer::new(self.device, lora, first..self.model.layers.len(), options)?;
         let mut activations = activations;
         let start = match session.take_state(StepStage::Sft) {
             Some(StageState {
                 step, mut tensors, ..
             }) => {
-                trainer.restore(step, |name| {
+                trainer.restore(self.device, step, |name| {
                     tensors.remove(name).ok_or_else(|| {
                         Error::operand("checkpoint", format!("tensor {name}"), "none")
                     })
@@ -128,7 +129,7 @@ impl StageTwo<'_> {
         peft::save(&dir, trainer.lora())?;
         session.tell(Event::Saved(dir));
         Ok(Tuned {
-            lora: trainer.lora().clone(),
+            lora: trainer.lora().to_host()?,
             loss: ends(&losses),
         })
     }
@@ -345,10 +346,9 @@ impl<'a> Teacher<'a> {
 fn record_mse(mse_of: &mut [f64], rows: &[usize], x: &Tensor, x_hat: &Tensor) -> Result<()> {
     let per_row = x.len() / rows.len().max(1);
     let row_of = |tensor: &Tensor, i: usize| {
-        Tensor::from_vec(
-            tensor.f32s()?[i * per_row..][..per_row].to_vec(),
-            [1, per_row],
-        )
+        let mut row = vec![0.0; per_row];
+        tensor.read_f32(i * per_row, &mut row)?;
+        Tensor::from_vec(row, [1, per_row])
     };
     for (i, &row) in rows.iter().enumerate() {
         mse_of[row] = mse(&row_of(x, i)?, &row_of(x_hat, i)?)?.unwrap_or(f64::NAN);

@@ -4,9 +4,11 @@
 mod support;
 
 mod bench;
+mod cuda;
 mod equivalence;
 mod examples;
 mod faults;
+mod features;
 mod folder;
 mod outputs;
 mod plan;

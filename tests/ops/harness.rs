@@ -14,13 +14,12 @@ use resa_engine::tape::{Tape, Var};
 use resa_engine::tensor::{DType, MappedBytes, Tensor};
 
 /// Operators and optimizers that have no CUDA kernel yet: tested on the CPU alone.
-const WITHOUT_CUDA: [&str; 12] = [
+const WITHOUT_CUDA: [&str; 11] = [
     "adamw",
     "clip",
     "cross_entropy",
     "flash_attention",
     "fvu",
-    "gemm",
     "kl_div",
     "lora",
     "signum",

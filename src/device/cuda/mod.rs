@@ -2,6 +2,7 @@
 //! reuse. Everything runs in the order of the stream, so that memory handed from one operator to
 //! the next needs no synchronisation.
 
+mod cast;
 mod kernel;
 
 use std::sync::Arc;
@@ -149,6 +150,9 @@ impl CudaDevice {
     pub fn resident(&self, tensor: &Tensor, dtype: DType) -> Result<Tensor> {
         if self.holds(tensor) && tensor.dtype() == dtype {
             return Ok(tensor.clone());
+        }
+        if self.holds(tensor) && matches!(dtype, DType::F32 | DType::Bf16) {
+            return self.cast(tensor, dtype);
         }
         let mut buffer = CudaBuffer::new(&self.memory, tensor.len(), dtype)?;
         match dtype {

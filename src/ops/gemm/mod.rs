@@ -3,8 +3,12 @@
 //! X \[T, in\] f32, W \[out, in\] frozen in f32, f16 or bf16, b \[out\] f32, Y \[T, out\] f32.
 //! Backward: dX = dY W; the residual's gradient is dY itself. Saved for backward: nothing but W.
 //!
+//! On CUDA everything is bf16, accumulated in fp32.
+//!
 //! f32 products on the CPU are faer's. Weights of 16 bits are widened panel by panel, so that a
 //! product never needs the whole matrix in f32.
+
+pub(crate) mod cuda;
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
@@ -26,6 +30,7 @@ pub struct Linear {
 impl Operator for Linear {
     type Saved = ();
     const NAME: &'static str = "gemm";
+    const CUDA: bool = true;
 
     fn forward(
         &self,
@@ -44,6 +49,10 @@ impl Operator for Linear {
                 ));
             }
         };
+        if let Device::Cuda(cuda) = device {
+            let y = cuda::affine(cuda, x, &self.weight, self.bias.as_ref(), residual)?;
+            return Ok((vec![y], ()));
+        }
         let y = affine(device, x, &self.weight, self.bias.as_ref(), residual)?;
         Ok((vec![output(x, &self.weight, y)?], ()))
     }
@@ -69,6 +78,9 @@ impl Operator for Linear {
 
 /// dX = dY W, in X's shape.
 pub(crate) fn input_gradient(device: &Device, dy: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    if let Device::Cuda(cuda) = device {
+        return cuda::input_gradient(cuda, dy, weight);
+    }
     let (rows, _) = dy.matrix_dims();
     let (_, cols) = weight.matrix_dims();
     let mut dx = device.buffer(rows * cols);
