@@ -82,7 +82,7 @@ pub(super) fn build(work: Work, pass: Pass, data: &mut Data, count: usize) -> Re
         }),
         Work::Clip { values } => builder.optimizer(|builder| {
             let [values, grads] = builder.parameters(values)?;
-            Ok(OptimizerRun::new(Optimizer::Clip, values, grads))
+            Ok(OptimizerRun::new(Optimizer::Clip(1e-3), values, grads))
         }),
         Work::Signum { rows, width } => builder.optimizer(|builder| {
             let mut matrix = || builder.data.master(&[rows, width], 1.0);

@@ -137,7 +137,8 @@ fn own(device: &Device, tensor: &Tensor) -> Result<Tensor> {
 pub(super) enum Optimizer {
     AdamW(Box<AdamW>),
     Signum(Signum),
-    Clip,
+    /// The largest norm that is let through.
+    Clip(f64),
 }
 
 /// A step of an optimizer.
@@ -167,8 +168,8 @@ impl OptimizerRun {
 
 impl Run for OptimizerRun {
     fn prepare(&mut self, device: &Device) -> Result<()> {
-        if let Device::Cuda(cuda) = device {
-            return Err(cuda.no_kernel("optimizer"));
+        if let (Device::Cuda(cuda), Optimizer::Clip(_)) = (device, &self.optimizer) {
+            return Err(cuda.no_kernel("clip"));
         }
         let grads = self.grads.iter().map(|grad| own(device, grad));
         self.prepared = grads.collect::<Result<_>>()?;
@@ -178,9 +179,10 @@ impl Run for OptimizerRun {
     fn run(&mut self, device: &Device) -> Result<()> {
         let unit_rows = matches!(self.optimizer, Optimizer::Signum(_));
         let mut grads = std::mem::take(&mut self.prepared);
-        if let Optimizer::Clip = self.optimizer {
-            // Below any gradient's norm: all are scaled.
-            clip_grad_norm(&mut grads.iter_mut().collect::<Vec<_>>(), 1e-3)?;
+        if let Optimizer::Clip(limit) = &mut self.optimizer {
+            clip_grad_norm(&mut grads.iter_mut().collect::<Vec<_>>(), *limit)?;
+            // Gradients that were scaled in place are scaled again.
+            *limit *= 0.9;
             return Ok(());
         }
         let updates = self.values.iter_mut().zip(grads);
@@ -192,7 +194,7 @@ impl Run for OptimizerRun {
         match &mut self.optimizer {
             Optimizer::AdamW(adamw) => adamw.step(device, 1e-4, updates.collect()),
             Optimizer::Signum(signum) => signum.step(device, updates.collect()),
-            Optimizer::Clip => Ok(()),
+            Optimizer::Clip(_) => Ok(()),
         }
     }
 }

@@ -14,7 +14,7 @@ use super::Failure;
 use super::args::EvalArgs;
 
 pub fn run(args: &EvalArgs) -> Result<(), Failure> {
-    let device = Device::cpu(args.threads)?;
+    let device = Device::cpu(args.threads)?.with_precision(args.dtype.precision());
     let dir = Path::new(&args.model);
     let dtype = args.dtype;
     let mut model = huggingface::load(dir)?;

@@ -4,7 +4,7 @@ mod cpu;
 pub(crate) mod cuda;
 pub(crate) mod simd;
 
-pub use cpu::CpuDevice;
+pub use cpu::{CpuDevice, Precision};
 pub use cuda::CudaDevice;
 
 use crate::error::{Error, Result};
@@ -28,6 +28,23 @@ impl Device {
     /// GPU number `ordinal`, with `threads` worker threads on the host; 0 means one for each core.
     pub fn cuda(ordinal: usize, threads: usize) -> Result<Self> {
         Ok(Self::Cuda(CudaDevice::new(ordinal, threads)?))
+    }
+
+    /// The same device with another precision of matrix products; a GPU's is always bf16.
+    #[must_use]
+    pub fn with_precision(self, precision: Precision) -> Self {
+        match self {
+            Self::Cpu(cpu) => Self::Cpu(cpu.with_precision(precision)),
+            Self::Cuda(cuda) => Self::Cuda(cuda),
+        }
+    }
+
+    /// The precision of matrix products.
+    pub fn precision(&self) -> Precision {
+        match self {
+            Self::Cpu(cpu) => cpu.precision(),
+            Self::Cuda(_) => Precision::Bf16,
+        }
     }
 
     /// `cpu` or `cuda`, for messages.
@@ -92,8 +109,9 @@ impl Device {
         }
     }
 
-    /// `sum += term`, element by element; both of one dtype and length, f32 on the CPU. The tape
-    /// adds up gradients that reach a value by several paths with it.
+    /// `sum += term`, element by element, both of one length and f32 on the CPU. On a GPU the sum
+    /// is f32 where `sum` is f32 in the GPU's memory, as parameters' gradients are, else bf16.
+    /// The tape adds up gradients that reach a value by several paths with it.
     pub fn add_assign(&self, sum: &mut Tensor, term: &Tensor) -> Result<()> {
         if sum.len() != term.len() {
             return Err(Error::operand(
@@ -104,6 +122,9 @@ impl Device {
         }
         match self {
             Self::Cpu(_) => cpu::for_each_chunk(sum.f32s_mut()?, term.f32s()?, |s, t| *s += t),
+            Self::Cuda(cuda) if cuda.holds(sum) && sum.dtype() == DType::F32 => {
+                cuda.add_f32(sum, term)?;
+            }
             Self::Cuda(cuda) => *sum = cuda.add(sum, term)?,
         }
         Ok(())

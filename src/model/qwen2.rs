@@ -83,6 +83,21 @@ pub struct Qwen2 {
 }
 
 impl Qwen2 {
+    /// Brings the linear maps of `layers`, and the output head where asked, into bf16: what a
+    /// file has in another type is rounded into memory, the rest stays where it is.
+    pub fn narrow(&mut self, layers: std::ops::Range<usize>, head: bool) -> Result<()> {
+        for layer in self.layers.get_mut(layers).into_iter().flatten() {
+            for module in Module::ALL {
+                let linear = layer.module_mut(module);
+                linear.weight = linear.weight.to_bf16()?;
+            }
+        }
+        if head {
+            self.lm_head = self.lm_head.to_bf16()?;
+        }
+        Ok(())
+    }
+
     /// Brings the linear maps of `layers`, and the output head where asked, into f32 in memory.
     pub fn widen(&mut self, layers: std::ops::Range<usize>, head: bool) -> Result<()> {
         for layer in self.layers.get_mut(layers).into_iter().flatten() {

@@ -139,6 +139,7 @@ impl Operator for LoraLinear {
 
         let mut da = device.buffer(a.len());
         product_tn(
+            device,
             &mut da,
             Accum::Replace,
             &du,
@@ -146,7 +147,7 @@ impl Operator for LoraLinear {
             1.0,
         )?;
         let mut db = device.buffer(b.len());
-        product_tn(&mut db, Accum::Replace, &dy, &u, self.scale)?;
+        product_tn(device, &mut db, Accum::Replace, &dy, &u, self.scale)?;
         let dx = match needed[0] {
             true => Some(self.input_gradient(device, &dy, &du, &a, &x)?),
             false => None,

@@ -7,7 +7,7 @@ use super::plan::total_memory;
 use super::{TrainConfig, example};
 use crate::data::records::{self, Record};
 use crate::data::{Packed, Template, Tokenizer, pack};
-use crate::device::Device;
+use crate::device::{Device, Precision};
 use crate::error::{Error, Result};
 use crate::formats::{huggingface, peft};
 use crate::model::{Layout, Qwen2};
@@ -89,9 +89,10 @@ impl Sources {
 }
 
 /// Brings the weights of `layers`, and those of the output head where asked, to where products
-/// will use them. On a GPU that is its memory, in bf16. On the CPU they become f32 where the
-/// setting says so, or, when left to the engine, where they then take at most a third of the
-/// machine's memory (all of it, not what is free, so that a resumed run decides alike).
+/// will use them. On a GPU that is its memory, in bf16. On the CPU they get the dtype of the
+/// setting; where that is left to the engine and products are in f32, they are widened once if
+/// they then take at most a third of the machine's memory (all of it, not what is free, so that
+/// a resumed run decides alike), else at each use.
 pub fn prepare(
     device: &Device,
     model: &mut Qwen2,
@@ -104,8 +105,8 @@ pub fn prepare(
     }
     let wide = match dtype {
         DtypeSetting::F32 => true,
-        DtypeSetting::Bf16 => false,
-        DtypeSetting::Auto => {
+        _ if dtype.precision() == Precision::Bf16 => return model.narrow(layers, head),
+        _ => {
             let config = &model.config;
             let layer: usize = crate::model::Module::ALL
                 .iter()
@@ -128,13 +129,15 @@ pub fn prepare(
     }
 }
 
-/// The device of a setting. `auto` is the CPU: the kernels have been run on an emulator only.
+/// The device of the settings. `auto` is the CPU: the kernels have been run on an emulator only.
 ///
 /// # Errors
 /// A device that is not there, or a dtype that it does not compute in.
 pub fn device(setting: DeviceSetting, dtype: DtypeSetting, threads: usize) -> Result<Device> {
     match setting {
-        DeviceSetting::Auto | DeviceSetting::Cpu => Device::cpu(threads),
+        DeviceSetting::Auto | DeviceSetting::Cpu => {
+            Ok(Device::cpu(threads)?.with_precision(dtype.precision()))
+        }
         DeviceSetting::Cuda(_) if dtype == DtypeSetting::F32 => Err(Error::setting(
             "--dtype",
             "expected bf16 or auto on a GPU, found f32",

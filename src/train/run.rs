@@ -13,13 +13,12 @@ use super::session::Session;
 use super::stage_one::{StageOne, start_sae};
 use super::stage_two::StageTwo;
 use super::{
-    CancelFlag, DtypeSetting, Event, Method, Observer, RunDir, RunOptions, SaeGrad, SaeInit,
-    TrainConfig, example,
+    CancelFlag, Event, Method, Observer, RunDir, RunOptions, SaeGrad, SaeInit, TrainConfig, example,
 };
 use crate::data::records::Record;
 use crate::data::tokenizer::copy_files;
 use crate::data::{Packed, Template, Tokenizer, order};
-use crate::device::Device;
+use crate::device::{Device, Precision};
 use crate::error::{Error, Result};
 use crate::eval::{Inference, pass};
 use crate::formats::{huggingface, peft, sparsify};
@@ -99,7 +98,7 @@ pub fn dry_run(config: &TrainConfig) -> Result<Plan> {
             target: &target,
             source_rows: texts.trigger.rows() as u64,
             target_rows: texts.elicitation().rows() as u64,
-            weight_bytes: if config.dtype == DtypeSetting::Bf16 {
+            weight_bytes: if config.dtype.precision() == Precision::Bf16 {
                 2
             } else {
                 4

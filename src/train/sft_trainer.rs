@@ -159,8 +159,8 @@ impl SftTrainer {
                 }
             }
         }
-        let grad_norm =
-            clip_grad_norm(&mut sums.iter_mut().collect::<Vec<_>>(), self.options.clip)?;
+        let mut grads: Vec<_> = sums.iter_mut().collect();
+        let grad_norm = clip_grad_norm(device, &mut grads, self.options.clip)?;
         if !grad_norm.is_finite() {
             return Err(Error::NotFinite {
                 what: format!("the gradient norm is {grad_norm}"),

@@ -126,6 +126,24 @@ fn gradients_that_meet_are_added() {
 }
 
 #[test]
+fn gradients_of_parameters_are_added_in_f32() {
+    let Some(device) = cuda() else { return };
+    let Device::Cuda(gpu) = device else { return };
+    for n in [1, 4, 2051] {
+        let [a, b] = [1, 2].map(|seed| random(seed, &[n], 1.0));
+        let shared = gpu.resident(&a, DType::F32).unwrap();
+        let mut sum = shared.clone();
+        device.add_assign(&mut sum, &b).unwrap();
+        assert_eq!(sum.dtype(), DType::F32);
+        let pairs = a.f32s().unwrap().iter().zip(b.f32s().unwrap());
+        let want: Vec<f32> = pairs.map(|(a, b)| a + b).collect();
+        assert_eq!(sum.to_f32().unwrap().f32s().unwrap(), want);
+        let kept = shared.to_f32().unwrap();
+        assert_eq!(kept.f32s().unwrap(), a.f32s().unwrap());
+    }
+}
+
+#[test]
 fn one_table_serves_two_devices() {
     let Some(Device::Cuda(first)) = cuda() else {
         return;

@@ -17,8 +17,8 @@ const IMAGES: &[(&str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/kernel_imag
 /// The largest extent of a grid along x.
 const MAX_GRID: usize = i32::MAX as usize;
 
-/// Dynamic shared memory that a launch may have without asking for more, in bytes.
-const SHARED: usize = 48 << 10;
+/// Dynamic shared memory in bytes that a launch may have without asking for more.
+const GRANTED_SHARED: usize = 48 << 10;
 
 /// Whether this build holds kernels.
 pub(super) fn built() -> bool {
@@ -199,10 +199,11 @@ impl CudaDevice {
             return Err(failed("the grid is too large"));
         }
         let function = self.kernels.function(kernel)?;
-        if grid.shared > SHARED {
-            let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            let granted = function.set_attribute(attribute, grid.shared as i32);
-            granted.map_err(|e| failed(&error_name(e)))?;
+        if grid.shared > GRANTED_SHARED {
+            let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            let shared = i32::try_from(grid.shared).unwrap_or(i32::MAX);
+            let asked = function.set_attribute(most, shared);
+            asked.map_err(|e| failed(&error_name(e)))?;
         }
         let mut launch = self.stream.launch_builder(&function);
         for arg in args {
