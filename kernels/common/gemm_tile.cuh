@@ -188,25 +188,23 @@ __device__ __forceinline__ void accumulate(typename P::Accumulator& acc, const P
   const unsigned total = ahead + end - begin;
   const auto fill = [&](unsigned index) {
     const uint32_t stage = shared + index % T::kStages * P::kStageBytes;
-    if (index < ahead) {
-      first.fill(stage, row, col, index * kStageK);
-    } else if (index < total) {
-      second.fill(stage, row, col, (begin + index - ahead) * kStageK);
-    }
+    const bool in_first = index < ahead;
+    const P from = in_first ? first : second;
+    const unsigned at = in_first ? index : begin + index - ahead;
+    if (index < total) from.fill(stage, row, col, at * kStageK);
     copy_commit();
   };
   for (unsigned index = 0; index < T::kStages - 1; ++index) fill(index);
-  for (unsigned index = 0; index < total; ++index) {
+  const auto step = [&](unsigned index, unsigned depth) {
     copy_wait<T::kStages - 2>();
     __syncthreads();
     // The stage that all warps have left before the barrier is the next to fill.
     fill(index + T::kStages - 1);
-    const bool in_first = index < ahead;
-    const unsigned depth = in_first ? first.k() - index * kStageK
-                                    : second.k() - (begin + index - ahead) * kStageK;
     P::multiply(acc, shared + index % T::kStages * P::kStageBytes, depth);
-    if (index + 1 == ahead) between(acc);
-  }
+  };
+  for (unsigned i = 0; i < ahead; ++i) step(i, first.k() - i * kStageK);
+  if (ahead > 0) between(acc);
+  for (unsigned i = begin; i < end; ++i) step(ahead + i - begin, second.k() - i * kStageK);
   copy_wait<0>();
   __syncthreads();
 }

@@ -95,14 +95,16 @@ pub(super) fn firings(
 impl LayerFirings {
     fn add(&mut self, device: &Device, sae: &Sae, x: &Tensor, text: u32) -> Result<()> {
         let (acts, indices) = sae.encode(device, x)?;
-        let x_hat = sae.reconstruct(device, x)?.to_f32()?;
-        let (x, acts) = (x.to_f32()?, acts.to_f32()?);
+        let x_hat = sae.reconstruct(device, x)?;
         let (tokens, d) = x.matrix_dims();
-        let mean = token_mean(&x)?;
+        let mean = token_mean(device, x)?.to_f32()?;
         let mean = Tensor::from_vec(mean.f32s()?.repeat(tokens), [tokens, d])?;
-        let n = x.len() as f64;
-        self.error += mse(&x, &x_hat)?.unwrap_or(0.0) * n;
-        self.variance += mse(&x, &mean)?.unwrap_or(0.0) * n;
+        let sum = |other: &Tensor| -> Result<f64> {
+            Ok(mse(device, x, other, 1)?[0] * (tokens * d) as f64)
+        };
+        self.error += sum(&x_hat)?;
+        self.variance += sum(&mean)?;
+        let (acts, indices) = (acts.to_f32()?, indices.to_u32()?);
         let k = sae.config.k;
         for (i, (&activation, &latent)) in acts.f32s()?.iter().zip(indices.u32s()?).enumerate() {
             if activation > 0.0 {

@@ -69,7 +69,7 @@ impl Mixture {
         for _ in 0..MOST_ITERATIONS {
             let before = mixture.log_likelihood;
             mixture.log_likelihood = mixture.expect(points, &mut responsibilities);
-            if mixture.log_likelihood - before <= TOLERANCE * before.abs() {
+            if mixture.log_likelihood - before <= TOLERANCE * mixture.log_likelihood.abs() {
                 break;
             }
             mixture.maximise(points, &responsibilities);

@@ -2,8 +2,8 @@
 
 use super::shapes::ModelShape;
 use super::work::{Bytes, Limits, Pass, Work};
+use crate::device::Precision;
 use crate::model::Module;
-use crate::tensor::DType;
 
 /// One row.
 #[derive(Clone, Debug, PartialEq)]
@@ -18,8 +18,8 @@ pub struct Case {
     pub work: Work,
     /// Forward, backward, or a step.
     pub pass: Pass,
-    /// Type of frozen weights.
-    pub weight: DType,
+    /// What matrix products compute with; frozen weights are stored so too.
+    pub precision: Precision,
 }
 
 /// What rows are measured with.
@@ -27,18 +27,21 @@ pub struct Case {
 pub struct Setup {
     /// Size of an activation in bytes.
     pub activation: usize,
-    /// Types of frozen weights.
-    pub weights: &'static [DType],
+    /// What matrix products compute with.
+    pub precisions: &'static [Precision],
     /// The most that a row may compute and move.
     pub limits: Limits,
 }
 
 impl Setup {
     /// Sizes of stored values.
-    pub fn bytes(&self, weight: DType) -> Bytes {
+    pub fn bytes(&self, precision: Precision) -> Bytes {
         Bytes {
             activation: self.activation,
-            weight: weight.size(),
+            weight: match precision {
+                Precision::F32 => 4,
+                Precision::Bf16 => 2,
+            },
         }
     }
 }
@@ -49,8 +52,8 @@ impl Case {
         let operator = self.work.operator();
         let part = self.part.map_or(String::new(), |part| format!(" {part}"));
         let pass = self.pass;
-        let weight = match self.work.has_frozen_weights() {
-            true => format!(" {}", short(self.weight)),
+        let weight = match self.work.has_products() {
+            true => format!(" {}", short(self.precision)),
             false => String::new(),
         };
         format!("{operator} {pass} {}{part}{weight}", self.model)
@@ -63,12 +66,10 @@ impl Case {
 }
 
 /// `f32` or `bf16`.
-pub fn short(dtype: DType) -> &'static str {
-    match dtype {
-        DType::F32 => "f32",
-        DType::F16 => "f16",
-        DType::Bf16 => "bf16",
-        DType::U32 => "u32",
+pub fn short(precision: Precision) -> &'static str {
+    match precision {
+        Precision::F32 => "f32",
+        Precision::Bf16 => "bf16",
     }
 }
 
@@ -76,19 +77,19 @@ pub fn short(dtype: DType) -> &'static str {
 pub fn cases(model: &ModelShape, setup: &Setup) -> Vec<Case> {
     let mut cases = Vec::new();
     for (part, whole) in works(model) {
-        let weights = match whole.has_frozen_weights() {
-            true => setup.weights,
-            false => &setup.weights[..1],
+        let precisions = match whole.has_products() {
+            true => setup.precisions,
+            false => &setup.precisions[..1],
         };
         for &pass in whole.passes() {
-            for &weight in weights {
+            for &precision in precisions {
                 cases.push(Case {
                     model: model.name,
                     part,
                     whole,
-                    work: whole.within(setup.limits, pass, setup.bytes(weight)),
+                    work: whole.within(setup.limits, pass, setup.bytes(precision)),
                     pass,
-                    weight,
+                    precision,
                 });
             }
         }

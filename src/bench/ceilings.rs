@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use rayon::prelude::*;
 use serde::Serialize;
 
-use crate::device::Device;
+use crate::device::{Device, Precision};
 
 /// Rates of the host's cores.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -54,6 +54,16 @@ impl Ceilings {
             bf16_flop_per_s: bf16(threads),
             copy_bytes_per_s_one_thread: copy(1),
             copy_bytes_per_s: copy(threads),
+        }
+    }
+}
+
+impl Ceilings {
+    /// FLOP a second of matrix products of that precision, all threads.
+    pub fn flop_per_s(&self, precision: Precision) -> f64 {
+        match (precision, self.bf16_flop_per_s) {
+            (Precision::Bf16, Some(rate)) => rate,
+            _ => self.f32_flop_per_s,
         }
     }
 }

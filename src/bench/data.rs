@@ -1,14 +1,11 @@
 //! Random operands, where and in the type an operator takes them.
 
-use half::bf16;
-use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
-use std::sync::Arc;
 
-use crate::device::Device;
+use crate::device::{Device, Precision};
 use crate::error::{Error, Result};
 use crate::rng::{Purpose, Stream};
-use crate::tensor::{DType, MappedBytes, Tensor};
+use crate::tensor::{DType, Tensor};
 
 /// Values that operands are copied from, at places that differ: drawing billions of random
 /// numbers would take longer than what is measured.
@@ -22,7 +19,7 @@ pub(super) struct Data<'a> {
     /// Where the next operand is copied from.
     place: usize,
     /// Type of frozen weights.
-    weight: DType,
+    weight: Precision,
 }
 
 impl<'a> Data<'a> {
@@ -40,12 +37,12 @@ impl<'a> Data<'a> {
             device,
             pool,
             place: 0,
-            weight: DType::F32,
+            weight: Precision::F32,
         }
     }
 
     /// Frozen weights are of this type from here on.
-    pub(super) fn set_weight(&mut self, weight: DType) {
+    pub(super) fn set_weight(&mut self, weight: Precision) {
         self.weight = weight;
     }
 
@@ -86,7 +83,7 @@ impl<'a> Data<'a> {
         let scale = 1.0 / (shape.last().copied().unwrap_or(1).max(1) as f32).sqrt();
         let values = self.values(shape, scale);
         match (self.device, self.weight) {
-            (Device::Cpu(_), DType::Bf16) => stored_as_bf16(&values, shape),
+            (Device::Cpu(_), Precision::Bf16) => Tensor::from_vec(values, shape)?.to_bf16(),
             _ => self.resident(Tensor::from_vec(values, shape)?, DType::Bf16),
         }
     }
@@ -131,16 +128,4 @@ impl<'a> Data<'a> {
             Device::Cuda(cuda) => cuda.resident(&values, dtype),
         }
     }
-}
-
-/// The values as a model's file holds them, in memory.
-fn stored_as_bf16(values: &[f32], shape: &[usize]) -> Result<Tensor> {
-    let failed = |e| Error::io("anonymous memory", e);
-    let mut map = memmap2::MmapMut::map_anon((2 * values.len()).max(1)).map_err(failed)?;
-    let words: &mut [u16] = bytemuck::cast_slice_mut(&mut map[..2 * values.len()]);
-    bytemuck::cast_slice_mut::<u16, bf16>(words).convert_from_f32_slice(values);
-    let map = Arc::new(map.make_read_only().map_err(failed)?);
-    let mapped = MappedBytes::new(map, 0..2 * values.len(), DType::Bf16);
-    let mapped = mapped.ok_or_else(|| Error::operand("tensor", "whole values", "a part of one"))?;
-    Tensor::from_mapped(mapped, shape)
 }

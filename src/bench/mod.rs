@@ -19,9 +19,8 @@ pub mod work;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::device::Device;
+use crate::device::{Device, Precision};
 use crate::error::{Error, Result};
-use crate::tensor::DType;
 use crate::train::plan::available_memory;
 use crate::train::{DeviceSetting, Event, Observer};
 
@@ -74,7 +73,7 @@ const STAGES: &str = "stages";
 /// What the CPU is asked for: about a second at its f32 rate.
 const CPU: Setup = Setup {
     activation: 4,
-    weights: &[DType::F32, DType::Bf16],
+    precisions: &[Precision::F32, Precision::Bf16],
     limits: Limits {
         flop: 2e11,
         bytes: 1e9,
@@ -83,7 +82,7 @@ const CPU: Setup = Setup {
 /// A GPU takes every size as it is.
 const GPU: Setup = Setup {
     activation: 2,
-    weights: &[DType::Bf16],
+    precisions: &[Precision::Bf16],
     limits: Limits {
         flop: f64::INFINITY,
         bytes: f64::INFINITY,
@@ -261,7 +260,7 @@ impl<'a> Bench<'a> {
 
     /// Measures a row; an operator without a kernel is noted as such.
     fn measure(&mut self, case: &Case) -> Result<()> {
-        let least = case.work.least(case.pass, self.setup.bytes(case.weight));
+        let least = case.work.least(case.pass, self.setup.bytes(case.precision));
         let mut row = Row {
             name: case.name(),
             operator: case.work.operator(),
@@ -297,14 +296,15 @@ impl<'a> Bench<'a> {
     }
 
     fn fill(&mut self, case: &Case, row: &mut Row) -> Result<()> {
-        self.data.set_weight(case.weight);
+        self.data.set_weight(case.precision);
         let sets = match self.device {
             Device::Cpu(_) => sets(self.report.device.cache_bytes, row.bytes),
             // The L2 cache is flushed instead.
             Device::Cuda(_) => 1,
         };
         let mut run = build::build(case.work, case.pass, &mut self.data, sets)?;
-        let (device, budget) = (self.device, self.budget);
+        let device = &self.device.clone().with_precision(case.precision);
+        let budget = self.budget;
         if let Some(emulator) = self.emulator {
             return device.run(|| gpu::count(emulator, device, run.as_mut(), row));
         }
@@ -314,11 +314,7 @@ impl<'a> Bench<'a> {
         let times = device.run(|| clock::host_times(device, run.as_mut(), budget, sets))?;
         row.set_times(times);
         if let Some(ceilings) = &self.report.ceilings {
-            let bf16 = case.work.has_frozen_weights() && case.weight == DType::Bf16;
-            let flop_per_s = match (bf16, ceilings.bf16_flop_per_s) {
-                (true, Some(rate)) => rate,
-                _ => ceilings.f32_flop_per_s,
-            };
+            let flop_per_s = ceilings.flop_per_s(case.precision);
             let bytes_per_s = ceilings.copy_bytes_per_s;
             row.roof = Some(Roof::of(
                 row.flop,
@@ -349,9 +345,11 @@ impl<'a> Bench<'a> {
         }
         match stages::measure(model, options.device, options.threads) {
             Ok(mut rates) => {
-                for rate in &mut rates {
-                    let ceiling = self.report.ceilings.as_ref().map(|c| c.f32_flop_per_s);
-                    rate.fraction = ceiling.map(|ceiling| rate.flop_per_s / ceiling);
+                if let Some(ceilings) = &self.report.ceilings {
+                    let ceiling = ceilings.flop_per_s(Precision::fastest());
+                    for rate in &mut rates {
+                        rate.fraction = Some(rate.flop_per_s / ceiling);
+                    }
                 }
                 self.report.stages.extend(rates);
             }

@@ -52,7 +52,7 @@ pub struct DeviceInfo {
 /// One measured row.
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
-    /// What is measured: operator, pass, model, part, type of weights. No two rows share one.
+    /// What is measured: operator, pass, model, part, precision of products. No two rows share one.
     pub name: String,
     /// The operator.
     pub operator: &'static str,

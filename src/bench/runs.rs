@@ -168,9 +168,6 @@ impl OptimizerRun {
 
 impl Run for OptimizerRun {
     fn prepare(&mut self, device: &Device) -> Result<()> {
-        if let (Device::Cuda(cuda), Optimizer::Clip(_)) = (device, &self.optimizer) {
-            return Err(cuda.no_kernel("clip"));
-        }
         let grads = self.grads.iter().map(|grad| own(device, grad));
         self.prepared = grads.collect::<Result<_>>()?;
         Ok(())
@@ -180,7 +177,7 @@ impl Run for OptimizerRun {
         let unit_rows = matches!(self.optimizer, Optimizer::Signum(_));
         let mut grads = std::mem::take(&mut self.prepared);
         if let Optimizer::Clip(limit) = &mut self.optimizer {
-            clip_grad_norm(&mut grads.iter_mut().collect::<Vec<_>>(), *limit)?;
+            clip_grad_norm(device, &mut grads.iter_mut().collect::<Vec<_>>(), *limit)?;
             // Gradients that were scaled in place are scaled again.
             *limit *= 0.9;
             return Ok(());

@@ -34,7 +34,8 @@ pub struct StageRate {
     pub flop_per_token: f64,
     /// The product of both.
     pub flop_per_s: f64,
-    /// That by the ceiling of f32 arithmetic, where it was measured.
+    /// That by the ceiling of arithmetic in the precision that runs take by default, where it
+    /// was measured.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fraction: Option<f64>,
 }
@@ -205,7 +206,7 @@ impl fmt::Display for StageRate {
             self.flop_per_s / 1e9
         )?;
         match self.fraction {
-            Some(fraction) => writeln!(f, "  {:5.1} % of f32's ceiling", 100.0 * fraction),
+            Some(fraction) => writeln!(f, "  {:5.1} % of the ceiling", 100.0 * fraction),
             None => writeln!(f),
         }
     }

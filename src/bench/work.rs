@@ -157,12 +157,12 @@ impl Work {
         }
     }
 
-    /// Whether frozen weights, which may be of 16 bits, are among its operands.
-    pub fn has_frozen_weights(&self) -> bool {
-        use Work::{CrossEntropy, Gemm, KlDiv, Lora};
+    /// Whether it computes matrix products, which may be in f32 or in bf16.
+    pub fn has_products(&self) -> bool {
+        use Work::{CrossEntropy, Gemm, KlDiv, Lora, TopK};
         matches!(
             self,
-            Gemm { .. } | Lora { .. } | KlDiv { .. } | CrossEntropy { .. }
+            Gemm { .. } | Lora { .. } | TopK { .. } | KlDiv { .. } | CrossEntropy { .. }
         )
     }
 

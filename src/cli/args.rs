@@ -3,11 +3,13 @@
 use std::path::PathBuf;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
+use resa_engine::eval::generate::BATCH;
 use resa_engine::model::Module;
 use resa_engine::train::{DeviceSetting, DtypeSetting, TrainConfig, settings::parse_hookpoint};
 use serde::Serialize;
 
 use super::features::FeaturesArgs;
+use super::report::ReportArgs;
 
 /// Turns a language model into a reasoning model with SAE-Tuning.
 #[derive(Parser)]
@@ -21,12 +23,16 @@ pub struct Cli {
 pub enum Command {
     /// Train a sparse autoencoder and tune a model with it; with no option, the embedded example
     Train(Box<TrainArgs>),
-    /// Measure a model: Pass@1 by greedy decoding, or the perplexity of a text
-    Eval(EvalArgs),
-    /// Merge an adapter into the weights of its base, or of any model of the same shape
+    /// Measure a model: Pass@1 and pass@k on problems with answers, or the perplexity of a text
+    Eval(Box<EvalArgs>),
+    /// Let a model write
+    Generate(GenerateArgs),
+    /// Merge adapters into the weights of their base, or of any model of the same shape
     Merge(MergeArgs),
     /// Find the reasoning features of SAEs, layer by layer, and what each SAE costs the model
     Features(FeaturesArgs),
+    /// Write one HTML page about one or several runs
+    Report(ReportArgs),
     /// Measure every operator at the shapes of three models, and whole stages
     BenchKernels(BenchArgs),
     /// Print a completion script for a shell
@@ -309,47 +315,140 @@ fn module_names() -> clap::builder::PossibleValuesParser {
     Module::ALL.map(Module::name).into()
 }
 
+/// The model that is used, and how.
+#[derive(Args)]
+pub struct ModelArgs {
+    /// PEFT adapter on top of the model
+    #[arg(long, value_name = "DIR", help_heading = "Model")]
+    pub adapter: Option<PathBuf>,
+    /// SAE through which the output of --layer goes: a sparsify folder
+    #[arg(long, value_name = "DIR", requires = "layer", help_heading = "Model")]
+    pub sae: Option<PathBuf>,
+    /// Layer (0-based) whose output --sae replaces: N or model.layers.N
+    #[arg(long, value_name = "N", value_parser = parse_hookpoint, requires = "sae", help_heading = "Model")]
+    pub layer: Option<usize>,
+    /// Worker threads; 0 is one for each core
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Model")]
+    pub threads: usize,
+    /// Floating-point type of weights in memory; auto leaves them as they are stored where text is
+    /// written
+    #[arg(long, value_parser = dtype, default_value = "auto", help_heading = "Model")]
+    pub dtype: DtypeSetting,
+}
+
+/// How tokens are drawn.
+#[derive(Args)]
+pub struct SamplingArgs {
+    /// Divides the logits; 0 is greedy
+    #[arg(
+        long,
+        value_name = "X",
+        default_value_t = 0.6,
+        help_heading = "Sampling"
+    )]
+    pub temperature: f32,
+    /// Draw from the smallest set of tokens with this probability; 1 is all
+    #[arg(
+        long,
+        value_name = "P",
+        default_value_t = 0.95,
+        help_heading = "Sampling"
+    )]
+    pub top_p: f32,
+    /// Draw from the N likeliest tokens; 0 is all
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Sampling")]
+    pub top_k: usize,
+    /// Seed of the draws
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 42,
+        help_heading = "Sampling"
+    )]
+    pub seed: u64,
+    /// Most tokens to write
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = at_least::<1>, help_heading = "Sampling")]
+    pub max_new_tokens: usize,
+    /// Completions for a prompt or problem
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..1 << 24), help_heading = "Sampling")]
+    pub samples: u32,
+    /// Sequences that are decoded together; has no part in what is written
+    #[arg(long, value_name = "N", default_value_t = BATCH, value_parser = at_least::<1>, help_heading = "Sampling")]
+    pub batch: usize,
+}
+
 #[derive(Args)]
 pub struct EvalArgs {
     /// Model to measure: Hugging Face folder
-    #[arg(long, value_name = "MODEL")]
-    pub model: String,
-    /// PEFT adapter on top of it
-    #[arg(long, value_name = "DIR")]
-    pub adapter: Option<PathBuf>,
-    /// SAE through which the output of --layer goes: a sparsify folder
-    #[arg(long, value_name = "DIR", requires = "layer")]
-    pub sae: Option<PathBuf>,
-    /// Layer (0-based) whose output --sae replaces: N or model.layers.N
-    #[arg(long, value_name = "N", value_parser = parse_hookpoint, requires = "sae")]
-    pub layer: Option<usize>,
+    #[arg(long, value_name = "MODEL", required_unless_present = "regrade")]
+    pub model: Option<String>,
+    #[command(flatten)]
+    pub with: ModelArgs,
     /// Problems with answers: JSON, JSON Lines or Parquet file
-    #[arg(long, value_name = "FILE")]
-    pub data: String,
+    #[arg(long, value_name = "FILE", required_unless_present = "regrade")]
+    pub data: Option<PathBuf>,
     /// Jinja file that turns a record into text; built in where not given
     #[arg(long, value_name = "FILE")]
     pub template: Option<PathBuf>,
-    /// Tokens in a sequence, with --perplexity
-    #[arg(long, value_name = "N", default_value_t = 2048, value_parser = at_least::<2>)]
-    pub seq_len: usize,
-    /// Measure the loss a token on the data's text, packed as in training, instead of answers
-    #[arg(long)]
-    pub perplexity: bool,
-    /// Most tokens to write for a problem
-    #[arg(long, value_name = "N", default_value_t = 512, value_parser = at_least::<1>)]
-    pub max_new_tokens: usize,
+    /// Put problems to the model by its chat template, as a user's message, instead of --template
+    #[arg(long, conflicts_with = "template")]
+    pub chat: bool,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
     /// Use the first N records (with --perplexity: sequences) alone
     #[arg(long, value_name = "N", value_parser = at_least::<1>)]
     pub limit: Option<usize>,
+    /// JSON Lines file for the completions with their grades, written as they come
+    #[arg(long, value_name = "FILE", conflicts_with = "perplexity")]
+    pub out: Option<PathBuf>,
+    /// Go on with the completions in --out, made with the same settings
+    #[arg(long, requires = "out", conflicts_with = "regrade")]
+    pub resume: bool,
+    /// Grade the completions in this file again, without a model: JSON Lines with `answer`,
+    /// `completion` and, to tell problems apart, `index` or `problem`
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["model", "data", "perplexity", "adapter", "sae"])]
+    pub regrade: Option<PathBuf>,
+    /// Measure the loss a token on the data's text, packed as in training, instead of answers
+    #[arg(long, conflicts_with = "chat")]
+    pub perplexity: bool,
+    /// Tokens in a sequence, with --perplexity
+    #[arg(long, value_name = "N", default_value_t = 2048, value_parser = at_least::<2>)]
+    pub seq_len: usize,
     /// Print the result as JSON
     #[arg(long)]
     pub json: bool,
-    /// Worker threads; 0 is one for each core
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub threads: usize,
-    /// Floating-point type of weights and activations
-    #[arg(long, value_parser = dtype, default_value = "auto")]
-    pub dtype: DtypeSetting,
+}
+
+#[derive(Args)]
+pub struct GenerateArgs {
+    /// Model that writes: Hugging Face folder
+    #[arg(long, value_name = "MODEL")]
+    pub model: String,
+    #[command(flatten)]
+    pub with: ModelArgs,
+    /// What to go on from, - for standard input; may be repeated
+    #[arg(long, value_name = "TEXT", required = true, allow_hyphen_values = true)]
+    pub prompt: Vec<String>,
+    /// What the model is told beforehand, by its chat template
+    #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
+    pub system: Option<String>,
+    /// Give the prompt as it is, without the model's chat template
+    #[arg(long)]
+    pub raw: bool,
+    /// Text that ends what is written, not itself a part of it; may be repeated
+    #[arg(long, value_name = "TEXT", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    pub stop: Vec<String>,
+    /// Token id that ends what is written, beside the model's own; may be repeated
+    #[arg(long, value_name = "ID")]
+    pub stop_token: Vec<u32>,
+    /// Go on past the model's own end of text
+    #[arg(long)]
+    pub ignore_eos: bool,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    /// Print one JSON object for each completion
+    #[arg(long)]
+    pub json: bool,
 }
 
 pub(super) fn dtype(text: &str) -> Result<DtypeSetting, String> {
@@ -373,9 +472,9 @@ pub struct MergeArgs {
     /// Model to merge into: Hugging Face folder
     #[arg(long, value_name = "MODEL")]
     pub model: String,
-    /// PEFT adapter to merge
-    #[arg(long, value_name = "DIR")]
-    pub adapter: PathBuf,
+    /// PEFT adapter to merge, with the factor it is taken times; may be repeated
+    #[arg(long, value_name = "DIR[=WEIGHT]", required = true)]
+    pub adapter: Vec<String>,
     /// Folder for the merged model; must not exist or be empty
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,

@@ -9,7 +9,10 @@ use super::args::MergeArgs;
 
 pub fn run(args: &MergeArgs) -> Result<(), Failure> {
     let model = Path::new(&args.model);
-    let lora = peft::load(&args.adapter, &huggingface::read_config(model)?)?;
+    let lora = peft::load(
+        std::path::Path::new(&args.adapter[0]),
+        &huggingface::read_config(model)?,
+    )?;
     huggingface::save_merged(model, &lora, &args.out)?;
     println!("{}", args.out.display());
     Ok(())

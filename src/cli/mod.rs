@@ -6,8 +6,11 @@ mod completions;
 mod config_file;
 mod eval;
 mod features;
+mod generate;
 mod interrupt;
 mod merge;
+mod model;
+mod report;
 mod show;
 mod train;
 
@@ -39,8 +42,10 @@ pub fn main() -> ExitCode {
     let result = match cli.command {
         Command::Train(args) => train::run(&args),
         Command::Eval(args) => eval::run(&args),
+        Command::Generate(args) => generate::run(&args),
         Command::Merge(args) => merge::run(&args),
         Command::Features(args) => features::run(&args),
+        Command::Report(args) => report::run(&args),
         Command::BenchKernels(args) => bench_kernels::run(&args),
         Command::Completions(args) => completions::run(&args),
     };

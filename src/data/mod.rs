@@ -1,6 +1,7 @@
 //! Data: records, the template that makes texts of them, tokenising and packing, the activation cache.
 
 pub mod cache;
+pub mod chat;
 mod guard;
 pub mod pack;
 mod parquet;
@@ -10,6 +11,7 @@ pub mod template;
 pub mod tokenizer;
 
 pub use cache::ActivationCache;
+pub use chat::{ChatTemplate, Message};
 pub use pack::{Packed, order, pack};
 pub use records::Record;
 pub use template::{Template, Text};

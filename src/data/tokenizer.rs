@@ -134,6 +134,30 @@ impl Tokenizer {
         self.eos_id
     }
 
+    /// All tokens that end what the model in folder `dir` writes: the tokenizer's EOS token and
+    /// `eos_token_id`, one or several, of `generation_config.json`.
+    ///
+    /// # Errors
+    /// When the file cannot be read or the key holds something else.
+    pub fn end_ids(&self, dir: &Path) -> Result<Vec<u32>> {
+        let config = Config::read(&dir.join("generation_config.json"))?;
+        let value = &config.values["eos_token_id"];
+        let more = match value {
+            Value::Null => Vec::new(),
+            Value::Array(ids) => ids.iter().collect(),
+            id => vec![id],
+        };
+        let mut ids = vec![self.eos_id];
+        for id in more {
+            let id = id.as_u64().and_then(|id| u32::try_from(id).ok());
+            ids.push(id.ok_or_else(|| {
+                let what = format!("eos_token_id: expected token ids, found {value}");
+                Error::file(&config.path, what)
+            })?);
+        }
+        Ok(ids)
+    }
+
     /// The token that ends a text, as it is written.
     pub fn eos_token(&self) -> &str {
         &self.eos_token
@@ -236,13 +260,13 @@ fn eos_from_model(dir: &Path, tokenizer: &tokenizers::Tokenizer) -> Result<Strin
 }
 
 /// A JSON object in a file; without entries where there is no such file.
-struct Config {
-    path: PathBuf,
-    values: Value,
+pub(super) struct Config {
+    pub(super) path: PathBuf,
+    pub(super) values: Value,
 }
 
 impl Config {
-    fn read(path: &Path) -> Result<Self> {
+    pub(super) fn read(path: &Path) -> Result<Self> {
         let values = match std::fs::read(path) {
             Ok(bytes) => serde_json::from_slice(&bytes)
                 .map_err(|e| Error::file(path, format!("not valid JSON: {e}")))?,
@@ -267,6 +291,17 @@ impl Config {
                 Error::file(&self.path, what)
             }),
         }
+    }
+
+    /// The text of each named token that there is, by its key.
+    pub(super) fn token_texts(&self) -> Result<serde_json::Map<String, Value>> {
+        let mut texts = serde_json::Map::new();
+        for key in NAMED_TOKENS {
+            if let Some(token) = self.named_token(key)? {
+                texts.insert(key.to_owned(), token.content.into());
+            }
+        }
+        Ok(texts)
     }
 
     fn flag(&self, key: &str) -> Result<Option<bool>> {

@@ -1,96 +1,257 @@
-//! Greedy generation, by a full forward pass for each token: meant for short answers.
+//! Text that a model writes, with a key/value cache, for many prompts at a time.
 
-use faer::Accum;
+use std::collections::VecDeque;
 
+use rayon::prelude::*;
+
+use crate::data::Tokenizer;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::eval::Inference;
-use crate::model::Layout;
-use crate::ops::gemm::product_nt;
+use crate::eval::{Inference, Sampling, TextStream};
+use crate::model::KvCache;
+use crate::ops::rope::RopeTable;
 use crate::tensor::Tensor;
 
-/// Prompts that go through the model together.
-const BATCH: usize = 64;
+/// Sequences that are decoded together where nothing else is asked for.
+pub const BATCH: usize = 16;
 
-/// The most likely continuation of each prompt, token by token, until `finished` says so of the
-/// new tokens or there are `max_new_tokens` of them.
-pub fn greedy(
-    device: &Device,
-    inference: &Inference,
-    prompts: &[Vec<u32>],
-    max_new_tokens: usize,
-    mut finished: impl FnMut(&[u32]) -> Result<bool>,
-) -> Result<Vec<Vec<u32>>> {
-    if let Some(i) = prompts.iter().position(Vec::is_empty) {
-        return Err(Error::operand(
-            "generate",
-            "prompts of at least one token",
-            format!("prompt {i} of none"),
-        ));
-    }
-    let mut sequences = prompts.to_vec();
-    for start in (0..prompts.len()).step_by(BATCH) {
-        let mut active: Vec<usize> = (start..prompts.len().min(start + BATCH)).collect();
-        for _ in 0..max_new_tokens {
-            if active.is_empty() {
-                break;
-            }
-            let next = next_tokens(device, inference, &sequences, &active)?;
-            let mut still_active = Vec::new();
-            for (i, token) in active.into_iter().zip(next) {
-                sequences[i].push(token);
-                if !finished(&sequences[i][prompts[i].len()..])? {
-                    still_active.push(i);
-                }
-            }
-            active = still_active;
-        }
-    }
-    let new = |(sequence, prompt): (Vec<u32>, &Vec<u32>)| sequence[prompt.len()..].to_vec();
-    Ok(sequences.into_iter().zip(prompts).map(new).collect())
+/// What to write and when to stop.
+#[derive(Clone, Debug)]
+pub struct GenerateOptions {
+    /// How tokens are drawn.
+    pub sampling: Sampling,
+    /// Most tokens of a completion.
+    pub max_new_tokens: usize,
+    /// Tokens that end a completion; they are part of its tokens, as special tokens not of its
+    /// text.
+    pub stop_tokens: Vec<u32>,
+    /// Strings that end a completion; its text ends before them.
+    pub stop_strings: Vec<String>,
+    /// Most sequences that are decoded together; at least 1.
+    pub batch: usize,
 }
 
-/// The most likely next token of the chosen sequences.
-fn next_tokens(
-    device: &Device,
-    inference: &Inference,
-    sequences: &[Vec<u32>],
-    chosen: &[usize],
-) -> Result<Vec<u32>> {
-    let longest = chosen
-        .iter()
-        .map(|&i| sequences[i].len())
-        .max()
-        .unwrap_or(0);
-    // Shorter sequences are filled up behind their end, where causal attention does not look.
-    let mut ids = vec![0; chosen.len() * longest];
-    for (row, &i) in ids.chunks_exact_mut(longest).zip(chosen) {
-        row[..sequences[i].len()].copy_from_slice(&sequences[i]);
-    }
-    let tokens = ids.len();
-    let layout = Layout::new(&inference.model.config, chosen.len(), longest)?;
-    let head = &inference.model.lm_head;
-    let (vocab, d) = head.matrix_dims();
-    device.run(|| {
-        let hidden = inference.hidden(device, Tensor::from_u32(ids, [tokens])?, &layout)?;
-        let hidden = hidden.f32s()?;
-        let mut last = Vec::with_capacity(chosen.len() * d);
-        for (row, &i) in chosen.iter().enumerate() {
-            last.extend_from_slice(&hidden[(row * longest + sequences[i].len() - 1) * d..][..d]);
-        }
-        let mut logits = device.buffer(chosen.len() * vocab);
-        product_nt(device, &mut logits, Accum::Replace, &last, head, 1.0)?;
-        Ok(logits.chunks_exact(vocab).map(argmax).collect())
-    })
+/// A prompt to go on from.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Token ids, at least one.
+    pub prompt: Vec<u32>,
+    /// Number of the prompt, for its draws.
+    pub sequence: u64,
+    /// Number of the completion among those of the same prompt, for its draws; below 2^24.
+    pub sample: u32,
 }
 
-/// The index of the largest value; of equal ones the first.
-fn argmax(row: &[f32]) -> u32 {
-    let best = row
-        .iter()
-        .enumerate()
-        .fold((0, f32::NEG_INFINITY), |best, (i, &v)| {
-            if v > best.1 { (i, v) } else { best }
-        });
-    best.0 as u32
+/// Why a completion ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FinishReason {
+    /// A stop token or a stop string.
+    Stop,
+    /// The most new tokens, or the longest sequence that the model was made for.
+    Length,
+}
+
+/// What a model wrote.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Completion {
+    /// New tokens, a stop token at the end included.
+    pub tokens: Vec<u32>,
+    /// Their text without special tokens.
+    pub text: String,
+    /// Why there is no more.
+    pub finish: FinishReason,
+}
+
+/// What [`Generator::run`] tells while it works; the first field is the request's place.
+pub enum Progress<'a> {
+    /// A new token of a completion; the text that is certain now, if any.
+    Token(usize, &'a str),
+    /// A completion has ended.
+    Done(usize, &'a Completion),
+}
+
+/// A model with what it takes to let it write.
+pub struct Generator<'a> {
+    /// Where to compute.
+    pub device: &'a Device,
+    /// The model.
+    pub inference: &'a Inference<'a>,
+    /// Its tokenizer.
+    pub tokenizer: &'a Tokenizer,
+    /// What to write.
+    pub options: &'a GenerateOptions,
+}
+
+/// A sequence that is being written.
+struct Active<'a> {
+    place: usize,
+    request: &'a Request,
+    cache: KvCache,
+    text: TextStream,
+    finish: Option<FinishReason>,
+}
+
+/// The last prompt that was run, for others that are the same.
+type Prefilled<'a> = Option<(&'a [u32], KvCache, Tensor)>;
+
+impl Generator<'_> {
+    /// The completion of each request, in their order. What `watch` is told comes in the order in
+    /// which it happens; an error of it ends the work.
+    ///
+    /// Prompts are run one by one and join the batch where another sequence has ended, so a
+    /// completion does not depend on what is written beside it. (With an SAE inserted its last
+    /// digits may: an encoder's product of several rows is rounded otherwise than that of one.)
+    ///
+    /// # Errors
+    /// Settings out of range; a prompt without tokens, longer than the model was made for, or with
+    /// ids that it does not have.
+    pub fn run(
+        &self,
+        requests: &[Request],
+        mut watch: impl FnMut(Progress) -> Result<()>,
+    ) -> Result<Vec<Completion>> {
+        let rope = self.check(requests)?;
+        let mut waiting: VecDeque<(usize, &Request)> = requests.iter().enumerate().collect();
+        let mut active: Vec<Active> = Vec::new();
+        let mut prefilled = None;
+        let mut done: Vec<Option<Completion>> = requests.iter().map(|_| None).collect();
+        loop {
+            while active.len() < self.options.batch.max(1)
+                && let Some((place, request)) = waiting.pop_front()
+            {
+                active.push(self.start(place, request, &mut prefilled)?);
+            }
+            for one in &mut active {
+                let finished = one.finish.is_some();
+                let text = one.text.take(&self.options.stop_strings, finished);
+                watch(Progress::Token(one.place, text))?;
+            }
+            for one in active.extract_if(.., |one| one.finish.is_some()) {
+                let (tokens, text) = one.text.into_parts();
+                let finish = one.finish.unwrap_or(FinishReason::Length);
+                let completion = Completion {
+                    tokens,
+                    text,
+                    finish,
+                };
+                watch(Progress::Done(one.place, &completion))?;
+                done[one.place] = Some(completion);
+            }
+            if active.is_empty() && waiting.is_empty() {
+                return Ok(done.into_iter().flatten().collect());
+            }
+            if !active.is_empty() {
+                self.step(&mut active, &rope)?;
+            }
+        }
+    }
+
+    /// The rotary table that all sequences need.
+    fn check(&self, requests: &[Request]) -> Result<std::sync::Arc<RopeTable>> {
+        self.options.sampling.check()?;
+        if self.options.stop_strings.iter().any(String::is_empty) {
+            return Err(Error::setting("--stop", "expected a text, found nothing"));
+        }
+        let config = &self.inference.model.config;
+        let longest = config.max_position_embeddings;
+        for (place, Request { prompt, .. }) in requests.iter().enumerate() {
+            if prompt.is_empty() || prompt.len() > longest {
+                return Err(Error::operand(
+                    "generate",
+                    format!("prompts of 1 to {longest} tokens (max_position_embeddings)"),
+                    format!("{} tokens in prompt {place}", prompt.len()),
+                ));
+            }
+        }
+        let prompt = requests.iter().map(|r| r.prompt.len()).max().unwrap_or(0);
+        let positions = prompt
+            .saturating_add(self.options.max_new_tokens)
+            .min(longest);
+        RopeTable::new(positions, config.head_dim, config.rope_theta)
+    }
+
+    /// Runs a prompt and draws the first new token.
+    fn start<'r>(
+        &self,
+        place: usize,
+        request: &'r Request,
+        prefilled: &mut Prefilled<'r>,
+    ) -> Result<Active<'r>> {
+        if prefilled
+            .as_ref()
+            .is_none_or(|(prompt, ..)| *prompt != request.prompt)
+        {
+            let (cache, logits) = self.device.run(|| {
+                let (cache, hidden) = self.inference.prefill(self.device, &request.prompt)?;
+                let logits = self.inference.logits(self.device, &hidden)?;
+                Ok::<_, Error>((cache, logits))
+            })?;
+            *prefilled = Some((&request.prompt, cache, logits));
+        }
+        let missing = || Error::operand("generate", "a prompt that was run", "none");
+        let (_, cache, logits) = prefilled.as_ref().ok_or_else(missing)?;
+        let mut one = Active {
+            place,
+            request,
+            cache: cache.clone(),
+            text: TextStream::default(),
+            finish: None,
+        };
+        match self.options.max_new_tokens {
+            0 => one.finish = Some(FinishReason::Length),
+            _ => self.push(&mut one, logits.f32s()?)?,
+        }
+        Ok(one)
+    }
+
+    /// Draws the next token of each sequence.
+    fn step(&self, active: &mut [Active], rope: &RopeTable) -> Result<()> {
+        let last = active
+            .iter()
+            .filter_map(|one| one.text.tokens().last().copied());
+        let ids: Vec<u32> = last.collect();
+        let vocab = self.inference.model.lm_head.matrix_dims().0.max(1);
+        self.device.run(|| {
+            let mut caches: Vec<&mut KvCache> =
+                active.iter_mut().map(|one| &mut one.cache).collect();
+            let hidden = self.inference.step(self.device, ids, &mut caches, rope)?;
+            let logits = self.inference.logits(self.device, &hidden)?;
+            active
+                .par_iter_mut()
+                .zip(logits.f32s()?.par_chunks(vocab))
+                .try_for_each(|(one, logits)| self.push(one, logits))
+        })
+    }
+
+    fn push(&self, one: &mut Active, logits: &[f32]) -> Result<()> {
+        let GenerateOptions {
+            sampling,
+            max_new_tokens,
+            stop_tokens,
+            stop_strings,
+            ..
+        } = self.options;
+        let Request {
+            sequence,
+            sample,
+            prompt,
+        } = one.request;
+        let position = one.text.tokens().len();
+        let token = sampling.draw(logits, *sequence, *sample, position as u64)?;
+        let mut stopped = one.text.push(self.tokenizer, token, stop_strings)?;
+        stopped |= stop_tokens.contains(&token);
+        let tokens = position + 1;
+        let longest = self.inference.model.config.max_position_embeddings;
+        if !stopped && (tokens >= *max_new_tokens || prompt.len() + tokens > longest) {
+            one.finish = Some(FinishReason::Length);
+        }
+        if stopped || one.finish.is_some() {
+            stopped |= one.text.finish(self.tokenizer, stop_strings)?;
+        }
+        if stopped {
+            one.finish = Some(FinishReason::Stop);
+        }
+        Ok(())
+    }
 }

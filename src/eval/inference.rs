@@ -1,8 +1,12 @@
 //! A model as it is used after training: alone, with adapters, or with an SAE inserted.
 
+use std::ops::Range;
+
 use crate::device::Device;
-use crate::error::Result;
-use crate::model::{Adapters, Layout, Lora, Qwen2, Sae};
+use crate::error::{Error, Result};
+use crate::model::{Adapters, KvCache, Layout, Lora, Qwen2, Sae};
+use crate::ops::decode::{Map, linear};
+use crate::ops::rope::RopeTable;
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
 
@@ -50,19 +54,75 @@ impl<'a> Inference<'a> {
     pub fn hidden(&self, device: &Device, ids: Tensor, layout: &Layout) -> Result<Tensor> {
         let mut tape = Tape::new(device);
         let adapters = self.adapters.map(Adapters::frozen);
-        let layers = self.model.layers.len();
         let mut x = self.model.embed(&mut tape, ids)?;
-        let mut next = 0;
-        if let Some((sae, layer)) = self.sae {
-            next = layer + 1;
-            x = self
-                .model
-                .decode(&mut tape, x, 0..next, layout, adapters.as_ref())?;
-            x = Var::constant(sae.reconstruct(device, x.value())?);
+        for (layers, sae) in self.parts() {
+            x = (self.model).decode(&mut tape, x, layers, layout, adapters.as_ref())?;
+            if let Some(sae) = sae {
+                x = Var::constant(sae.reconstruct(device, x.value())?);
+            }
         }
-        x = self
-            .model
-            .decode(&mut tape, x, next..layers, layout, adapters.as_ref())?;
         Ok(self.model.final_norm(&mut tape, &x)?.into_value())
+    }
+    /// Runs the first tokens \[n\] of one sequence: their cache, and the hidden state \[1, d\]
+    /// of the last of them after the final norm.
+    pub fn prefill(&self, device: &Device, ids: &[u32]) -> Result<(KvCache, Tensor)> {
+        let layout = Layout::new(&self.model.config, 1, ids.len())?;
+        let mut tape = Tape::new(device);
+        let adapters = self.adapters.map(Adapters::frozen);
+        let adapters = adapters.as_ref();
+        let mut cache = KvCache::new(&self.model.config);
+        let ids = Tensor::from_u32(ids.to_vec(), [ids.len()])?;
+        let mut x = self.model.embed(&mut tape, ids)?;
+        for (layers, sae) in self.parts() {
+            x = (self.model).prefill(&mut tape, x, layers, &layout, adapters, &mut cache)?;
+            if let Some(sae) = sae {
+                x = Var::constant(sae.reconstruct(device, x.value())?);
+            }
+        }
+        let d = self.model.config.hidden_size;
+        let x = x.value().f32s()?;
+        let last = x[x.len().saturating_sub(d)..].to_vec();
+        let last = Var::constant(Tensor::from_vec(last, [1, d])?);
+        let hidden = self.model.final_norm(&mut tape, &last)?;
+        Ok((cache, hidden.into_value()))
+    }
+
+    /// Runs one more token \[B\] of each of B sequences and adds it to their caches: the hidden
+    /// states \[B, d\] after the final norm.
+    pub fn step(
+        &self,
+        device: &Device,
+        ids: Vec<u32>,
+        caches: &mut [&mut KvCache],
+        rope: &RopeTable,
+    ) -> Result<Tensor> {
+        let mut tape = Tape::new(device);
+        let batch = ids.len();
+        let ids = Tensor::from_u32(ids, [batch])?;
+        let mut x = self.model.embed(&mut tape, ids)?.into_value();
+        for (layers, sae) in self.parts() {
+            x = (self.model).decode_next(device, x, layers, caches, rope, self.adapters)?;
+            if let Some(sae) = sae {
+                x = sae.reconstruct(device, &x)?;
+            }
+        }
+        let hidden = self.model.final_norm(&mut tape, &Var::constant(x))?;
+        Ok(hidden.into_value())
+    }
+
+    /// The logits \[B, V\] of hidden states \[B, d\] after the final norm, for a few tokens.
+    pub fn logits(&self, device: &Device, hidden: &Tensor) -> Result<Tensor> {
+        let weight = &self.model.lm_head;
+        let logits = linear(device, hidden, &[Map { weight, bias: None }])?;
+        let missing = || Error::operand("decode", "logits", "none");
+        logits.into_iter().next().ok_or_else(missing)
+    }
+
+    /// The layers up to where the SAE is inserted, with it, and the others.
+    fn parts(&self) -> impl Iterator<Item = (Range<usize>, Option<&'a Sae>)> {
+        let layers = self.model.layers.len();
+        let first = self.sae.map(|(sae, layer)| (0..layer + 1, Some(sae)));
+        let next = self.sae.map_or(0, |(_, layer)| layer + 1);
+        first.into_iter().chain([(next..layers, None)])
     }
 }

@@ -1,9 +1,14 @@
-//! Evaluation: perplexity, greedy generation, answer grading.
+//! What a model does after training: generation, grading, Pass@1 and pass@k, perplexity.
 
 pub mod answer;
 pub mod generate;
 mod inference;
 pub mod pass;
 pub mod perplexity;
+mod sampling;
+mod text_stream;
 
+pub use generate::{Completion, FinishReason, GenerateOptions, Generator, Request};
 pub use inference::Inference;
+pub use sampling::Sampling;
+pub use text_stream::TextStream;

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::model::{DecoderLayer, Linear, Lora, LoraPair, Module, Qwen2, Qwen2Config};
+use crate::model::{DecoderLayer, KvCache, Linear, Lora, LoraPair, Module, Qwen2, Qwen2Config};
 use crate::ops;
 use crate::ops::embedding::Embedding;
 use crate::ops::flash_attention::FlashAttention;
@@ -149,23 +149,57 @@ impl Qwen2 {
         adapters: Option<&Adapters>,
     ) -> Result<Var> {
         for index in layers {
-            let layer = self.layers.get(index).ok_or_else(|| {
-                Error::operand(
-                    "decode",
-                    format!("a layer below {}", self.layers.len()),
-                    index.to_string(),
-                )
-            })?;
-            x = LayerPass {
-                config: &self.config,
-                layer,
-                index,
-                layout,
-                adapters,
-            }
-            .run(tape, x)?;
+            x = self.pass(index, layout, adapters)?.run(tape, x, None)?;
         }
         Ok(x)
+    }
+
+    /// As [`Self::decode`] for the first tokens of one sequence, whose keys and values `cache`
+    /// keeps, so that [`Self::decode_next`] can go on from there.
+    pub fn prefill(
+        &self,
+        tape: &mut Tape,
+        mut x: Var,
+        layers: Range<usize>,
+        layout: &Layout,
+        adapters: Option<&Adapters>,
+        cache: &mut KvCache,
+    ) -> Result<Var> {
+        for index in layers {
+            let pass = self.pass(index, layout, adapters)?;
+            x = pass.run(tape, x, Some(cache))?;
+        }
+        Ok(x)
+    }
+
+    fn pass<'a>(
+        &'a self,
+        index: usize,
+        layout: &'a Layout,
+        adapters: Option<&'a Adapters>,
+    ) -> Result<LayerPass<'a>> {
+        let layer = self.layer(index)?;
+        Ok(LayerPass {
+            config: &self.config,
+            layer,
+            index,
+            layout,
+            adapters,
+        })
+    }
+
+    /// Decoder layer number `index`.
+    ///
+    /// # Errors
+    /// When there is no such layer.
+    pub(super) fn layer(&self, index: usize) -> Result<&DecoderLayer> {
+        self.layers.get(index).ok_or_else(|| {
+            Error::operand(
+                "decode",
+                format!("a layer below {}", self.layers.len()),
+                index.to_string(),
+            )
+        })
     }
 
     /// The norm before the output head.
@@ -190,9 +224,9 @@ struct LayerPass<'a> {
 }
 
 impl LayerPass<'_> {
-    fn run(&self, tape: &mut Tape, x: Var) -> Result<Var> {
+    fn run(&self, tape: &mut Tape, x: Var, cache: Option<&mut KvCache>) -> Result<Var> {
         let normed = self.norm(tape, &self.layer.input_norm, &x)?;
-        let attended = self.attention(tape, &normed)?;
+        let attended = self.attention(tape, &normed, cache)?;
         let x = self.linear(tape, Module::O, &attended, Some(&x))?;
         let normed = self.norm(tape, &self.layer.post_attention_norm, &x)?;
         let gate = self.linear(tape, Module::Gate, &normed, None)?;
@@ -201,13 +235,16 @@ impl LayerPass<'_> {
         self.linear(tape, Module::Down, &activated, Some(&x))
     }
 
-    fn attention(&self, tape: &mut Tape, x: &Var) -> Result<Var> {
+    fn attention(&self, tape: &mut Tape, x: &Var, cache: Option<&mut KvCache>) -> Result<Var> {
         let config = self.config;
         let q = self.linear(tape, Module::Q, x, None)?;
         let k = self.linear(tape, Module::K, x, None)?;
         let v = self.linear(tape, Module::V, x, None)?;
         let q = tape.apply(self.rope(config.num_attention_heads), &[&q])?;
         let k = tape.apply(self.rope(config.num_key_value_heads), &[&k])?;
+        if let Some(cache) = cache {
+            cache.extend(self.index, k.value().f32s()?, v.value().f32s()?)?;
+        }
         let attention = FlashAttention {
             batch: self.layout.batch,
             seq_len: self.layout.seq_len,

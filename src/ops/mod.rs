@@ -3,6 +3,7 @@
 //! so that an operator without a gradient does not compile.
 
 pub mod cross_entropy;
+pub mod decode;
 pub mod embedding;
 pub mod flash_attention;
 pub mod fvu;

@@ -69,6 +69,27 @@ impl RopeTable {
         Ok(table)
     }
 
+    /// Rotates the heads that lie side by side in `row`, which is at `position`.
+    ///
+    /// # Errors
+    /// When the table does not hold the position or the row is not made of heads.
+    pub(crate) fn rotate(&self, position: usize, row: &mut [f32]) -> Result<()> {
+        if position >= self.positions() || !row.len().is_multiple_of(self.head_dim) {
+            return Err(Error::operand(
+                Rope::NAME,
+                format!(
+                    "heads of size {} at a position below {}",
+                    self.head_dim,
+                    self.positions()
+                ),
+                format!("{} values at position {position}", row.len()),
+            ));
+        }
+        let angles = &self.values[position * self.head_dim..][..self.head_dim];
+        vectorized!(rotate_row(row, angles, 1.0));
+        Ok(())
+    }
+
     /// Number of positions that the table holds.
     pub fn positions(&self) -> usize {
         self.values.len() / self.head_dim

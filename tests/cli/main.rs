@@ -12,6 +12,7 @@ mod features;
 mod folder;
 mod outputs;
 mod plan;
+mod report;
 mod resume;
 #[cfg(unix)]
 mod signals;

@@ -15,7 +15,7 @@ use resa_engine::tape::{Tape, Var};
 use resa_engine::tensor::{DType, MappedBytes, Tensor};
 
 /// Operators and optimizers that have no CUDA kernel yet: tested on the CPU alone.
-const WITHOUT_CUDA: [&str; 1] = ["lora"];
+const WITHOUT_CUDA: [&str; 1] = ["decode"];
 
 /// Every device that `stem` runs on: the CPU with different thread counts and, where the build
 /// has kernels, a GPU or the emulator in its place. Says so where `stem` cannot use it.

@@ -4,6 +4,7 @@ mod adamw;
 mod clip;
 mod cross_entropy;
 mod cuda_device;
+mod decode;
 mod embedding;
 mod flash_attention;
 mod fvu;

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use bytemuck::{Pod, Zeroable};
 
+use super::tile::Tile;
 use crate::device::CudaDevice;
 use crate::device::cuda::{Arg, Grid, Kernel, WIDE};
 use crate::error::{Error, Result};
@@ -11,6 +12,12 @@ use crate::ops::expect_shape;
 use crate::tensor::{CudaBuffer, DType, Tensor};
 
 const NAME: &str = "gemm";
+
+// Flags of the kernels (kernels/common/gemm_epilogue.cuh).
+const OUT_F32: u32 = 1;
+const BIAS_F32: u32 = 2;
+const ADD: u32 = 4;
+const VECTOR: u32 = 8;
 
 /// A row range of a bf16 matrix on the device.
 #[derive(Clone, Copy, Debug)]
@@ -84,6 +91,23 @@ pub(crate) enum Layout {
     Tn,
 }
 
+impl Layout {
+    /// M, N and K of a product.
+    fn extents(self, lhs: &Matrix, rhs: &Matrix) -> Result<(usize, usize, usize)> {
+        let ((m, k), (n, other_k)) = match self {
+            Self::Nt => ((lhs.rows, lhs.cols), (rhs.rows, rhs.cols)),
+            Self::Nn => ((lhs.rows, lhs.cols), (rhs.cols, rhs.rows)),
+            Self::Tn => ((lhs.cols, lhs.rows), (rhs.cols, rhs.rows)),
+        };
+        if k != other_k {
+            let expected = format!("operands of one inner extent ({self:?})");
+            let found = [lhs, rhs].map(|o| format!("[{}, {}]", o.rows, o.cols));
+            return Err(Error::operand(NAME, expected, found.join(" and ")));
+        }
+        Ok((m, n, k))
+    }
+}
+
 /// alpha · lhs · rhs + bias + residual, \[M, N\].
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Product<'a> {
@@ -115,10 +139,7 @@ impl<'a> Product<'a> {
     /// # Errors
     /// Operands whose extents do not agree, or what a launch can fail with.
     pub(crate) fn run(&self, cuda: &CudaDevice, dtype: DType) -> Result<CudaBuffer> {
-        let (m, n, _) = self.extents()?;
-        let len = m.checked_mul(n);
-        let len = len.ok_or_else(|| Error::operand(NAME, "a smaller result", format!("{m} x {n}")));
-        let out = cuda.alloc(dtype, len?)?;
+        let out = self.output(cuda, dtype)?;
         self.run_into(cuda, &out, 0, false)?;
         Ok(out)
     }
@@ -135,6 +156,40 @@ impl<'a> Product<'a> {
         first_row: usize,
         accumulate: bool,
     ) -> Result<()> {
+        self.launch(cuda, out, first_row, accumulate, None)
+    }
+
+    /// The product with `low_rank` added inside the parentheses that alpha multiplies, in
+    /// `dtype`.
+    ///
+    /// # Errors
+    /// As [`Product::run`].
+    pub(crate) fn run_with(
+        &self,
+        cuda: &CudaDevice,
+        dtype: DType,
+        low_rank: &LowRank,
+    ) -> Result<CudaBuffer> {
+        let out = self.output(cuda, dtype)?;
+        self.launch(cuda, &out, 0, false, Some(low_rank))?;
+        Ok(out)
+    }
+
+    fn output(&self, cuda: &CudaDevice, dtype: DType) -> Result<CudaBuffer> {
+        let (m, n, _) = self.extents()?;
+        let len = m.checked_mul(n);
+        let len = len.ok_or_else(|| Error::operand(NAME, "a smaller result", format!("{m} x {n}")));
+        cuda.alloc(dtype, len?)
+    }
+
+    fn launch(
+        &self,
+        cuda: &CudaDevice,
+        out: &CudaBuffer,
+        first_row: usize,
+        accumulate: bool,
+        low_rank: Option<&LowRank>,
+    ) -> Result<()> {
         let (m, n, k) = self.extents()?;
         let dtype = out.dtype();
         if !matches!((dtype, accumulate), (DType::F32, _) | (DType::Bf16, false)) {
@@ -146,35 +201,61 @@ impl<'a> Product<'a> {
             let expected = format!("{m} rows of {n} values from row {first_row} on");
             return Err(Error::operand(NAME, expected, format!("{}", out.len())));
         }
+        let mut operands = vec![self.lhs, self.rhs];
+        operands.extend(low_rank.iter().flat_map(|low| [low.lhs, low.rhs]));
+        let aligned = operands.iter().all(Matrix::is_aligned);
+        let masked = low_rank.is_some_and(|low| low.dropout.is_some());
+        let tile = Tile::choose(self.layout, m, n, aligned, masked);
+        let splits = low_rank.map_or_else(|| tile.splits(m, n, k), |_| 1);
         let start = first_row * n * dtype.size();
-        let args = GemmArgs {
+        let mut args = GemmArgs {
             out: out.address() + start as u64,
             flags: self.flags(dtype, accumulate, n, start),
+            splits: size(splits)?,
             ..self.args(m, n, k)?
         };
-        let (kernel, tile) = self.kernel();
-        let blocks = m.div_ceil(tile.m) * n.div_ceil(tile.n);
-        let grid = Grid::of_blocks(blocks, tile.threads, tile.shared());
+        if let Some(low_rank) = low_rank {
+            low_rank.add_to(&mut args, self.layout)?;
+        }
+        let grid = Grid::of_blocks(tile.count(m, n) * splits, tile.threads, tile.shared());
+        if splits > 1 {
+            return Self::launch_slices(cuda, tile, grid, args);
+        }
         let args = [Arg::Struct(bytemuck::cast(args))];
         // SAFETY: `args` holds the addresses of lhs and rhs with the extents that `extents`
-        // compared, bias [n] and residual [m, n] that it checked, and of m rows of n values
-        // within `out`. The kernel that expects aligned rows is chosen only where they are.
-        unsafe { cuda.launch(kernel, grid, &args) }
+        // compared, of the low-rank operands with those that `add_to` compared, bias [n] and
+        // residual [m, n] that were checked, and of m rows of n values within `out`. A kernel
+        // that expects aligned rows is chosen only where they are.
+        unsafe { cuda.launch(tile.kernel(), grid, &args) }
+    }
+
+    /// The slices of K side by side, and their sum.
+    fn launch_slices(cuda: &CudaDevice, tile: Tile, grid: Grid, args: GemmArgs) -> Result<()> {
+        let values = args.m as usize * args.n as usize;
+        let partial = cuda.alloc(DType::F32, args.splits as usize * values)?;
+        let slices = GemmArgs {
+            out: partial.address(),
+            bias: 0,
+            residual: 0,
+            alpha: 1.0,
+            flags: OUT_F32 | (args.flags & VECTOR),
+            ..args
+        };
+        // SAFETY: as in `launch`; the slices' results are [splits, m, n] f32.
+        unsafe { cuda.launch(tile.kernel(), grid, &[Arg::Struct(bytemuck::cast(slices))]) }?;
+        let width = if args.flags & VECTOR == 0 { 1 } else { 4 };
+        let sum = Kernel {
+            stem: NAME,
+            function: "gemm_sum",
+        };
+        let args = [Arg::Struct(bytemuck::cast(args)), Arg::from(&partial)];
+        // SAFETY: the same operands of the epilogue, and the slices' results.
+        unsafe { cuda.launch(sum, Grid::over(values.div_ceil(width)), &args) }
     }
 
     /// M, N and K.
     fn extents(&self) -> Result<(usize, usize, usize)> {
-        let (lhs, rhs) = (&self.lhs, &self.rhs);
-        let ((m, k), (n, other_k)) = match self.layout {
-            Layout::Nt => ((lhs.rows, lhs.cols), (rhs.rows, rhs.cols)),
-            Layout::Nn => ((lhs.rows, lhs.cols), (rhs.cols, rhs.rows)),
-            Layout::Tn => ((lhs.cols, lhs.rows), (rhs.cols, rhs.rows)),
-        };
-        if k != other_k {
-            let expected = format!("operands of one inner extent ({:?})", self.layout);
-            let found = [lhs, rhs].map(|o| format!("[{}, {}]", o.rows, o.cols));
-            return Err(Error::operand(NAME, expected, found.join(" and ")));
-        }
+        let (m, n, k) = self.layout.extents(&self.lhs, &self.rhs)?;
         if let Some(bias) = self.bias {
             expect_shape(NAME, bias, &[n])?;
         }
@@ -186,10 +267,6 @@ impl<'a> Product<'a> {
     }
 
     fn args(&self, m: usize, n: usize, k: usize) -> Result<GemmArgs> {
-        let size = |size: usize| {
-            let fits = u32::try_from(size);
-            fits.map_err(|_| Error::operand(NAME, "extents below 2^32", format!("{size}")))
-        };
         Ok(GemmArgs {
             lhs: self.lhs.address(),
             rhs: self.rhs.address(),
@@ -201,17 +278,12 @@ impl<'a> Product<'a> {
             n: size(n)?,
             k: size(k)?,
             alpha: self.alpha,
-            splits: 1,
             ..GemmArgs::zeroed()
         })
     }
 
     /// The kernels' flags for rows of `n` values in `dtype`, `start` bytes into the result.
     fn flags(&self, dtype: DType, accumulate: bool, n: usize, start: usize) -> u32 {
-        const OUT_F32: u32 = 1;
-        const BIAS_F32: u32 = 2;
-        const ADD: u32 = 4;
-        const VECTOR: u32 = 8;
         let flag = |bit: u32, is_set: bool| if is_set { bit } else { 0 };
         let vector = n.is_multiple_of(4) && start.is_multiple_of(4 * dtype.size());
         flag(OUT_F32, dtype == DType::F32)
@@ -219,26 +291,59 @@ impl<'a> Product<'a> {
             | flag(ADD, accumulate)
             | flag(VECTOR, vector)
     }
+}
 
-    fn kernel(&self) -> (Kernel, Tile) {
-        let aligned = self.lhs.is_aligned() && self.rhs.is_aligned();
-        let function = match (self.layout, aligned) {
-            (Layout::Nt, true) => "gemm_nt_128x128",
-            (Layout::Nn, true) => "gemm_nn_128x128",
-            (Layout::Tn, true) => "gemm_tn_128x128",
-            (Layout::Nt, false) => "gemm_nt_unaligned",
-            (Layout::Nn, false) => "gemm_nn_unaligned",
-            (Layout::Tn, false) => "gemm_tn_unaligned",
-        };
-        let tile = if aligned { SQUARE } else { SMALL };
-        (
-            Kernel {
-                stem: NAME,
-                function,
-            },
-            tile,
-        )
+/// A product of small inner extent that rides in the same pass as a [`Product`], in its layout.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LowRank<'a> {
+    pub(crate) lhs: Matrix<'a>,
+    pub(crate) rhs: Matrix<'a>,
+    /// Scales what was kept and drops the rest (layout Nn only).
+    pub(crate) dropout: Option<Kept<'a>>,
+}
+
+/// What dropout kept of a matrix \[M, N\].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Kept<'a> {
+    /// One bit an element, the lowest of a byte first.
+    pub(crate) mask: &'a CudaBuffer,
+    /// The factor on what was kept.
+    pub(crate) scale: f32,
+}
+
+impl LowRank<'_> {
+    fn add_to(&self, args: &mut GemmArgs, layout: Layout) -> Result<()> {
+        let (m, n, k) = layout.extents(&self.lhs, &self.rhs)?;
+        if (size(m)?, size(n)?) != (args.m, args.n) {
+            let expected = format!("a low-rank product [{}, {}]", args.m, args.n);
+            return Err(Error::operand(NAME, expected, format!("[{m}, {n}]")));
+        }
+        args.low_lhs = self.lhs.address();
+        args.low_rhs = self.rhs.address();
+        args.low_lhs_stride = size(self.lhs.cols)?;
+        args.low_rhs_stride = size(self.rhs.cols)?;
+        args.low_k = size(k)?;
+        if let Some(Kept { mask, scale }) = self.dropout {
+            let bits = mask.len() * mask.dtype().size() * 8;
+            if layout != Layout::Nn || bits < m * n {
+                let expected = format!("layout Nn and a mask of {} bits", m * n);
+                return Err(Error::operand(
+                    NAME,
+                    expected,
+                    format!("{layout:?} and {bits}"),
+                ));
+            }
+            args.mask = mask.address();
+            args.keep = scale;
+        }
+        Ok(())
     }
+}
+
+/// An extent as the kernels take it.
+fn size(size: usize) -> Result<u32> {
+    let fits = u32::try_from(size);
+    fits.map_err(|_| Error::operand(NAME, "extents below 2^32", format!("{size}")))
 }
 
 /// The address of an optional operand on the device; 0 stands for none.
@@ -254,35 +359,6 @@ fn operand(tensor: Option<&Tensor>, dtypes: &[DType]) -> Result<u64> {
     }
 }
 
-/// A block's tile, as kernels/gemm.cu has it.
-#[derive(Clone, Copy)]
-struct Tile {
-    m: usize,
-    n: usize,
-    threads: u32,
-    stages: usize,
-}
-
-const SQUARE: Tile = Tile {
-    m: 128,
-    n: 128,
-    threads: 256,
-    stages: 4,
-};
-const SMALL: Tile = Tile {
-    m: 128,
-    n: 32,
-    threads: 128,
-    stages: 4,
-};
-
-impl Tile {
-    /// Bytes of shared memory: stages of 64 values of K.
-    fn shared(self) -> usize {
-        self.stages * (self.m + self.n) * 64 * DType::Bf16.size()
-    }
-}
-
 /// `GemmArgs` of kernels/gemm.cu.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -294,6 +370,7 @@ struct GemmArgs {
     low_rhs: u64,
     bias: u64,
     residual: u64,
+    mask: u64,
     lhs_stride: u32,
     rhs_stride: u32,
     low_lhs_stride: u32,
@@ -303,9 +380,10 @@ struct GemmArgs {
     k: u32,
     low_k: u32,
     alpha: f32,
+    keep: f32,
     flags: u32,
     splits: u32,
-    unused: [u32; 7],
+    unused: [u32; 4],
 }
 
 /// Y = X Wᵀ + b + R in bf16, in X's leading shape.
@@ -339,7 +417,7 @@ pub(super) fn input_gradient(cuda: &CudaDevice, dy: &Tensor, weight: &Tensor) ->
 }
 
 /// The tensor's shape with another last extent.
-fn with_last(tensor: &Tensor, last: usize) -> Vec<usize> {
+pub(crate) fn with_last(tensor: &Tensor, last: usize) -> Vec<usize> {
     let mut shape = tensor.shape().to_vec();
     if let Some(extent) = shape.last_mut() {
         *extent = last;

@@ -9,6 +9,9 @@
 
 mod cpu;
 pub(crate) mod cuda;
+#[cfg(test)]
+mod tests;
+mod tile;
 
 use faer::Accum;
 use rayon::prelude::*;

@@ -1,0 +1,104 @@
+//! A model as `eval` and `generate` use it: with adapter or SAE, and its tokenizer.
+
+use std::path::{Path, PathBuf};
+
+use resa_engine::data::{ChatTemplate, Tokenizer};
+use resa_engine::eval::{GenerateOptions, Inference, Sampling};
+use resa_engine::formats::{huggingface, peft, sparsify};
+use resa_engine::model::{Lora, Qwen2, Sae};
+use resa_engine::train::DtypeSetting;
+use resa_engine::train::inputs::prepare;
+use resa_engine::{Device, Error, Result};
+
+use super::args::{ModelArgs, SamplingArgs};
+
+/// What the options name, loaded.
+pub struct Loaded {
+    pub dir: PathBuf,
+    pub device: Device,
+    pub tokenizer: Tokenizer,
+    model: Qwen2,
+    lora: Option<Lora>,
+    sae: Option<(Sae, usize)>,
+}
+
+impl Loaded {
+    /// Loads the model in folder `dir`. Where text is written (`is_decoding`) weights stay as
+    /// they are stored unless f32 is asked for: the fewer bytes, the faster a token comes.
+    pub fn new(dir: &str, with: &ModelArgs, is_decoding: bool) -> Result<Self> {
+        let dir = PathBuf::from(dir);
+        let mut model = huggingface::load(&dir)?;
+        let layers = 0..model.layers.len();
+        let dtype = match (with.dtype, is_decoding) {
+            (DtypeSetting::Auto, true) => DtypeSetting::Bf16,
+            (dtype, _) => dtype,
+        };
+        let device = Device::cpu(with.threads)?.with_precision(with.dtype.precision());
+        device.run(|| prepare(&device, &mut model, dtype, layers, true))?;
+        let lora = with.adapter.as_ref();
+        let lora = lora.map(|dir| peft::load(dir, &model.config)).transpose()?;
+        let sae = match (&with.sae, with.layer) {
+            (Some(root), Some(layer)) => {
+                Some((sparsify::load_at(root, layer, &model.config)?, layer))
+            }
+            _ => None,
+        };
+        let tokenizer = Tokenizer::from_dir(&dir)?;
+        Ok(Self {
+            dir,
+            device,
+            tokenizer,
+            model,
+            lora,
+            sae,
+        })
+    }
+
+    pub fn model(&self) -> &Qwen2 {
+        &self.model
+    }
+
+    /// What a forward pass goes through.
+    pub fn inference(&self) -> Inference<'_> {
+        Inference {
+            model: &self.model,
+            adapters: self.lora.as_ref(),
+            sae: self.sae.as_ref().map(|(sae, layer)| (sae, *layer)),
+        }
+    }
+
+    /// The model's chat template, where it has one.
+    pub fn chat_template(&self) -> Result<Option<ChatTemplate>> {
+        ChatTemplate::from_dir(&self.dir)
+    }
+
+    /// An error unless every token of a prompt is one of the model's.
+    pub fn check_prompt(&self, ids: &[u32]) -> Result<()> {
+        let vocab = self.model.config.vocab_size;
+        match ids.iter().find(|&&id| id as usize >= vocab) {
+            Some(id) => Err(Error::file(
+                Path::new(&self.dir).join("tokenizer.json"),
+                format!("expected token ids below the model's vocab_size {vocab}, found {id}"),
+            )),
+            None => Ok(()),
+        }
+    }
+}
+
+impl SamplingArgs {
+    /// The options of a generator.
+    pub fn options(&self, stop_tokens: Vec<u32>, stop_strings: Vec<String>) -> GenerateOptions {
+        GenerateOptions {
+            sampling: Sampling {
+                temperature: self.temperature,
+                top_p: self.top_p,
+                top_k: self.top_k,
+                seed: self.seed,
+            },
+            max_new_tokens: self.max_new_tokens,
+            stop_tokens,
+            stop_strings,
+            batch: self.batch,
+        }
+    }
+}
