@@ -203,7 +203,7 @@ impl Report {
             )?,
             _ => writeln!(
                 f,
-                "{:>9} {:>19} {:>12}  of the ceiling",
+                "{:>9} {:>22} {:>13}  of the ceiling",
                 "median", "p20 to p80", "rate"
             )?,
         }
@@ -222,7 +222,7 @@ impl fmt::Display for Row {
             let spread = format!("{} to {}", time(times.p20), time(times.p80));
             write!(
                 f,
-                "{:>9} {spread:>19} {:>12}",
+                "{:>9} {spread:>22} {:>13}",
                 time(times.median),
                 self.rate()
             )?;
