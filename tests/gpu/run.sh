@@ -52,7 +52,7 @@ failures=0
 step() {
     local name=$1 limit=$2 log
     shift 2
-    log=$out/logs/${name// /-}.log
+    log=$out/logs/${name//[^a-z0-9.]/-}.log
     echo "== $name" >&2
     local began=$SECONDS host=0 gpu=0 now status
     timeout "$limit" "$@" >"$log" 2>"${log%.log}.err" &
