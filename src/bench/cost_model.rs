@@ -44,68 +44,76 @@ impl CostModel {
         };
         let one = flop::sae_stage(&config, &model.config)?;
         let two = flop::sft_stage(&config, &model.config)?;
-        let mut lines = Lines(Vec::new());
-        lines.add(
-            "Stage I",
-            &one,
-            &["layers up to the hookpoint"],
-            Some(1.2),
-            false,
-        )?;
-        lines.add("Stage I", &one, &["SAE encoder"], Some(0.2), false)?;
-        lines.add("Stage I", &one, &["attention"], None, false)?;
-        lines.add("Stage I", &one, &["SAE, active latents"], None, false)?;
-        let stage = "Stage II, first epoch";
-        let prefix = ["layers up to the hookpoint"];
-        let suffixes = ["layers after it, teacher", "layers of the student"];
-        let heads = ["heads of teacher and student"];
-        let backward = ["backward of layers and head"];
-        lines.add(stage, &two, &prefix, Some(1.2), false)?;
-        lines.add(stage, &two, &["SAE encoder"], Some(0.2), false)?;
-        lines.add(stage, &two, &suffixes, Some(2.8), false)?;
-        lines.add(stage, &two, &heads, Some(0.9), false)?;
-        lines.add(stage, &two, &backward, Some(1.9), false)?;
-        let all = [&prefix[..], &["SAE encoder"], &suffixes, &heads, &backward].concat();
-        lines.add(stage, &two, &all, Some(7.0), false)?;
-        let attention = ["attention of the teacher", "attention of the student"];
-        lines.add(stage, &two, &attention, None, false)?;
-        lines.add(stage, &two, &["adapters"], None, false)?;
-        let stage = "Stage II, later epochs";
-        lines.add(stage, &two, &all, Some(4.2), true)?;
-        lines.add(stage, &two, &attention, None, true)?;
-        Ok(Self { lines: lines.0 })
+        let lines = TABLE.iter().map(|entry| {
+            let parts = if entry.stage == STAGE_ONE { &one } else { &two };
+            entry.count(parts)
+        });
+        Ok(Self {
+            lines: lines.collect::<Result<_>>()?,
+        })
     }
 }
 
-struct Lines(Vec<CostLine>);
+/// A line of the comparison: parts of a stage, and the design's figure for all of them.
+struct Entry {
+    stage: &'static str,
+    parts: &'static [&'static str],
+    designed_gflop: Option<f64>,
+}
 
-impl Lines {
-    /// The parts of these names together.
-    fn add(
-        &mut self,
-        stage: &str,
-        parts: &[FlopPart],
-        names: &[&str],
-        designed_gflop: Option<f64>,
-        later: bool,
-    ) -> Result<()> {
+const STAGE_ONE: &str = "Stage I";
+const FIRST: &str = "Stage II, first epoch";
+const LATER: &str = "Stage II, later epochs";
+
+const PREFIX: &str = "layers up to the hookpoint";
+const ENCODER: &str = "SAE encoder";
+const TEACHER: &str = "layers after it, teacher";
+const STUDENT: &str = "layers of the student";
+const HEADS: &str = "heads of teacher and student";
+const BACKWARD: &str = "backward of layers and head";
+/// All products with weights in Stage II.
+const PRODUCTS: &[&str] = &[PREFIX, ENCODER, TEACHER, STUDENT, HEADS, BACKWARD];
+const ATTENTION: &[&str] = &["attention of the teacher", "attention of the student"];
+
+#[rustfmt::skip] // One row a line.
+const TABLE: &[Entry] = &[
+    Entry { stage: STAGE_ONE, parts: &[PREFIX], designed_gflop: Some(1.2) },
+    Entry { stage: STAGE_ONE, parts: &[ENCODER], designed_gflop: Some(0.2) },
+    Entry { stage: STAGE_ONE, parts: &["attention"], designed_gflop: None },
+    Entry { stage: STAGE_ONE, parts: &["SAE, active latents"], designed_gflop: None },
+    Entry { stage: FIRST, parts: &[PREFIX], designed_gflop: Some(1.2) },
+    Entry { stage: FIRST, parts: &[ENCODER], designed_gflop: Some(0.2) },
+    Entry { stage: FIRST, parts: &[TEACHER, STUDENT], designed_gflop: Some(2.8) },
+    Entry { stage: FIRST, parts: &[HEADS], designed_gflop: Some(0.9) },
+    Entry { stage: FIRST, parts: &[BACKWARD], designed_gflop: Some(1.9) },
+    Entry { stage: FIRST, parts: PRODUCTS, designed_gflop: Some(7.0) },
+    Entry { stage: FIRST, parts: ATTENTION, designed_gflop: None },
+    Entry { stage: FIRST, parts: &["adapters"], designed_gflop: None },
+    Entry { stage: LATER, parts: PRODUCTS, designed_gflop: Some(4.2) },
+    Entry { stage: LATER, parts: ATTENTION, designed_gflop: None },
+];
+
+impl Entry {
+    fn count(&self, parts: &[FlopPart]) -> Result<CostLine> {
         let mut counted = 0.0;
-        for &name in names {
+        for &name in self.parts {
             let part = parts.iter().find(|part| part.what == name);
             let part = part.ok_or_else(|| Error::operand("bench-kernels", name, "no such part"))?;
-            counted += if later { part.later } else { part.first };
+            counted += match self.stage {
+                LATER => part.later,
+                _ => part.first,
+            };
         }
-        let what = match names {
-            [one] => format!("{stage}: {one}"),
-            [one, two] => format!("{stage}: {one} and {two}"),
-            _ => format!("{stage}: all products with weights"),
+        let what = match self.parts {
+            [one] => (*one).to_owned(),
+            [one, two] => format!("{one} and {two}"),
+            _ => "all products with weights".to_owned(),
         };
-        self.0.push(CostLine {
-            what,
+        Ok(CostLine {
+            what: format!("{}: {what}", self.stage),
             counted,
-            designed_gflop,
-        });
-        Ok(())
+            designed_gflop: self.designed_gflop,
+        })
     }
 }
 

@@ -6,9 +6,11 @@ use std::path::Path;
 
 use serde::Serialize;
 
+use super::cases;
 use super::shapes::ModelShape;
 use crate::data::Tokenizer;
 use crate::data::tokenizer::copy_files;
+use crate::device::Precision;
 use crate::error::{Error, Result};
 use crate::formats::huggingface;
 use crate::train::flop::{self, FlopPart};
@@ -26,6 +28,8 @@ pub struct StageRate {
     pub stage: &'static str,
     /// `first`, or `later` for epochs that take what does not change from the cache.
     pub epoch: &'static str,
+    /// What its matrix products compute with: what a run takes by default.
+    pub precision: &'static str,
     /// Steps measured, the first one left out.
     pub steps: usize,
     /// Tokens by seconds of these steps.
@@ -121,12 +125,17 @@ pub(super) fn measure(
     };
     let one = steps(&sae)?;
     let two = steps(&sft)?;
+    let precision = match device {
+        DeviceSetting::Cuda(_) => Precision::Bf16,
+        _ => sae.dtype.precision(),
+    };
+    let precision = cases::short(precision);
     let mut rates = Vec::new();
     let parts = flop::sae_stage(&sae, &model.config)?;
-    rates.extend(rate(model.name, "sae", &one, &parts, false));
+    rates.extend(rate(model.name, "sae", &one, &parts, false, precision));
     let parts = flop::sft_stage(&sft, &model.config)?;
-    rates.extend(rate(model.name, "sft", &two, &parts, false));
-    rates.extend(rate(model.name, "sft", &two, &parts, true));
+    rates.extend(rate(model.name, "sft", &two, &parts, false, precision));
+    rates.extend(rate(model.name, "sft", &two, &parts, true, precision));
     Ok(rates)
 }
 
@@ -154,6 +163,7 @@ fn rate(
     steps: &[StepMetrics],
     parts: &[FlopPart],
     later: bool,
+    precision: &'static str,
 ) -> Option<StageRate> {
     // The first step allocates what the others use again.
     let steps: Vec<_> = steps
@@ -169,6 +179,7 @@ fn rate(
         model: model.to_owned(),
         stage,
         epoch: if later { "later" } else { "first" },
+        precision,
         steps: steps.len(),
         tokens_per_s,
         flop_per_token,
@@ -201,8 +212,9 @@ impl fmt::Display for StageRate {
         let (rate, flop) = (self.tokens_per_s, self.flop_per_token / 1e6);
         write!(
             f,
-            "  {:<11} {stage:<24} {rate:9.0} tokens/s  {flop:8.1} MFLOP a token  {:7.1} GFLOP/s",
+            "  {:<11} {stage:<24} {:<5} {rate:9.0} tokens/s  {flop:8.1} MFLOP a token  {:7.1} GFLOP/s",
             self.model,
+            self.precision,
             self.flop_per_s / 1e9
         )?;
         match self.fraction {
