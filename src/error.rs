@@ -40,6 +40,9 @@ pub enum Error {
     /// A CUDA device cannot be used, ran out of memory or failed.
     #[error("cuda:{device}: {what}")]
     Cuda { device: usize, what: String },
+    /// An operator that has no version for CUDA devices.
+    #[error("cuda:{device}: {op} has no CUDA kernel yet; use the CPU")]
+    NoKernel { device: usize, op: String },
     /// A number that must be finite is not; training cannot go on from it.
     #[error("{what}")]
     NotFinite { what: String },

@@ -3,6 +3,7 @@
 //! into a target model, and LoRA adapters learn to undo what it costs.
 
 pub mod analysis;
+pub mod bench;
 pub mod data;
 pub mod device;
 pub mod error;

@@ -5,9 +5,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The library's modules: each may use those before it.
-const ORDER: [&str; 14] = [
+const ORDER: [&str; 15] = [
     "error", "rng", "tensor", "device", "ops", "tape", "optim", "model", "data", "formats", "eval",
-    "analysis", "train", "report",
+    "analysis", "train", "bench", "report",
 ];
 
 /// Files of `src/ops` and `src/optim` that are no operator: shared parts, tested through the

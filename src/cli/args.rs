@@ -33,6 +33,8 @@ pub enum Command {
     Features(FeaturesArgs),
     /// Write one HTML page about one or several runs
     Report(ReportArgs),
+    /// Measure every operator at the shapes of three models, and whole stages
+    BenchKernels(BenchArgs),
     /// Print a completion script for a shell
     Completions(CompletionsArgs),
 }
@@ -476,6 +478,49 @@ pub struct MergeArgs {
     /// Folder for the merged model; must not exist or be empty
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
+}
+
+#[derive(Args)]
+pub struct BenchArgs {
+    /// Rows whose name holds all these words, such as "gemm backward smollm2" or "stages"; may be
+    /// repeated
+    #[arg(long, value_name = "NAME")]
+    pub filter: Vec<String>,
+    /// The model whose shapes are measured; may be repeated
+    #[arg(long, value_name = "MODEL", value_parser = resa_engine::bench::shapes::NAMES)]
+    pub model: Vec<String>,
+    /// Where to compute: auto, cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    pub device: DeviceSetting,
+    /// Worker threads; 0 is one for each core
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = threads)]
+    pub threads: usize,
+    /// Seconds for the repetitions of a row (three of them at least)
+    #[arg(long, value_name = "S", default_value_t = 0.2, value_parser = seconds)]
+    pub seconds: f64,
+    /// Earlier results, as --json prints them: every row gets a verdict
+    #[arg(long, value_name = "FILE")]
+    pub compare: Option<PathBuf>,
+    /// Print registers, shared memory and spills of each kernel, as compiled, and stop
+    #[arg(long = "static")]
+    pub static_table: bool,
+    /// Print the results as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+fn threads(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(number) if number <= 4096 => Ok(number),
+        _ => Err("expected a whole number of at most 4096".to_owned()),
+    }
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(seconds) if (0.0..=3600.0).contains(&seconds) => Ok(seconds),
+        _ => Err("expected a number from 0 to 3600".to_owned()),
+    }
 }
 
 #[derive(Args)]

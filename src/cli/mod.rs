@@ -1,6 +1,7 @@
 //! The command line: one file per command, no computation.
 
 mod args;
+mod bench_kernels;
 mod completions;
 mod config_file;
 mod eval;
@@ -45,6 +46,7 @@ pub fn main() -> ExitCode {
         Command::Merge(args) => merge::run(&args),
         Command::Features(args) => features::run(&args),
         Command::Report(args) => report::run(&args),
+        Command::BenchKernels(args) => bench_kernels::run(&args),
         Command::Completions(args) => completions::run(&args),
     };
     let (error, code) = match result {

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 const MAX_SIZE: u64 = 1 << 28;
 
 /// A JSON object of a file.
-pub(super) struct JsonObject {
+pub(crate) struct JsonObject {
     path: PathBuf,
     /// Where in the file the object is, with a final dot; empty for the whole.
     prefix: String,
@@ -21,7 +21,7 @@ pub(super) struct JsonObject {
 
 impl JsonObject {
     /// Reads a file that holds one JSON object.
-    pub(super) fn read(path: &Path) -> Result<Self> {
+    pub(crate) fn read(path: &Path) -> Result<Self> {
         let bytes = fs::read(path).map_err(|e| Error::io(path, e))?;
         match serde_json::from_slice(&bytes) {
             Ok(Value::Object(map)) => Ok(Self {
@@ -38,18 +38,18 @@ impl JsonObject {
     }
 
     /// The value of a key; null counts as absent.
-    pub(super) fn get(&self, key: &str) -> Option<&Value> {
+    pub(crate) fn get(&self, key: &str) -> Option<&Value> {
         self.map.get(key).filter(|value| !value.is_null())
     }
 
     /// All keys whose value is not null.
-    pub(super) fn keys(&self) -> impl Iterator<Item = &str> {
+    pub(crate) fn keys(&self) -> impl Iterator<Item = &str> {
         let present = self.map.iter().filter(|(_, value)| !value.is_null());
         present.map(|(key, _)| key.as_str())
     }
 
     /// The error that `key` is not what it should be.
-    pub(super) fn error(&self, key: &str, expected: &str) -> Error {
+    pub(crate) fn error(&self, key: &str, expected: &str) -> Error {
         let found = self.get(key).map_or_else(|| "nothing".to_owned(), shown);
         Error::file(
             &self.path,
@@ -61,7 +61,7 @@ impl JsonObject {
     }
 
     /// The object below a key.
-    pub(super) fn object(&self, key: &str) -> Result<Option<Self>> {
+    pub(crate) fn object(&self, key: &str) -> Result<Option<Self>> {
         match self.get(key) {
             None => Ok(None),
             Some(Value::Object(map)) => Ok(Some(Self {
@@ -73,8 +73,43 @@ impl JsonObject {
         }
     }
 
+    /// The object below a key that must be there.
+    pub(crate) fn required_object(&self, key: &str) -> Result<Self> {
+        let object = self.object(key)?;
+        object.ok_or_else(|| self.error(key, "an object"))
+    }
+
+    /// The objects in the list below a key.
+    pub(crate) fn objects(&self, key: &str) -> Result<Vec<Self>> {
+        let Some(Value::Array(items)) = self.get(key) else {
+            return Err(self.error(key, "a list of objects"));
+        };
+        let objects = items.iter().enumerate().map(|(i, item)| match item {
+            Value::Object(map) => Ok(Self {
+                path: self.path.clone(),
+                prefix: format!("{}{key}[{i}].", self.prefix),
+                map: map.clone(),
+            }),
+            other => Err(Error::file(
+                &self.path,
+                format!(
+                    "key {}{key}[{i}]: expected an object, found {}",
+                    self.prefix,
+                    shown(other)
+                ),
+            )),
+        });
+        objects.collect()
+    }
+
+    /// A string that must be there.
+    pub(crate) fn required_string(&self, key: &str) -> Result<&str> {
+        let string = self.string(key)?;
+        string.ok_or_else(|| self.error(key, "a string"))
+    }
+
     /// A size of at least 1.
-    pub(super) fn size(&self, key: &str) -> Result<usize> {
+    pub(crate) fn size(&self, key: &str) -> Result<usize> {
         match self.get(key).and_then(Value::as_u64) {
             Some(n) if (1..=MAX_SIZE).contains(&n) => Ok(n as usize),
             _ => Err(self.error(key, &format!("a whole number from 1 to {MAX_SIZE}"))),
@@ -82,12 +117,12 @@ impl JsonObject {
     }
 
     /// A size of at least 1 where the key is present.
-    pub(super) fn optional_size(&self, key: &str) -> Result<Option<usize>> {
+    pub(crate) fn optional_size(&self, key: &str) -> Result<Option<usize>> {
         self.get(key).map(|_| self.size(key)).transpose()
     }
 
     /// A finite number.
-    pub(super) fn number(&self, key: &str) -> Result<f64> {
+    pub(crate) fn number(&self, key: &str) -> Result<f64> {
         self.get(key)
             .and_then(Value::as_f64)
             .filter(|number| number.is_finite())
@@ -95,12 +130,12 @@ impl JsonObject {
     }
 
     /// A finite number, or `default` where the key is absent.
-    pub(super) fn number_or(&self, key: &str, default: f64) -> Result<f64> {
+    pub(crate) fn number_or(&self, key: &str, default: f64) -> Result<f64> {
         self.get(key).map_or(Ok(default), |_| self.number(key))
     }
 
     /// A truth value, or `default` where the key is absent.
-    pub(super) fn bool_or(&self, key: &str, default: bool) -> Result<bool> {
+    pub(crate) fn bool_or(&self, key: &str, default: bool) -> Result<bool> {
         match self.get(key) {
             None => Ok(default),
             Some(Value::Bool(value)) => Ok(*value),
@@ -109,7 +144,7 @@ impl JsonObject {
     }
 
     /// A string, where the key is present.
-    pub(super) fn string(&self, key: &str) -> Result<Option<&str>> {
+    pub(crate) fn string(&self, key: &str) -> Result<Option<&str>> {
         match self.get(key) {
             None => Ok(None),
             Some(Value::String(value)) => Ok(Some(value)),
@@ -119,7 +154,7 @@ impl JsonObject {
 
     /// An error unless each of the keys is absent, null, false, 0 or an empty list or object:
     /// what a feature that is switched off looks like.
-    pub(super) fn refuse_set(&self, keys: &[&str], why: &str) -> Result<()> {
+    pub(crate) fn refuse_set(&self, keys: &[&str], why: &str) -> Result<()> {
         for &key in keys {
             let off = match self.get(key) {
                 None | Some(Value::Bool(false)) => true,

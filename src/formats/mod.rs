@@ -5,7 +5,7 @@
 
 pub mod atomic;
 pub mod huggingface;
-mod json;
+pub(crate) mod json;
 pub mod peft;
 pub mod safetensors;
 pub mod sparsify;

@@ -53,7 +53,7 @@ pub fn config() -> TrainConfig {
 
 /// Writes the example's files below `dir` (those that are there already are left alone) and
 /// says where they are.
-pub(super) fn unpack(dir: &Path) -> Result<Sources> {
+pub fn unpack(dir: &Path) -> Result<Sources> {
     for (name, bytes) in FILES {
         let path = dir.join(name);
         if fs::metadata(&path).is_ok_and(|m| m.len() == bytes.len() as u64) {

@@ -3,6 +3,7 @@
 pub mod checkpoint;
 pub mod config;
 pub mod example;
+pub mod flop;
 pub mod inputs;
 pub mod metrics;
 pub mod observer;

@@ -6,6 +6,7 @@ use std::time::Instant;
 use serde::Serialize;
 
 use super::config::TrainConfig;
+use super::flop::{self, layer_weights};
 use super::schedule::Schedule;
 use super::settings::{Method, SaeGrad, SaeInit, SaeOptimizer};
 use crate::device::Device;
@@ -99,57 +100,12 @@ impl Plan {
     }
 }
 
-/// FLOP a token of one model's parts, a multiply and an add counted as two.
-struct Cost {
-    layer: f64,
-    layer_backward: f64,
-    /// Forward and backward of one layer's adapters.
-    lora: f64,
-    head: f64,
-    sae_encode: f64,
-    /// Decoding and the gradients of the active latents.
-    sae_sparse: f64,
-}
-
-impl Cost {
-    fn new(config: &TrainConfig, model: &Qwen2Config, latents: usize) -> Self {
-        let hidden = model.hidden_size as f64;
-        let linear = 2.0 * layer_weights(model);
-        // Two products over the keys before a query, half of the sequence on average.
-        let heads = (model.num_attention_heads * model.head_dim) as f64;
-        let attention = 2.0 * config.seq_len as f64 * heads;
-        let ranks = config.lora_targets.iter().map(|&module| {
-            let (out, inner) = model.module_dims(module);
-            2.0 * config.lora_r as f64 * (out as f64 + inner as f64)
-        });
-        let k = config.k as f64;
-        let multi = if config.multi_topk { 4.0 * k } else { 0.0 };
-        let dead = if config.auxk_alpha > 0.0 {
-            hidden / 2.0
-        } else {
-            0.0
-        };
-        Self {
-            layer: linear + attention,
-            // Weights are frozen, so only activations have gradients; attention has four
-            // products there and computes its scores again.
-            layer_backward: linear + 2.5 * attention,
-            lora: 3.0 * ranks.sum::<f64>(),
-            head: 2.0 * hidden * model.vocab_size as f64,
-            sae_encode: 2.0 * hidden * latents as f64,
-            sae_sparse: 8.0 * hidden * (k + multi + dead),
-        }
-    }
-}
-
 fn sae_stage(config: &TrainConfig, input: &PlanInput) -> Result<StagePlan> {
     let model = input.source;
     let latents = config.latents_for(model.hidden_size)?;
     let hookpoints = config.hookpoints_for(model.num_hidden_layers)?;
     let layers = hookpoints.iter().max().map_or(0, |&last| last + 1);
-    let cost = Cost::new(config, model, latents);
     let saes = hookpoints.len() as f64;
-    let each = layers as f64 * cost.layer + saes * (cost.sae_encode + cost.sae_sparse);
 
     let schedule = Schedule::new(
         input.source_rows,
@@ -178,7 +134,7 @@ fn sae_stage(config: &TrainConfig, input: &PlanInput) -> Result<StagePlan> {
         "sae",
         schedule.steps,
         tokens(config, schedule),
-        [each, each],
+        flop::total(&flop::sae_stage(config, model)?),
         0.0,
         memory,
         input,
@@ -193,28 +149,12 @@ fn sft_stage(config: &TrainConfig, input: &PlanInput) -> Result<StagePlan> {
         true => config.latents_for(model.hidden_size)?,
         false => 0,
     };
-    let cost = Cost::new(config, model, latents);
     let stops = with_sae && config.sae_grad == SaeGrad::Stop;
     let prefix = match stops {
         true => config.hookpoints_for(all)?[0] + 1,
         false => 0,
     };
     let trained = (all - prefix) as f64;
-    let student = trained * (cost.layer + cost.layer_backward + cost.lora) + 2.0 * cost.head;
-    let own_prefix = if config.adapter.is_some() { 2.0 } else { 1.0 };
-    let costs = match (with_sae, stops) {
-        (false, _) => [student, student],
-        (true, true) => {
-            let shared = own_prefix * (prefix as f64 * cost.layer + cost.sae_encode);
-            let later = student + cost.head;
-            [shared + trained * cost.layer + later, later]
-        }
-        (true, false) => {
-            let later = student + cost.head + cost.sae_encode + cost.sae_sparse;
-            [all as f64 * cost.layer + cost.sae_encode + later, later]
-        }
-    };
-
     let batch = config.sft_batch.saturating_mul(config.grad_accum);
     let schedule = Schedule::new(
         input.target_rows,
@@ -236,7 +176,7 @@ fn sft_stage(config: &TrainConfig, input: &PlanInput) -> Result<StagePlan> {
         "sft",
         schedule.steps,
         tokens,
-        costs,
+        flop::total(&flop::sft_stage(config, model)?),
         later_share,
         memory,
         input,
@@ -316,15 +256,6 @@ fn tokens(config: &TrainConfig, schedule: Schedule) -> u64 {
 fn part(what: &'static str, bytes: f64) -> MemoryPart {
     let bytes = bytes as u64;
     MemoryPart { what, bytes }
-}
-
-/// Weights of the linear modules of a layer.
-fn layer_weights(model: &Qwen2Config) -> f64 {
-    let sizes = Module::ALL.map(|module| {
-        let (out, inner) = model.module_dims(module);
-        out as f64 * inner as f64
-    });
-    sizes.iter().sum()
 }
 
 fn weights(input: &PlanInput, model: &Qwen2Config, layers: usize, head: bool) -> f64 {

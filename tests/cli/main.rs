@@ -3,6 +3,7 @@
 
 mod support;
 
+mod bench;
 mod cuda;
 mod equivalence;
 mod examples;

@@ -15,9 +15,11 @@ use tempfile::TempDir;
 /// A step of these small runs takes milliseconds, on a busy machine some more.
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
 
-/// A file or folder of the fixtures.
+/// A file or folder of the fixtures: below `RESA_ROOT` where that is set, for tests that run on
+/// another machine than they were built on.
 pub fn fixture(name: &str) -> PathBuf {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root = std::env::var_os("RESA_ROOT").map(PathBuf::from);
+    let root = root.unwrap_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")));
     root.join("tests/fixtures").join(name)
 }
 

@@ -105,16 +105,27 @@ impl CudaDevice {
         self.stream.context().ordinal()
     }
 
+    /// What the device calls itself, such as `NVIDIA A100-SXM4-80GB`.
+    pub fn name(&self) -> Result<String> {
+        let name = self.stream.context().name();
+        name.map_err(|e| Error::cuda(self.ordinal(), format!("no name: {}", error_name(e))))
+    }
+
+    /// The stream that everything runs in.
+    pub(crate) fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
     pub(super) fn host(&self) -> &CpuDevice {
         &self.host
     }
 
     /// The error of an operator that has no kernel.
     pub(crate) fn no_kernel(&self, op: &str) -> Error {
-        Error::cuda(
-            self.ordinal(),
-            format!("{op} has no CUDA kernel yet; use the CPU"),
-        )
+        Error::NoKernel {
+            device: self.ordinal(),
+            op: op.to_owned(),
+        }
     }
 
     /// Memory for `len` elements, with unspecified contents.

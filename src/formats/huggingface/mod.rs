@@ -5,7 +5,9 @@ mod checkpoint;
 mod config;
 mod load;
 mod merge;
+mod random;
 
 pub use config::read_config;
 pub use load::load;
 pub use merge::{merge_into, save_merged};
+pub use random::save_random;
