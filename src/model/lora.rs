@@ -137,4 +137,10 @@ impl Lora {
             pairs,
         })
     }
+
+    /// The adapters with `weight` times their effect.
+    pub fn weighted(mut self, weight: f64) -> Self {
+        self.config.alpha *= weight;
+        self
+    }
 }

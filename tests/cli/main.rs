@@ -4,6 +4,7 @@
 mod support;
 
 mod equivalence;
+mod evaluate;
 mod examples;
 mod faults;
 mod folder;
