@@ -100,7 +100,7 @@ fn command(chars: &[char], at: usize, out: &mut String, depth: usize) -> usize {
             _ => end,
         },
         "begin" | "end" => match group(chars, end) {
-            Some((inner, end)) if inner.ends_with(&['m', 'a', 't', 'r', 'i', 'x']) => {
+            Some(([.., 'm', 'a', 't', 'r', 'i', 'x'], end)) => {
                 out.push(MATRIX[usize::from(name == "end")]);
                 end
             }
