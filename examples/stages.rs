@@ -58,7 +58,7 @@ fn train(device: &Device, dir: &Path, data: &Path) -> Result<()> {
         dropout: 0.05,
         seed: 42,
     };
-    let mut stage_two = SftTrainer::new(lora, layers, options)?;
+    let mut stage_two = SftTrainer::new(device, lora, layers, options)?;
     for row in 0..rows {
         let (ids, layout) = inputs::batch(&texts, &[row], &layout)?;
         let measured = stage_two.step(device, &model, 1, |_| {

@@ -2,6 +2,7 @@
 //! 2506.09967): a TopK sparse autoencoder is trained on the activations of a source model, put
 //! into a target model, and LoRA adapters learn to undo what it costs.
 
+pub mod analysis;
 pub mod data;
 pub mod device;
 pub mod error;

@@ -38,6 +38,11 @@ impl Stream {
         }
     }
 
+    /// Key and upper counter words, for a device that draws the same numbers.
+    pub(crate) fn parts(&self) -> ([u32; 2], [u32; 3]) {
+        (self.key, self.high)
+    }
+
     /// Words 4 x `block` .. 4 x `block` + 3 of the stream.
     #[inline]
     pub fn block(&self, block: u32) -> [u32; 4] {

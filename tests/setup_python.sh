@@ -47,3 +47,9 @@ if [[ ! -f $assets/packing_smollm2.json ]]; then
         --out "$assets/packing_smollm2.json.part" >&2
     mv "$assets/packing_smollm2.json.part" "$assets/packing_smollm2.json"
 fi
+
+# The report is tested in a browser. Where none is installed and none can be, those tests are left out (not in CI).
+if ! command -v chromium chromium-browser google-chrome >/dev/null && command -v apt-get >/dev/null && [[ $(id -u) == 0 ]]; then
+    echo "installing chromium" >&2
+    { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } >/dev/null
+fi

@@ -5,14 +5,14 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The library's modules: each may use those before it.
-const ORDER: [&str; 13] = [
+const ORDER: [&str; 14] = [
     "error", "rng", "tensor", "device", "ops", "tape", "optim", "model", "data", "formats", "eval",
-    "train", "report",
+    "analysis", "train", "report",
 ];
 
 /// Files of `src/ops` and `src/optim` that are no operator: shared parts, tested through the
 /// operators that use them.
-const SHARED: [&str; 4] = ["head", "math", "mod", "update"];
+const SHARED: [&str; 5] = ["head", "math", "mod", "multi_tensor", "update"];
 
 const LONGEST_FILE: usize = 600;
 

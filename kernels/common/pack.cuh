@@ -1,4 +1,5 @@
-// Values of one row or tensor as a thread handles them: N bf16 in memory, N float in registers.
+// Values of one row or tensor as a thread handles them: N bf16 or float in memory, N float in
+// registers.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +8,10 @@
 
 // Values in one 16-byte access, the widest there is.
 constexpr int kWide = 8;
+// The same of fp32.
+constexpr int kWideFloat = 4;
 
-// Loads N values; for N = kWide `p` must be aligned to 16 bytes.
+// Loads N values; for N = kWide `p` must be aligned to 16 bytes, for N = kWideFloat to 8.
 template <int N>
 __device__ __forceinline__ void load(float (&v)[N], const __nv_bfloat16* p) {
   if constexpr (N == kWide) {
@@ -20,13 +23,17 @@ __device__ __forceinline__ void load(float (&v)[N], const __nv_bfloat16* p) {
       v[2 * i] = __uint_as_float(words[i] << 16);
       v[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
     }
+  } else if constexpr (N == kWideFloat) {
+    const uint2 raw = *reinterpret_cast<const uint2*>(p);
+    v[0] = __uint_as_float(raw.x << 16), v[1] = __uint_as_float(raw.x & 0xffff0000u);
+    v[2] = __uint_as_float(raw.y << 16), v[3] = __uint_as_float(raw.y & 0xffff0000u);
   } else {
     static_assert(N == 1, "one value or a full 16-byte access");
     v[0] = __bfloat162float(*p);
   }
 }
 
-// Stores N values, rounded to the nearest; alignment as for load.
+// Stores N values, rounded to the nearest; `p` must be aligned to the N values.
 template <int N>
 __device__ __forceinline__ void store(__nv_bfloat16* p, const float (&v)[N]) {
   if constexpr (N == kWide) {
@@ -37,8 +44,36 @@ __device__ __forceinline__ void store(__nv_bfloat16* p, const float (&v)[N]) {
       words[i] = *reinterpret_cast<const uint32_t*>(&pair);
     }
     *reinterpret_cast<uint4*>(p) = make_uint4(words[0], words[1], words[2], words[3]);
+  } else if constexpr (N == kWideFloat) {
+    const __nv_bfloat162 low = __floats2bfloat162_rn(v[0], v[1]);
+    const __nv_bfloat162 high = __floats2bfloat162_rn(v[2], v[3]);
+    *reinterpret_cast<uint2*>(p) = make_uint2(*reinterpret_cast<const uint32_t*>(&low),
+                                              *reinterpret_cast<const uint32_t*>(&high));
   } else {
     static_assert(N == 1, "one value or a full 16-byte access");
     *p = __float2bfloat16_rn(v[0]);
+  }
+}
+
+// Loads N fp32 values; for N = kWideFloat `p` must be aligned to 16 bytes.
+template <int N>
+__device__ __forceinline__ void load(float (&v)[N], const float* p) {
+  if constexpr (N == kWideFloat) {
+    const float4 raw = *reinterpret_cast<const float4*>(p);
+    v[0] = raw.x, v[1] = raw.y, v[2] = raw.z, v[3] = raw.w;
+  } else {
+    static_assert(N == 1, "one value or a full 16-byte access");
+    v[0] = *p;
+  }
+}
+
+// Stores N fp32 values; alignment as for load.
+template <int N>
+__device__ __forceinline__ void store(float* p, const float (&v)[N]) {
+  if constexpr (N == kWideFloat) {
+    *reinterpret_cast<float4*>(p) = make_float4(v[0], v[1], v[2], v[3]);
+  } else {
+    static_assert(N == 1, "one value or a full 16-byte access");
+    *p = v[0];
   }
 }

@@ -8,6 +8,9 @@ use resa_engine::model::Module;
 use resa_engine::train::{DeviceSetting, DtypeSetting, TrainConfig, settings::parse_hookpoint};
 use serde::Serialize;
 
+use super::features::FeaturesArgs;
+use super::report::ReportArgs;
+
 /// Turns a language model into a reasoning model with SAE-Tuning.
 #[derive(Parser)]
 #[command(name = "resa-engine", version, propagate_version = true)]
@@ -26,6 +29,10 @@ pub enum Command {
     Generate(GenerateArgs),
     /// Merge adapters into the weights of their base, or of any model of the same shape
     Merge(MergeArgs),
+    /// Find the reasoning features of SAEs, layer by layer, and what each SAE costs the model
+    Features(FeaturesArgs),
+    /// Write one HTML page about one or several runs
+    Report(ReportArgs),
     /// Print a completion script for a shell
     Completions(CompletionsArgs),
 }
@@ -442,7 +449,7 @@ pub struct GenerateArgs {
     pub json: bool,
 }
 
-fn dtype(text: &str) -> Result<DtypeSetting, String> {
+pub(super) fn dtype(text: &str) -> Result<DtypeSetting, String> {
     match text {
         "auto" => Ok(DtypeSetting::Auto),
         "f32" => Ok(DtypeSetting::F32),
@@ -451,7 +458,7 @@ fn dtype(text: &str) -> Result<DtypeSetting, String> {
     }
 }
 
-fn at_least<const MIN: usize>(text: &str) -> Result<usize, String> {
+pub(super) fn at_least<const MIN: usize>(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(number) if number >= MIN => Ok(number),
         _ => Err(format!("expected a whole number of at least {MIN}")),

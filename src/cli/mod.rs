@@ -4,10 +4,12 @@ mod args;
 mod completions;
 mod config_file;
 mod eval;
+mod features;
 mod generate;
 mod interrupt;
 mod merge;
 mod model;
+mod report;
 mod show;
 mod train;
 
@@ -41,6 +43,8 @@ pub fn main() -> ExitCode {
         Command::Eval(args) => eval::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Merge(args) => merge::run(&args),
+        Command::Features(args) => features::run(&args),
+        Command::Report(args) => report::run(&args),
         Command::Completions(args) => completions::run(&args),
     };
     let (error, code) = match result {

@@ -55,7 +55,7 @@ pub struct Tokenizer {
 }
 
 /// A token and the byte range of the text it came from.
-pub(super) type Located = (u32, (usize, usize));
+pub(crate) type Located = (u32, (usize, usize));
 
 impl Tokenizer {
     /// Reads `tokenizer.json`, with `tokenizer_config.json` for the special tokens. Where the
@@ -112,7 +112,7 @@ impl Tokenizer {
     }
 
     /// Token ids, each with the byte range of `text` it stands for; nothing is put around.
-    pub(super) fn encode_located(&self, text: &str) -> Result<Vec<Located>> {
+    pub(crate) fn encode_located(&self, text: &str) -> Result<Vec<Located>> {
         let encode = || self.inner.encode(text, false);
         let encoding = attempt(&self.path, "cannot encode a text", encode)?;
         let offsets = encoding.get_offsets().iter().copied();

@@ -2,6 +2,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
+use super::simd;
 use crate::error::{Error, Result};
 use crate::tensor::{Buffer, Pool};
 
@@ -10,6 +11,27 @@ use crate::tensor::{Buffer, Pool};
 pub struct CpuDevice {
     threads: Arc<rayon::ThreadPool>,
     memory: Arc<Pool>,
+    precision: Precision,
+}
+
+/// What matrix products on the CPU compute with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Precision {
+    /// f32 throughout.
+    #[default]
+    F32,
+    /// Operands rounded to bf16, sums in f32, as CUDA devices have it.
+    Bf16,
+}
+
+impl Precision {
+    /// The one that this machine's CPU is fastest in.
+    pub fn fastest() -> Self {
+        match simd::multiplies_bf16() {
+            true => Self::Bf16,
+            false => Self::F32,
+        }
+    }
 }
 
 impl CpuDevice {
@@ -23,7 +45,16 @@ impl CpuDevice {
         Ok(Self {
             threads: Arc::new(pool),
             memory: Pool::new(),
+            precision: Precision::default(),
         })
+    }
+
+    pub(super) fn with_precision(self, precision: Precision) -> Self {
+        Self { precision, ..self }
+    }
+
+    pub(super) fn precision(&self) -> Precision {
+        self.precision
     }
 
     pub(super) fn threads(&self) -> usize {

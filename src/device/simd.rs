@@ -30,6 +30,21 @@ pub(crate) fn level() -> Simd {
     Simd::Baseline
 }
 
+/// Whether this machine multiplies bf16 values itself (`vdpbf16ps`).
+#[inline]
+pub(crate) fn multiplies_bf16() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512bf16")
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        false
+    }
+}
+
 /// Evaluates an expression compiled for every level of [`Simd`], in the version for this machine.
 /// What the expression calls must be `#[inline(always)]` to be compiled for that level too.
 macro_rules! vectorized {

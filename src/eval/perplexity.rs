@@ -42,17 +42,9 @@ pub fn perplexity(
             .map(|s| Tensor::from_u32(s, [ids.len()]))
             .transpose()?;
         let layout = layout.with_batch(1, doc_starts);
-        let mut targets: Vec<_> = ids[1..].iter().map(|&id| Some(id)).collect();
-        targets.push(None);
-        let ids = Tensor::from_u32(ids.to_vec(), [ids.len()])?;
-        let losses = device.run(|| {
-            let hidden = inference.hidden(device, ids, &layout)?;
-            let head = inference.model.lm_head.clone();
-            let (outputs, _) =
-                CrossEntropy { targets, head }.forward(device, &[&hidden], &[false])?;
-            Ok::<_, Error>(outputs)
-        })?;
-        sum += losses[1].f32s()?.iter().map(|&v| f64::from(v)).sum::<f64>();
+        sum += token_losses(device, inference, ids, &layout)?
+            .iter()
+            .sum::<f64>();
         tokens += packed.seq_len as u64 - 1;
         done(row + 1);
     }
@@ -62,4 +54,26 @@ pub fn perplexity(
         mean_nll,
         tokens,
     })
+}
+
+/// The negative log-likelihood in nats of every token of `ids` but the first, given those before.
+pub fn token_losses(
+    device: &Device,
+    inference: &Inference,
+    ids: &[u32],
+    layout: &Layout,
+) -> Result<Vec<f64>> {
+    let mut targets: Vec<_> = ids.iter().skip(1).map(|&id| Some(id)).collect();
+    targets.push(None);
+    let ids = Tensor::from_u32(ids.to_vec(), [ids.len()])?;
+    let losses = device.run(|| {
+        let hidden = inference.hidden(device, ids, layout)?;
+        let head = inference.model.lm_head.clone();
+        let (mut outputs, _) =
+            CrossEntropy { targets, head }.forward(device, &[&hidden], &[false])?;
+        Ok::<_, Error>(outputs.swap_remove(1))
+    })?;
+    let mut losses: Vec<f64> = losses.f32s()?.iter().map(|&v| v.into()).collect();
+    losses.pop();
+    Ok(losses)
 }

@@ -143,4 +143,13 @@ impl Lora {
         self.config.alpha *= weight;
         self
     }
+
+    /// The same adapters in the host's memory.
+    pub fn to_host(&self) -> Result<Self> {
+        let mut host = self.clone();
+        for pair in host.pairs.values_mut() {
+            (pair.a, pair.b) = (pair.a.to_f32()?, pair.b.to_f32()?);
+        }
+        Ok(host)
+    }
 }

@@ -1,9 +1,10 @@
 //! Qwen2 (Yang et al. 2024, arXiv 2407.10671); a Llama without attention bias is the same
 //! network without the q, k and v biases.
 
+use crate::device::CudaDevice;
 use crate::error::Result;
 use crate::model::{Module, Qwen2Config};
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 /// An affine map Y = X Wᵀ + bias.
 #[derive(Clone, Debug)]
@@ -82,6 +83,21 @@ pub struct Qwen2 {
 }
 
 impl Qwen2 {
+    /// Brings the linear maps of `layers`, and the output head where asked, into bf16: what a
+    /// file has in another type is rounded into memory, the rest stays where it is.
+    pub fn narrow(&mut self, layers: std::ops::Range<usize>, head: bool) -> Result<()> {
+        for layer in self.layers.get_mut(layers).into_iter().flatten() {
+            for module in Module::ALL {
+                let linear = layer.module_mut(module);
+                linear.weight = linear.weight.to_bf16()?;
+            }
+        }
+        if head {
+            self.lm_head = self.lm_head.to_bf16()?;
+        }
+        Ok(())
+    }
+
     /// Brings the linear maps of `layers`, and the output head where asked, into f32 in memory.
     pub fn widen(&mut self, layers: std::ops::Range<usize>, head: bool) -> Result<()> {
         for layer in self.layers.get_mut(layers).into_iter().flatten() {
@@ -92,6 +108,42 @@ impl Qwen2 {
         }
         if head {
             self.lm_head = self.lm_head.to_f32()?;
+        }
+        Ok(())
+    }
+
+    /// Copies the embedding, the weights of `layers` and, where asked, the output head with its
+    /// norm to a GPU, in bf16. What is there already stays as it is.
+    ///
+    /// # Errors
+    /// Out of device memory.
+    pub fn upload(
+        &mut self,
+        cuda: &CudaDevice,
+        layers: std::ops::Range<usize>,
+        head: bool,
+    ) -> Result<()> {
+        let upload = |tensor: &mut Tensor| -> Result<()> {
+            *tensor = cuda.resident(tensor, DType::Bf16)?;
+            Ok(())
+        };
+        let tied = self.lm_head.shares_storage(&self.embed_tokens);
+        upload(&mut self.embed_tokens)?;
+        if tied {
+            self.lm_head = self.embed_tokens.reshape(self.lm_head.shape())?;
+        }
+        for layer in self.layers.get_mut(layers).into_iter().flatten() {
+            upload(&mut layer.input_norm)?;
+            upload(&mut layer.post_attention_norm)?;
+            for module in Module::ALL {
+                let linear = layer.module_mut(module);
+                upload(&mut linear.weight)?;
+                linear.bias.as_mut().map_or(Ok(()), upload)?;
+            }
+        }
+        if head {
+            upload(&mut self.norm)?;
+            upload(&mut self.lm_head)?;
         }
         Ok(())
     }

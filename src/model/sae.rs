@@ -7,6 +7,7 @@ use crate::device::simd::vectorized;
 use crate::error::{Error, Result};
 use crate::ops::Operator;
 use crate::ops::math::dot;
+use crate::ops::sparse_decode::cuda::normalize_rows;
 use crate::ops::sparse_decode::{SharedGroups, SparseDecode};
 use crate::ops::topk::TopK;
 use crate::rng::{Purpose, Stream};
@@ -97,7 +98,8 @@ impl Sae {
             b_enc: Tensor::from_vec(vec![0.0; m], [m])?,
             b_dec: Tensor::from_vec(vec![0.0; d], [d])?,
         };
-        sae.normalize_decoder(device)?;
+        // In host memory, where all of it is until a device trains it.
+        sae.normalize_decoder(&device.to_host())?;
         Ok(sae)
     }
 
@@ -132,8 +134,25 @@ impl Sae {
         ]
     }
 
-    /// Divides each row of W_dec by its norm + 2^-23.
+    /// Brings the tensors to where `device` trains them, in f32; those that are there stay.
+    ///
+    /// # Errors
+    /// Out of memory, or a GPU that cannot be read.
+    pub fn move_to(&mut self, device: &Device) -> Result<()> {
+        for tensor in self.tensors_mut() {
+            *tensor = match device {
+                Device::Cuda(cuda) => cuda.resident(tensor, DType::F32)?,
+                Device::Cpu(_) => tensor.to_f32()?,
+            };
+        }
+        Ok(())
+    }
+
+    /// Divides each row of W_dec by its norm + 2^-23. On a GPU W_dec stays in its memory.
     pub fn normalize_decoder(&mut self, device: &Device) -> Result<()> {
+        if let Device::Cuda(cuda) = device {
+            return normalize_rows(cuda, &mut self.w_dec);
+        }
         let d = self.config.d_in.max(1);
         let rows = self.w_dec.f32s_mut()?.par_chunks_mut(d);
         device.run(|| {

@@ -4,18 +4,21 @@
 //!
 //! h \[T, d\] f32 after the final norm, W \[V, d\], y \[T\] u32. As in kl_div, the gradient with
 //! respect to h is computed in the same sweep and is all that is saved. Tokens that do not count
-//! are left out of the products.
+//! are left out of the products. On CUDA h, W and the gradient are bf16, logits, statistics and
+//! the gradient that is saved f32; both outputs are on the host.
 
 use faer::Accum;
 use rayon::prelude::*;
 
-use crate::device::Device;
+use crate::device::cuda::{Arg, Grid, Kernel};
 use crate::device::simd::vectorized;
+use crate::device::{CudaDevice, Device};
 use crate::error::{Error, Result};
+use crate::ops::embedding::Embedding;
 use crate::ops::gemm::{product_nn, product_nt};
 use crate::ops::math::exp;
-use crate::ops::{Operator, expect_cols, expect_inputs, head};
-use crate::tensor::Tensor;
+use crate::ops::{Operator, expect_cols, expect_inputs, head, only_grad};
+use crate::tensor::{DType, Tensor};
 
 /// Input: hidden states \[T, d\]. Outputs: the mean loss \[1\]; the loss of each token \[T\], 0
 /// for those that do not count (no gradient flows through it).
@@ -30,6 +33,7 @@ impl Operator for CrossEntropy {
     /// The input's gradient for a loss gradient of 1.
     type Saved = Option<Tensor>;
     const NAME: &'static str = "cross_entropy";
+    const CUDA: bool = true;
 
     fn forward(
         &self,
@@ -41,6 +45,9 @@ impl Operator for CrossEntropy {
         let ((tokens, d), (vocab, _)) = (hidden.matrix_dims(), self.head.matrix_dims());
         expect_cols(Self::NAME, &self.head, d)?;
         let counted = self.counted(tokens, vocab)?;
+        if let Device::Cuda(cuda) = device {
+            return self.forward_cuda(device, cuda, hidden, &counted, needed[0]);
+        }
         let scale = 1.0 / counted.len() as f32;
         let hidden_rows = hidden.f32s()?;
         let chunk = head::chunk_tokens(counted.len(), vocab, 1);
@@ -79,30 +86,26 @@ impl Operator for CrossEntropy {
                 }
             }
         }
-        let loss = losses.iter().map(|&v| f64::from(v)).sum::<f64>() / counted.len() as f64;
-        if !loss.is_finite() {
-            return Err(Error::NotFinite {
-                what: format!("the cross-entropy is {loss}"),
-            });
-        }
         let grad = grad
             .map(|g| Tensor::from_buffer(g, hidden.shape()))
             .transpose()?;
-        let outputs = vec![
-            Tensor::from_vec(vec![loss as f32], [1])?,
-            Tensor::from_vec(losses, [tokens])?,
-        ];
-        Ok((outputs, grad))
+        Ok((mean_and_each(losses, counted.len())?, grad))
     }
 
     fn backward(
         &self,
-        _: &Device,
+        device: &Device,
         saved: Self::Saved,
         grads: Vec<Option<Tensor>>,
         _: &[bool],
     ) -> Result<Vec<Option<Tensor>>> {
-        head::scaled(Self::NAME, saved, grads)
+        match (device, saved) {
+            (Device::Cuda(cuda), Some(saved)) => {
+                let grad = only_grad(Self::NAME, grads)?.to_f32()?.f32s()?[0];
+                Ok(vec![Some(self.backward_cuda(cuda, &saved, grad)?)])
+            }
+            (_, saved) => head::scaled(Self::NAME, saved, grads),
+        }
     }
 }
 
@@ -131,6 +134,21 @@ impl CrossEntropy {
     }
 }
 
+/// The outputs: the mean over `counted` tokens, and the loss of each.
+fn mean_and_each(losses: Vec<f32>, counted: usize) -> Result<Vec<Tensor>> {
+    let loss = losses.iter().map(|&v| f64::from(v)).sum::<f64>() / counted as f64;
+    if !loss.is_finite() {
+        return Err(Error::NotFinite {
+            what: format!("the cross-entropy is {loss}"),
+        });
+    }
+    let tokens = losses.len();
+    Ok(vec![
+        Tensor::from_vec(vec![loss as f32], [1])?,
+        Tensor::from_vec(losses, [tokens])?,
+    ])
+}
+
 /// −log softmax(row)[y]; the row becomes `scale` (softmax(row) − onehot(y)).
 fn nll(row: &mut [f32], y: usize, scale: f32) -> f32 {
     let log_sum = head::log_sum_exp(row);
@@ -143,4 +161,102 @@ fn nll(row: &mut [f32], y: usize, scale: f32) -> f32 {
 #[inline(always)]
 fn softmax_scaled(row: &mut [f32], log_sum: f32, scale: f32) {
     row.iter_mut().for_each(|v| *v = scale * exp(*v - log_sum));
+}
+
+const FORWARD: Kernel = Kernel {
+    stem: "cross_entropy",
+    function: "cross_entropy_forward_f32",
+};
+const BACKWARD: Kernel = Kernel {
+    stem: "cross_entropy",
+    function: "cross_entropy_backward_bf16",
+};
+const FORWARD_THREADS: u32 = 512;
+const BACKWARD_THREADS: u32 = 256;
+
+impl CrossEntropy {
+    /// What is saved has a row for each token that counts, \[n, d\] f32.
+    fn forward_cuda(
+        &self,
+        device: &Device,
+        cuda: &CudaDevice,
+        hidden: &Tensor,
+        counted: &[(usize, u32)],
+        needed: bool,
+    ) -> Result<(Vec<Tensor>, Option<Tensor>)> {
+        let ((tokens, d), (vocab, _)) = (hidden.matrix_dims(), self.head.matrix_dims());
+        let hidden = cuda.resident(hidden, DType::Bf16)?.reshape([tokens, d])?;
+        let head = cuda.resident(&self.head, DType::Bf16)?;
+        let n = counted.len();
+        let losses = Tensor::from_cuda(cuda.alloc(DType::F32, n)?, [n])?;
+        let grad = match needed {
+            true => Some(head::CudaGradient::new(cuda, n, d, vocab)?),
+            false => None,
+        };
+        let chunk = head::cuda_chunk_tokens(n, 1);
+        for (i, counted) in counted.chunks(chunk).enumerate() {
+            let (first, n) = (i * chunk, counted.len());
+            let logits = head::cuda_logits(cuda, &gathered(device, &hidden, counted)?, &head)?;
+            let dlogits = grad.as_ref().map(|g| g.of_logits(cuda, n)).transpose()?;
+            let targets = counted.iter().map(|&(_, y)| y).collect();
+            let targets = cuda.resident(&Tensor::from_u32(targets, [n])?, DType::U32)?;
+            let args = [
+                losses.arg()?,
+                dlogits.as_ref().map_or(Ok(Arg::Pointer(0)), Tensor::arg)?,
+                logits.arg()?,
+                targets.arg()?,
+                Arg::size(Self::NAME, first)?,
+                Arg::size(Self::NAME, vocab)?,
+                Arg::F32(1.0 / losses.len() as f32),
+            ];
+            // SAFETY: logits are [n, vocab] f32 and their gradient, if any, is as many bf16; the
+            // n targets are below vocab (checked by `counted`), the n losses from `first` on
+            // among those of all that count.
+            unsafe { cuda.launch(FORWARD, Grid::of_blocks(n, FORWARD_THREADS, 0), &args) }?;
+            if let (Some(grad), Some(dlogits)) = (&grad, &dlogits) {
+                grad.set(cuda, first, dlogits, &head)?;
+            }
+        }
+        let mut each = vec![0.0; tokens];
+        for (&(t, _), &loss) in counted.iter().zip(losses.to_f32()?.f32s()?) {
+            each[t] = loss;
+        }
+        let grad = grad.map(|g| g.into_tensor([n, d])).transpose()?;
+        Ok((mean_and_each(each, n)?, grad))
+    }
+
+    /// The saved gradient times that of the loss, rounded to bf16, and zero for the tokens that
+    /// do not count.
+    fn backward_cuda(&self, cuda: &CudaDevice, saved: &Tensor, grad: f32) -> Result<Tensor> {
+        let (tokens, (_, d)) = (self.targets.len(), saved.matrix_dims());
+        let mut next = 0..;
+        let row_of = self.targets.iter().map(|y| y.and_then(|_| next.next()));
+        let row_of = row_of.map(|row| row.unwrap_or(u32::MAX)).collect();
+        let row_of = cuda.resident(&Tensor::from_u32(row_of, [tokens])?, DType::U32)?;
+        let dx = cuda.alloc(DType::Bf16, tokens * d)?;
+        let args = [
+            Arg::from(&dx),
+            saved.arg()?,
+            row_of.arg()?,
+            Arg::size(Self::NAME, d)?,
+            Arg::F32(grad),
+        ];
+        let grid = Grid::of_blocks(tokens, BACKWARD_THREADS, 0);
+        // SAFETY: dx is [tokens, d] bf16; the saved gradient is f32 and has a row of d values for
+        // each token that counts, to which `row_of` numbers them in order.
+        unsafe { cuda.launch(BACKWARD, grid, &args) }?;
+        Tensor::from_cuda(dx, [tokens, d])
+    }
+}
+
+/// The rows of the tokens that count, \[n, d\].
+fn gathered(device: &Device, hidden: &Tensor, counted: &[(usize, u32)]) -> Result<Tensor> {
+    let positions = counted.iter().map(|&(t, _)| u32::try_from(t));
+    let positions = positions.collect::<std::result::Result<Vec<_>, _>>();
+    let positions =
+        positions.map_err(|_| Error::operand(CrossEntropy::NAME, "below 2^32 tokens", "more"))?;
+    let ids = Tensor::from_u32(positions, [counted.len()])?;
+    let (rows, _) = Embedding { ids }.forward(device, &[hidden], &[false])?;
+    let rows = rows.into_iter().next();
+    rows.ok_or_else(|| Error::operand(Embedding::NAME, "one output", "none"))
 }

@@ -4,18 +4,21 @@
 //! h' (teacher) and h (student) \[T, d\] f32 after the final norm, W \[V, d\]. The gradient
 //! (1/batch) (q − p) W with respect to h is computed in the same sweep over the chunks and is
 //! all that is saved, so that no T x V matrix ever exists. Two products a chunk forward (teacher
-//! and student rows stacked in one), one for the gradient.
+//! and student rows stacked in one), one for the gradient. On CUDA hidden states, W and the
+//! gradient are bf16, logits, statistics and the gradient that is saved f32; the loss is on the
+//! host.
 
 use faer::Accum;
 use rayon::prelude::*;
 
-use crate::device::Device;
+use crate::device::cuda::{Arg, Grid, Kernel, WIDE_F32};
 use crate::device::simd::vectorized;
+use crate::device::{CudaDevice, Device};
 use crate::error::{Error, Result};
 use crate::ops::gemm::{product_nn, product_nt};
 use crate::ops::math::{LANES, add_up, exp};
-use crate::ops::{Operator, expect_cols, expect_inputs, expect_shape, head};
-use crate::tensor::Tensor;
+use crate::ops::{Operator, expect_cols, expect_inputs, expect_shape, head, only_grad};
+use crate::tensor::{DType, Tensor};
 
 /// Input: the student's hidden states \[T, d\]. Output: the loss \[1\].
 pub struct KlDiv {
@@ -31,6 +34,7 @@ impl Operator for KlDiv {
     /// The input's gradient for a loss gradient of 1.
     type Saved = Option<Tensor>;
     const NAME: &'static str = "kl_div";
+    const CUDA: bool = true;
 
     fn forward(
         &self,
@@ -42,6 +46,9 @@ impl Operator for KlDiv {
         expect_shape(Self::NAME, &self.teacher, student.shape())?;
         let ((tokens, d), (vocab, _)) = (student.matrix_dims(), self.head.matrix_dims());
         expect_cols(Self::NAME, &self.head, d)?;
+        if let Device::Cuda(cuda) = device {
+            return self.forward_cuda(cuda, student, needed[0]);
+        }
         let chunk = head::chunk_tokens(tokens, vocab, 2);
         let mut logits = device.buffer(2 * chunk * vocab);
         let mut stacked = device.buffer(2 * chunk * d);
@@ -77,26 +84,40 @@ impl Operator for KlDiv {
                 product_nn(device, grad, Accum::Replace, q, &self.head)?;
             }
         }
-        let loss = (loss / f64::from(self.batch)) as f32;
+        let loss = self.mean(loss)?;
+        let grad = grad
+            .map(|g| Tensor::from_buffer(g, student.shape()))
+            .transpose()?;
+        Ok((vec![loss], grad))
+    }
+
+    fn backward(
+        &self,
+        device: &Device,
+        saved: Self::Saved,
+        grads: Vec<Option<Tensor>>,
+        _: &[bool],
+    ) -> Result<Vec<Option<Tensor>>> {
+        match (device, saved) {
+            (Device::Cuda(cuda), Some(saved)) => {
+                let grad = only_grad(Self::NAME, grads)?.to_f32()?.f32s()?[0];
+                Ok(vec![Some(backward_cuda(cuda, &saved, grad)?)])
+            }
+            (_, saved) => head::scaled(Self::NAME, saved, grads),
+        }
+    }
+}
+
+impl KlDiv {
+    /// The loss \[1\] from the sum over tokens.
+    fn mean(&self, sum: f64) -> Result<Tensor> {
+        let loss = (sum / f64::from(self.batch)) as f32;
         if !loss.is_finite() {
             return Err(Error::NotFinite {
                 what: format!("the KL divergence is {loss}"),
             });
         }
-        let grad = grad
-            .map(|g| Tensor::from_buffer(g, student.shape()))
-            .transpose()?;
-        Ok((vec![Tensor::from_vec(vec![loss], [1])?], grad))
-    }
-
-    fn backward(
-        &self,
-        _: &Device,
-        saved: Self::Saved,
-        grads: Vec<Option<Tensor>>,
-        _: &[bool],
-    ) -> Result<Vec<Option<Tensor>>> {
-        head::scaled(Self::NAME, saved, grads)
+        Tensor::from_vec(vec![loss], [1])
     }
 }
 
@@ -124,4 +145,82 @@ fn divergence_and_gradient(
         }
     }
     add_up(lanes)
+}
+
+const FORWARD: Kernel = Kernel {
+    stem: "kl_div",
+    function: "kl_div_forward_f32",
+};
+const BACKWARD: Kernel = Kernel {
+    stem: "kl_div",
+    function: "kl_div_backward_bf16",
+};
+const THREADS: u32 = 512;
+
+impl KlDiv {
+    fn forward_cuda(
+        &self,
+        cuda: &CudaDevice,
+        student: &Tensor,
+        needed: bool,
+    ) -> Result<(Vec<Tensor>, Option<Tensor>)> {
+        let ((tokens, d), (vocab, _)) = (student.matrix_dims(), self.head.matrix_dims());
+        let resident = |t: &Tensor| cuda.resident(t, DType::Bf16);
+        let hidden = [resident(&self.teacher)?, resident(student)?];
+        let head = resident(&self.head)?;
+        let losses = Tensor::from_cuda(cuda.alloc(DType::F32, tokens)?, [tokens])?;
+        let grad = match needed {
+            true => Some(head::CudaGradient::new(cuda, tokens, d, vocab)?),
+            false => None,
+        };
+        let chunk = head::cuda_chunk_tokens(tokens, 2);
+        for first in (0..tokens).step_by(chunk) {
+            let n = chunk.min(tokens - first);
+            let logits = head::cuda_logits(cuda, &stacked(cuda, &hidden, first, n)?, &head)?;
+            let dlogits = grad.as_ref().map(|g| g.of_logits(cuda, n)).transpose()?;
+            let args = [
+                losses.arg()?,
+                dlogits.as_ref().map_or(Ok(Arg::Pointer(0)), Tensor::arg)?,
+                logits.arg()?,
+                Arg::size(Self::NAME, first)?,
+                Arg::size(Self::NAME, vocab)?,
+                Arg::F32(1.0 / self.batch),
+            ];
+            // SAFETY: logits are [2 n, vocab] f32 and their gradient, if any, [n, vocab] bf16;
+            // the n losses from `first` on are among the `tokens` f32.
+            unsafe { cuda.launch(FORWARD, Grid::of_blocks(n, THREADS, 0), &args) }?;
+            if let (Some(grad), Some(dlogits)) = (&grad, &dlogits) {
+                grad.set(cuda, first, dlogits, &head)?;
+            }
+        }
+        let losses = losses.to_f32()?;
+        let loss = self.mean(losses.f32s()?.iter().map(|&v| f64::from(v)).sum())?;
+        let grad = grad.map(|g| g.into_tensor(student.shape())).transpose()?;
+        Ok((vec![loss], grad))
+    }
+}
+
+/// Rows `first..first + n` of the teacher and then of the student, \[2 n, d\], so that one product
+/// reads the head's weights once for both.
+fn stacked(cuda: &CudaDevice, hidden: &[Tensor; 2], first: usize, n: usize) -> Result<Tensor> {
+    let (_, d) = hidden[0].matrix_dims();
+    let mut rows = cuda.alloc(DType::Bf16, 2 * n * d)?;
+    for (i, from) in hidden.iter().filter_map(Tensor::cuda).enumerate() {
+        rows.copy_from(i * n * d, from, first * d..(first + n) * d)?;
+    }
+    Tensor::from_cuda(rows, [2 * n, d])
+}
+
+/// The saved gradient times that of the loss, rounded to bf16.
+fn backward_cuda(cuda: &CudaDevice, saved: &Tensor, grad: f32) -> Result<Tensor> {
+    let dx = cuda.alloc(DType::Bf16, saved.len())?;
+    let args = [
+        Arg::from(&dx),
+        saved.arg()?,
+        Arg::U64(saved.len() as u64),
+        Arg::F32(grad),
+    ];
+    // SAFETY: both are of one length, dx bf16 and the saved gradient f32.
+    unsafe { cuda.launch(BACKWARD, Grid::over(saved.len().div_ceil(WIDE_F32)), &args) }?;
+    Tensor::from_cuda(dx, saved.shape())
 }

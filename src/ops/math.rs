@@ -44,15 +44,14 @@ pub(crate) fn add_scaled(out: &mut [f32], scale: f32, row: &[f32]) {
     }
 }
 
-/// The sum of the lanes, pairwise.
+/// The sum of the lanes, by halves. As arrays of half the length, and not as a loop, so that the
+/// compiler keeps the lanes in the widest vectors up to here.
 #[inline(always)]
 pub(crate) fn add_up(lanes: [f32; LANES]) -> f32 {
-    let mut eight = [0.0f32; 8];
-    for i in 0..8 {
-        eight[i] = (lanes[i] + lanes[i + 8]) + (lanes[i + 16] + lanes[i + 24]);
-    }
-    let [a, b, c, d, e, f, g, h] = eight;
-    ((a + b) + (c + d)) + ((e + f) + (g + h))
+    let sixteen: [f32; 16] = std::array::from_fn(|i| lanes[i] + lanes[i + 16]);
+    let eight: [f32; 8] = std::array::from_fn(|i| sixteen[i] + sixteen[i + 8]);
+    let four: [f32; 4] = std::array::from_fn(|i| eight[i] + eight[i + 4]);
+    (four[0] + four[2]) + (four[1] + four[3])
 }
 
 /// 1.5 * 2^23: adding it rounds to the nearest integer, which is then in the low bits.

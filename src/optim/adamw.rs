@@ -1,7 +1,9 @@
 use rayon::prelude::*;
 
+use super::multi_tensor::Table;
 use super::update::{Update, check, remove_parallel};
 use crate::device::Device;
+use crate::device::cuda::{Arg, Kernel};
 use crate::device::simd::vectorized;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
@@ -41,7 +43,14 @@ pub struct AdamW {
     first: Vec<Tensor>,
     /// Second moment of each parameter.
     second: Vec<Tensor>,
+    /// Where all of it lies on a GPU.
+    table: Table,
 }
+
+const KERNEL: Kernel = Kernel {
+    stem: "adamw",
+    function: "adamw_f32",
+};
 
 impl AdamW {
     /// Zero moments for these parameters.
@@ -56,6 +65,7 @@ impl AdamW {
             steps: 0,
             second: first.clone(),
             first,
+            table: Table::default(),
         })
     }
 
@@ -91,7 +101,8 @@ impl AdamW {
         Ok(())
     }
 
-    /// One step at learning rate `lr` for all parameters, in the order of `new`.
+    /// One step at learning rate `lr` for all parameters, in the order of `new`. On a GPU the
+    /// values and moments stay in its memory afterwards.
     ///
     /// # Errors
     /// Where number or shapes are not those of `new`; nothing has changed then.
@@ -99,6 +110,11 @@ impl AdamW {
         check("adamw", &updates, Some(&self.first))?;
         self.steps += 1;
         let rule = Rule::new(&self.config, lr, self.steps);
+        if let Device::Cuda(cuda) = device {
+            let states: [&mut [Tensor]; 2] = [&mut self.first, &mut self.second];
+            let args = rule.args();
+            return self.table.step(cuda, KERNEL, &mut updates, states, &args);
+        }
         let moments = self.first.iter_mut().zip(&mut self.second);
         for (update, (first, second)) in updates.iter_mut().zip(moments) {
             let (chunk, row) = update.chunking();
@@ -107,19 +123,17 @@ impl AdamW {
             let first = first.f32s_mut()?.par_chunks_mut(chunk);
             let second = second.f32s_mut()?.par_chunks_mut(chunk);
             let project = update.unit_rows;
-            match device {
-                Device::Cuda(cuda) => return Err(cuda.no_kernel("adamw")),
-                Device::Cpu(_) => value.zip(grad).zip(first.zip(second)).for_each(
-                    |((value, grad), (first, second))| {
-                        vectorized!({
-                            if project {
-                                remove_parallel(grad, value, row);
-                            }
-                            rule.apply(value, grad, first, second);
-                        });
-                    },
-                ),
-            }
+            value
+                .zip(grad)
+                .zip(first.zip(second))
+                .for_each(|((value, grad), (first, second))| {
+                    vectorized!({
+                        if project {
+                            remove_parallel(grad, value, row);
+                        }
+                        rule.apply(value, grad, first, second);
+                    });
+                });
         }
         Ok(())
     }
@@ -147,6 +161,20 @@ impl Rule {
             root_correction: (1.0 - c.beta2.powf(step as f64)).sqrt() as f32,
             eps: c.eps as f32,
         }
+    }
+
+    /// As the kernel takes them.
+    fn args(&self) -> [Arg; 7] {
+        [
+            self.decay,
+            self.one_minus_beta1,
+            self.beta2,
+            self.one_minus_beta2,
+            self.step_size,
+            self.root_correction,
+            self.eps,
+        ]
+        .map(Arg::F32)
     }
 
     #[inline(always)]

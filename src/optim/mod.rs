@@ -1,7 +1,9 @@
-//! Optimizers: AdamW, signum with schedule-free averaging, gradient clipping.
+//! Optimizers: AdamW, signum with schedule-free averaging, gradient clipping. On a GPU parameters,
+//! gradients and moments are f32 in its memory, and one launch updates all of them.
 
 mod adamw;
 mod clip;
+mod multi_tensor;
 pub mod signum;
 mod update;
 

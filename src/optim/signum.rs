@@ -3,8 +3,10 @@
 
 use rayon::prelude::*;
 
+use super::multi_tensor::Table;
 use super::update::{Update, check, remove_parallel};
 use crate::device::Device;
+use crate::device::cuda::{Arg, Kernel};
 use crate::device::simd::vectorized;
 use crate::error::Result;
 use crate::tensor::Tensor;
@@ -19,7 +21,14 @@ pub struct Signum {
     beta: f32,
     steps: u64,
     z: Vec<Tensor>,
+    /// Where all of it lies on a GPU.
+    table: Table,
 }
+
+const KERNEL: Kernel = Kernel {
+    stem: "signum",
+    function: "signum_f32",
+};
 
 impl Signum {
     /// β as the Resa recipe has it.
@@ -27,18 +36,18 @@ impl Signum {
 
     /// No step taken yet.
     pub fn new(lr: f32) -> Self {
-        Self {
-            lr,
-            beta: Self::BETA,
-            steps: 0,
-            z: Vec::new(),
-        }
+        Self::restored(lr, 0, Vec::new())
     }
 
     /// Goes on from a saved state: z of every parameter, in the order of the updates.
     pub fn restored(lr: f32, steps: u64, z: Vec<Tensor>) -> Self {
-        let beta = Self::BETA;
-        Self { lr, beta, steps, z }
+        Self {
+            lr,
+            beta: Self::BETA,
+            steps,
+            z,
+            table: Table::default(),
+        }
     }
 
     /// Steps taken.
@@ -59,7 +68,8 @@ impl Signum {
     /// One step for all parameters, always the same ones in the same order.
     ///
     /// One sweep: y, z and the gradient are read once, y and z written once, also where the
-    /// gradient's component along the rows is taken out.
+    /// gradient's component along the rows is taken out. On a GPU y and z stay in its memory
+    /// afterwards.
     pub fn step(&mut self, device: &Device, mut updates: Vec<Update>) -> Result<()> {
         let started = !self.z.is_empty();
         check("signum", &updates, started.then_some(&self.z[..]))?;
@@ -72,35 +82,26 @@ impl Signum {
             share: (1.0 / (self.steps + 1) as f64) as f32,
             to_y: 1.0 - self.beta,
         };
-        for (update, z) in updates.iter_mut().zip(&mut self.z) {
-            let (chunk, row) = update.chunking();
-            let y = update.value.f32s_mut()?.par_chunks_mut(chunk);
-            let z = z.f32s_mut()?.par_chunks_mut(chunk);
-            let g = update.grad.f32s_mut()?.par_chunks_mut(chunk);
-            let project = update.unit_rows;
-            match device {
-                Device::Cuda(cuda) => return Err(cuda.no_kernel("signum")),
-                Device::Cpu(_) => y.zip(z).zip(g).for_each(|((y, z), g)| {
-                    vectorized!({
-                        if project {
-                            remove_parallel(g, y, row);
-                        }
-                        rule.apply(y, z, g);
-                    });
-                }),
+        match device {
+            Device::Cuda(cuda) => {
+                let (states, args) = ([&mut self.z[..]], rule.args());
+                self.table.step(cuda, KERNEL, &mut updates, states, &args)?;
             }
+            Device::Cpu(_) => rule.apply_all(&mut updates, &mut self.z)?,
         }
         self.steps += 1;
         Ok(())
     }
 
-    /// The average x of parameter `index`, whose value is `y`; y itself before the first step.
+    /// The average x of parameter `index`, whose value is `y`, in host memory; y itself before
+    /// the first step.
     pub fn averaged(&self, index: usize, y: &Tensor) -> Result<Tensor> {
         let Some(z) = self.z.get(index) else {
             return Ok(y.clone());
         };
         let to_x = 1.0 - 1.0 / self.beta;
-        let pairs = y.f32s()?.iter().zip(z.f32s()?);
+        let (host_y, host_z) = (y.to_f32()?, z.to_f32()?);
+        let pairs = host_y.f32s()?.iter().zip(host_z.f32s()?);
         Tensor::from_vec(
             pairs.map(|(&y, &z)| y + to_x * (z - y)).collect(),
             y.shape(),
@@ -118,6 +119,30 @@ struct Rule {
 }
 
 impl Rule {
+    fn apply_all(&self, updates: &mut [Update], z: &mut [Tensor]) -> Result<()> {
+        for (update, z) in updates.iter_mut().zip(z) {
+            let (chunk, row) = update.chunking();
+            let y = update.value.f32s_mut()?.par_chunks_mut(chunk);
+            let z = z.f32s_mut()?.par_chunks_mut(chunk);
+            let g = update.grad.f32s_mut()?.par_chunks_mut(chunk);
+            let project = update.unit_rows;
+            y.zip(z).zip(g).for_each(|((y, z), g)| {
+                vectorized!({
+                    if project {
+                        remove_parallel(g, y, row);
+                    }
+                    self.apply(y, z, g);
+                });
+            });
+        }
+        Ok(())
+    }
+
+    /// As the kernel takes them.
+    fn args(&self) -> [Arg; 4] {
+        [self.lr, self.to_x, 1.0 - self.share, self.to_y].map(Arg::F32)
+    }
+
     #[inline(always)]
     fn apply(&self, y: &mut [f32], z: &mut [f32], g: &[f32]) {
         for ((y, z), g) in y.iter_mut().zip(z).zip(g) {

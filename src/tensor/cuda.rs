@@ -1,6 +1,7 @@
 //! Memory of a CUDA device, as tensors use it.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -182,6 +183,39 @@ impl CudaBuffer {
         };
         let cleared = self.memory.stream.memset_zeros(block);
         cleared.map_err(|e| self.memory.failed("clearing memory", e))
+    }
+
+    /// Copies elements `range` of `source`, of the same dtype, to those from `start`.
+    pub(crate) fn copy_from(
+        &mut self,
+        start: usize,
+        source: &Self,
+        range: Range<usize>,
+    ) -> Result<()> {
+        let (size, len) = (self.dtype.size(), self.len);
+        let fits = self.dtype == source.dtype
+            && range.start <= range.end
+            && range.end <= source.len
+            && start <= len
+            && range.len() <= len - start;
+        let bytes = |range: Range<usize>| range.start * size..range.end * size;
+        let from = source.block.as_ref().filter(|_| fits);
+        let views = from.zip(self.block.as_mut()).and_then(|(from, to)| {
+            let to = to.try_slice_mut(bytes(start..start + range.len()))?;
+            Some((from.try_slice(bytes(range.clone()))?, to))
+        });
+        let Some((from, mut to)) = views else {
+            let what = format!(
+                "{} of {} elements of {}",
+                self.dtype.name(),
+                len,
+                source.len
+            );
+            let found = format!("{range:?} of {} to {start}", source.dtype.name());
+            return Err(Error::operand("copy", what, found));
+        };
+        let copied = self.memory.stream.memcpy_dtod(&from, &mut to);
+        copied.map_err(|e| self.memory.failed("copying on the device", e))
     }
 
     /// The bytes of elements `start..start + len`, once all that was launched before is done.

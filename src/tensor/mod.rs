@@ -6,6 +6,8 @@ mod storage;
 
 use std::sync::Arc;
 
+use half::{bf16, slice::HalfFloatSliceExt};
+
 pub use cuda::CudaBuffer;
 pub use dtype::DType;
 pub use storage::{Buffer, MappedBytes, Pool};
@@ -30,6 +32,11 @@ impl Tensor {
     /// An f32 tensor over a device buffer.
     pub fn from_buffer(data: Buffer, shape: impl Into<Vec<usize>>) -> Result<Self> {
         Self::new(Storage::F32(data), shape.into())
+    }
+
+    /// A bf16 tensor over `data`.
+    pub fn from_bf16(data: Vec<bf16>, shape: impl Into<Vec<usize>>) -> Result<Self> {
+        Self::new(Storage::Bf16(data), shape.into())
     }
 
     /// A u32 tensor: token ids or latent indices.
@@ -90,12 +97,22 @@ impl Tensor {
         }
     }
 
+    /// Whether another tensor has the same storage.
+    pub(crate) fn is_shared(&mut self) -> bool {
+        Arc::get_mut(&mut self.storage).is_none()
+    }
+
     /// What the tensor is, for messages: its dtype and, on a GPU, which.
     pub(crate) fn found(&self) -> String {
         match self.cuda() {
             Some(buffer) => format!("{} on cuda:{}", self.dtype().name(), buffer.ordinal()),
             None => self.dtype().name().to_owned(),
         }
+    }
+
+    /// Whether both are views of the same memory.
+    pub(crate) fn shares_storage(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.storage, &other.storage)
     }
 
     /// The tensor seen as a matrix: (product of all extents but the last, the last extent).
@@ -143,17 +160,17 @@ impl Tensor {
         }
     }
 
-    /// The bits of the elements of a bf16 tensor in host memory, where they are aligned.
-    pub(crate) fn bf16s(&self) -> Option<&[u16]> {
-        self.storage.bf16s()
-    }
-
     /// The elements of a u32 tensor; an error for any other dtype.
     pub fn u32s(&self) -> Result<&[u32]> {
         match &*self.storage {
             Storage::U32(data) => Ok(data),
             _ => Err(Error::operand("tensor", "u32 in host memory", self.found())),
         }
+    }
+
+    /// The elements where they are bf16 in host memory (read in place from a mapped file).
+    pub fn bf16s(&self) -> Option<&[bf16]> {
+        self.storage.bf16s()
     }
 
     /// Elements `start..start + out.len()` as f32, whatever float type they are stored in.
@@ -177,6 +194,38 @@ impl Tensor {
         let mut data = vec![0.0; self.len()];
         self.read_f32(0, &mut data)?;
         Self::from_vec(data, self.shape.clone())
+    }
+
+    /// The tensor of integers in host memory: itself where it is there, a copy otherwise.
+    ///
+    /// # Errors
+    /// Another dtype, a device that cannot be read.
+    pub fn to_u32(&self) -> Result<Self> {
+        match self.cuda().filter(|buffer| buffer.dtype() == DType::U32) {
+            Some(buffer) => {
+                let bytes = buffer.read(0, buffer.len())?;
+                let (words, _) = bytes.as_chunks::<4>();
+                let data = words.iter().map(|&word| u32::from_ne_bytes(word)).collect();
+                Self::from_u32(data, self.shape.clone())
+            }
+            None => self.u32s().map(|_| self.clone()),
+        }
+    }
+
+    /// The tensor in bf16, rounded to nearest: itself where [`Self::bf16s`] can read it.
+    pub fn to_bf16(&self) -> Result<Self> {
+        const CHUNK: usize = 1 << 12;
+        if self.bf16s().is_some() {
+            return Ok(self.clone());
+        }
+        let mut data = vec![bf16::ZERO; self.len()];
+        let mut wide = [0.0; CHUNK];
+        for (i, chunk) in data.chunks_mut(CHUNK).enumerate() {
+            let wide = &mut wide[..chunk.len()];
+            self.read_f32(i * CHUNK, wide)?;
+            chunk.convert_from_f32_slice(wide);
+        }
+        Self::from_bf16(data, self.shape.clone())
     }
 }
 

@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 #[derive(Debug)]
 pub(super) enum Storage {
     F32(Buffer),
+    Bf16(Vec<bf16>),
     U32(Vec<u32>),
     Mapped(MappedBytes),
     Cuda(CudaBuffer),
@@ -21,6 +22,7 @@ impl Storage {
     pub(super) fn len(&self) -> usize {
         match self {
             Self::F32(data) => data.len(),
+            Self::Bf16(data) => data.len(),
             Self::U32(data) => data.len(),
             Self::Mapped(map) => map.bytes().len() / map.dtype.size(),
             Self::Cuda(buffer) => buffer.len(),
@@ -30,6 +32,7 @@ impl Storage {
     pub(super) fn dtype(&self) -> DType {
         match self {
             Self::F32(_) => DType::F32,
+            Self::Bf16(_) => DType::Bf16,
             Self::U32(_) => DType::U32,
             Self::Mapped(map) => map.dtype,
             Self::Cuda(buffer) => buffer.dtype(),
@@ -51,9 +54,10 @@ impl Storage {
         }
     }
 
-    /// The bits of the elements where they are bf16 in memory and aligned.
-    pub(super) fn bf16s(&self) -> Option<&[u16]> {
+    /// The elements where they are bf16 in memory and aligned.
+    pub(super) fn bf16s(&self) -> Option<&[bf16]> {
         match self {
+            Self::Bf16(data) => Some(data),
             Self::Mapped(map) if map.dtype == DType::Bf16 => {
                 bytemuck::try_cast_slice(map.bytes()).ok()
             }
@@ -77,6 +81,7 @@ impl Storage {
     pub(super) fn read_f32(&self, start: usize, out: &mut [f32]) -> Result<()> {
         match self {
             Self::F32(data) => out.copy_from_slice(&data[start..start + out.len()]),
+            Self::Bf16(data) => data[start..start + out.len()].convert_to_f32_slice(out),
             Self::Mapped(map) => map.read_f32(start, out),
             Self::Cuda(buffer) if buffer.dtype() != DType::U32 => {
                 let bytes = buffer.read(start, out.len())?;

@@ -172,8 +172,11 @@ impl Default for TrainConfig {
     }
 }
 
-/// Settings that a resumed run may change: none of them has a part in the numbers.
-const FREE_ON_RESUME: [&str; 6] = [
+/// Settings that a resumed run may change: they have no part in what is computed (device and
+/// dtype in nothing but the rounding).
+const FREE_ON_RESUME: [&str; 8] = [
+    "device",
+    "dtype",
     "threads",
     "out",
     "checkpoint-every",

@@ -7,7 +7,7 @@ use super::plan::total_memory;
 use super::{TrainConfig, example};
 use crate::data::records::{self, Record};
 use crate::data::{Packed, Template, Tokenizer, pack};
-use crate::device::Device;
+use crate::device::{Device, Precision};
 use crate::error::{Error, Result};
 use crate::formats::{huggingface, peft};
 use crate::model::{Layout, Qwen2};
@@ -76,31 +76,37 @@ impl Sources {
 
     /// The model whose activations the SAE learns, its adapter merged in; layers after `last`
     /// are not read.
-    pub fn load_source(&self, dtype: DtypeSetting, last: usize) -> Result<Qwen2> {
+    pub fn load_source(&self, device: &Device, dtype: DtypeSetting, last: usize) -> Result<Qwen2> {
         let dir = self.source.as_ref().unwrap_or(&self.target);
         let mut model = huggingface::load(dir)?;
         if let Some(adapter) = &self.source_adapter {
             let lora = peft::load(adapter, &model.config)?;
             huggingface::merge_into(&mut model, &lora)?;
         }
-        widen(&mut model, dtype, 0..last + 1, false)?;
+        prepare(device, &mut model, dtype, 0..last + 1, false)?;
         Ok(model)
     }
 }
 
-/// Brings the weights that products will use into f32 where the setting says so, or, when left
-/// to the engine, where they then take at most a third of the machine's memory (all of it, not
-/// what is free, so that a resumed run decides alike).
-pub fn widen(
+/// Brings the weights of `layers`, and those of the output head where asked, to where products
+/// will use them. On a GPU that is its memory, in bf16. On the CPU they get the dtype of the
+/// setting; where that is left to the engine and products are in f32, they are widened once if
+/// they then take at most a third of the machine's memory (all of it, not what is free, so that
+/// a resumed run decides alike), else at each use.
+pub fn prepare(
+    device: &Device,
     model: &mut Qwen2,
     dtype: DtypeSetting,
     layers: Range<usize>,
     head: bool,
 ) -> Result<()> {
+    if let Device::Cuda(cuda) = device {
+        return model.upload(cuda, layers, head);
+    }
     let wide = match dtype {
         DtypeSetting::F32 => true,
-        DtypeSetting::Bf16 => false,
-        DtypeSetting::Auto => {
+        _ if dtype.precision() == Precision::Bf16 => return model.narrow(layers, head),
+        _ => {
             let config = &model.config;
             let layer: usize = crate::model::Module::ALL
                 .iter()
@@ -123,21 +129,21 @@ pub fn widen(
     }
 }
 
-/// The device of a setting.
-pub fn device(setting: DeviceSetting, threads: usize) -> Result<Device> {
+/// The device of the settings. `auto` is the CPU: the kernels have been run on an emulator only.
+///
+/// # Errors
+/// A device that is not there, or a dtype that it does not compute in.
+pub fn device(setting: DeviceSetting, dtype: DtypeSetting, threads: usize) -> Result<Device> {
     match setting {
-        DeviceSetting::Auto | DeviceSetting::Cpu => Device::cpu(threads),
+        DeviceSetting::Auto | DeviceSetting::Cpu => {
+            Ok(Device::cpu(threads)?.with_precision(dtype.precision()))
+        }
+        DeviceSetting::Cuda(_) if dtype == DtypeSetting::F32 => Err(Error::setting(
+            "--dtype",
+            "expected bf16 or auto on a GPU, found f32",
+        )),
         DeviceSetting::Cuda(ordinal) => {
-            // What is wrong with the device itself is said first.
-            let device = Device::cuda(ordinal, threads)
-                .map_err(|e| Error::setting("--device", e.to_string()))?;
-            Err(Error::setting(
-                "--device",
-                format!(
-                    "training needs operators that have no {} kernels yet; use --device cpu",
-                    device.name()
-                ),
-            ))
+            Device::cuda(ordinal, threads).map_err(|e| Error::setting("--device", e.to_string()))
         }
     }
 }

@@ -136,7 +136,7 @@ impl RowCache {
     fn copy_row(&self, parts: &[Tensor], position: usize, out: &mut [f32]) -> Result<()> {
         let block = self.seq_len * self.width;
         for (out, part) in out.chunks_exact_mut(block).zip(parts) {
-            out.copy_from_slice(&part.f32s()?[position * block..][..block]);
+            part.read_f32(position * block, out)?;
         }
         Ok(())
     }

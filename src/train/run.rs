@@ -13,13 +13,12 @@ use super::session::Session;
 use super::stage_one::{StageOne, start_sae};
 use super::stage_two::StageTwo;
 use super::{
-    CancelFlag, DtypeSetting, Event, Method, Observer, RunDir, RunOptions, SaeGrad, SaeInit,
-    TrainConfig, example,
+    CancelFlag, Event, Method, Observer, RunDir, RunOptions, SaeGrad, SaeInit, TrainConfig, example,
 };
 use crate::data::records::Record;
 use crate::data::tokenizer::copy_files;
 use crate::data::{Packed, Template, Tokenizer, order};
-use crate::device::Device;
+use crate::device::{Device, Precision};
 use crate::error::{Error, Result};
 use crate::eval::{Inference, pass};
 use crate::formats::{huggingface, peft, sparsify};
@@ -67,7 +66,7 @@ pub fn run(
     cancel: &CancelFlag,
 ) -> Result<Summary> {
     config.validate()?;
-    let device = inputs::device(config.device, config.threads)?;
+    let device = inputs::device(config.device, config.dtype, config.threads)?;
     let run = if options.resume {
         let (run, stored) = RunDir::resume(&config.out)?;
         config.check_resumes(&stored)?;
@@ -89,7 +88,7 @@ pub fn dry_run(config: &TrainConfig) -> Result<Plan> {
     config.validate()?;
     let scratch = tempfile::tempdir().map_err(|e| Error::io(std::env::temp_dir(), e))?;
     let sources = Sources::resolve(config, scratch.path())?;
-    let device = inputs::device(config.device, config.threads)?;
+    let device = inputs::device(config.device, config.dtype, config.threads)?;
     let Shapes { target, source, .. } = Shapes::read(config, &sources)?;
     let texts = Texts::read(config, &sources)?;
     Plan::new(
@@ -99,7 +98,7 @@ pub fn dry_run(config: &TrainConfig) -> Result<Plan> {
             target: &target,
             source_rows: texts.trigger.rows() as u64,
             target_rows: texts.elicitation().rows() as u64,
-            weight_bytes: if config.dtype == DtypeSetting::Bf16 {
+            weight_bytes: if config.dtype.precision() == Precision::Bf16 {
                 2
             } else {
                 4
@@ -281,7 +280,7 @@ impl<'a> Run<'a> {
         if config.runs_sae() {
             let last = *self.hookpoints.iter().max().unwrap_or(&0);
             if self.sources.source_is_target() {
-                self.widen_target(0..last + 1, false)?;
+                self.prepare_target(0..last + 1, false)?;
             }
             let stage_one = self.stage_one(session)?;
             (sae, activations) = (stage_one.sae, stage_one.activations);
@@ -289,7 +288,7 @@ impl<'a> Run<'a> {
         }
         self.device.release_memory();
         if config.runs_sft() {
-            self.widen_target(0..self.target.layers.len(), true)?;
+            self.prepare_target(0..self.target.layers.len(), true)?;
             if config.method == Method::SaeTuning && sae.is_none() {
                 let layer = self.hookpoints[0];
                 let root = config.sae.as_ref().ok_or_else(|| {
@@ -309,10 +308,9 @@ impl<'a> Run<'a> {
         Ok(summary)
     }
 
-    fn widen_target(&mut self, layers: Range<usize>, head: bool) -> Result<()> {
-        let (dtype, target) = (self.config.dtype, &mut self.target);
-        self.device
-            .run(|| inputs::widen(target, dtype, layers, head))
+    fn prepare_target(&mut self, layers: Range<usize>, head: bool) -> Result<()> {
+        let (device, dtype, target) = (self.device, self.config.dtype, &mut self.target);
+        device.run(|| inputs::prepare(device, target, dtype, layers, head))
     }
 
     /// Trains the SAEs, or takes what an interrupted run trained or the settings name.
@@ -379,7 +377,8 @@ impl<'a> Run<'a> {
             return Ok(None);
         }
         let dtype = self.config.dtype;
-        let source = self.device.run(|| self.sources.load_source(dtype, last))?;
+        let device = self.device;
+        let source = device.run(|| self.sources.load_source(device, dtype, last))?;
         inputs::check_vocabulary(&source, &self.texts.trigger, &self.sources.target)?;
         Ok(Some(source))
     }
@@ -428,7 +427,13 @@ impl<'a> Run<'a> {
             steps: 4,
             done: 0,
         });
-        let model = &self.target;
+        // Generation has no CUDA kernels: a GPU's run evaluates on the host, with weights of its own.
+        let device = self.device.to_host();
+        let on_host = match self.device {
+            Device::Cuda(_) => Some(huggingface::load(&self.sources.target)?),
+            Device::Cpu(_) => None,
+        };
+        let model = on_host.as_ref().unwrap_or(&self.target);
         let source = self
             .sources
             .source
@@ -452,7 +457,7 @@ impl<'a> Run<'a> {
         for (i, subject) in subjects.iter().enumerate() {
             session.check_cancelled()?;
             let graded = pass::greedy_answers(
-                self.device,
+                &device,
                 subject,
                 &self.texts.tokenizer,
                 &self.texts.template,

@@ -5,6 +5,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::device::Precision;
+
 /// Which stages of SAE-Tuning run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -82,6 +84,17 @@ pub enum DtypeSetting {
     F32,
     /// bfloat16.
     Bf16,
+}
+
+impl DtypeSetting {
+    /// What matrix products on the CPU compute with.
+    pub fn precision(self) -> Precision {
+        match self {
+            Self::Auto => Precision::fastest(),
+            Self::F32 => Precision::F32,
+            Self::Bf16 => Precision::Bf16,
+        }
+    }
 }
 
 /// Where operators run: `auto`, `cpu`, `cuda` or `cuda:N`.

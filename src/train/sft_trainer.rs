@@ -82,7 +82,12 @@ pub struct SftTrainer {
 impl SftTrainer {
     /// Trains those of `lora`'s adapters that sit on `layers`; the others act unchanged where
     /// the student's forward pass goes through them.
-    pub fn new(lora: Lora, layers: Range<usize>, options: SftOptions) -> Result<Self> {
+    pub fn new(
+        device: &Device,
+        mut lora: Lora,
+        layers: Range<usize>,
+        options: SftOptions,
+    ) -> Result<Self> {
         let trained: Vec<_> = lora
             .pairs
             .keys()
@@ -94,6 +99,10 @@ impl SftTrainer {
                 "--lora-targets",
                 format!("no adapter sits on a layer that is trained ({layers:?})"),
             ));
+        }
+        for pair in lora.pairs.values_mut() {
+            pair.a = device.resident(&pair.a)?;
+            pair.b = device.resident(&pair.b)?;
         }
         let config = AdamWConfig {
             weight_decay: options.weight_decay,
@@ -112,7 +121,7 @@ impl SftTrainer {
         })
     }
 
-    /// The adapters as they are now.
+    /// The adapters as they are now, in the memory of the device.
     pub fn lora(&self) -> &Lora {
         &self.lora
     }
@@ -150,8 +159,8 @@ impl SftTrainer {
                 }
             }
         }
-        let grad_norm =
-            clip_grad_norm(&mut sums.iter_mut().collect::<Vec<_>>(), self.options.clip)?;
+        let mut grads: Vec<_> = sums.iter_mut().collect();
+        let grad_norm = clip_grad_norm(device, &mut grads, self.options.clip)?;
         if !grad_norm.is_finite() {
             return Err(Error::NotFinite {
                 what: format!("the gradient norm is {grad_norm}"),
@@ -246,6 +255,7 @@ impl SftTrainer {
     /// Goes on from a checkpoint: `take` gives the tensor of a name.
     pub fn restore(
         &mut self,
+        device: &Device,
         steps: u64,
         mut take: impl FnMut(&str) -> Result<Tensor>,
     ) -> Result<()> {
@@ -253,12 +263,14 @@ impl SftTrainer {
             for (factor, letter) in [(&mut pair.a, 'a'), (&mut pair.b, 'b')] {
                 let saved = take(&format!("lora.{layer}.{}.{letter}", module.name()))?;
                 crate::ops::expect_shape("checkpoint", &saved, factor.shape())?;
-                *factor = saved;
+                *factor = device.resident(&saved)?;
             }
         }
         let mut moments = |which: &str| {
             let names = (0..2 * self.trained.len()).map(|i| format!("adamw.{i}.{which}"));
-            names.map(|name| take(&name)).collect::<Result<Vec<_>>>()
+            names
+                .map(|name| device.resident(&take(&name)?))
+                .collect::<Result<Vec<_>>>()
         };
         let (first, second) = (moments("first")?, moments("second")?);
         self.optimizer.restore(steps, first, second)

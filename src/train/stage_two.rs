@@ -19,9 +19,8 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::formats::peft;
 use crate::model::{Adapters, Layout, Lora, Qwen2, Sae};
-use crate::ops::fvu::mse;
+use crate::ops::fvu;
 use crate::tape::{Tape, Var};
-use crate::tensor::Tensor;
 
 pub(super) struct StageTwo<'a> {
     pub device: &'a Device,
@@ -69,13 +68,14 @@ impl StageTwo<'_> {
             seed: config.seed,
         };
         let mut teacher = self.teacher(session, &lora, first, config)?;
-        let mut trainer = SftTrainer::new(lora, first..self.model.layers.len(), options)?;
+        let mut trainer =
+            SftTrainer::new(self.device, lora, first..self.model.layers.len(), options)?;
         let mut activations = activations;
         let start = match session.take_state(StepStage::Sft) {
             Some(StageState {
                 step, mut tensors, ..
             }) => {
-                trainer.restore(step, |name| {
+                trainer.restore(self.device, step, |name| {
                     tensors.remove(name).ok_or_else(|| {
                         Error::operand("checkpoint", format!("tensor {name}"), "none")
                     })
@@ -128,7 +128,7 @@ impl StageTwo<'_> {
         peft::save(&dir, trainer.lora())?;
         session.tell(Event::Saved(dir));
         Ok(Tuned {
-            lora: trainer.lora().clone(),
+            lora: trainer.lora().to_host()?,
             loss: ends(&losses),
         })
     }
@@ -296,7 +296,10 @@ impl<'a> Teacher<'a> {
             }
             .swap_remove(0);
             let reconstruction = sae.reconstruct(stage.device, &x)?;
-            record_mse(mse, rows, &x, &reconstruction)?;
+            let errors = fvu::mse(stage.device, &x, &reconstruction, rows.len())?;
+            for (&row, error) in rows.iter().zip(errors) {
+                mse[row] = error;
+            }
             let (ids, layout) = batch(stage.packed, rows, layout)?;
             let student = match prefix {
                 Some(adapters) if !through => {
@@ -340,20 +343,6 @@ impl<'a> Teacher<'a> {
             target,
         })
     }
-}
-
-fn record_mse(mse_of: &mut [f64], rows: &[usize], x: &Tensor, x_hat: &Tensor) -> Result<()> {
-    let per_row = x.len() / rows.len().max(1);
-    let row_of = |tensor: &Tensor, i: usize| {
-        Tensor::from_vec(
-            tensor.f32s()?[i * per_row..][..per_row].to_vec(),
-            [1, per_row],
-        )
-    };
-    for (i, &row) in rows.iter().enumerate() {
-        mse_of[row] = mse(&row_of(x, i)?, &row_of(x_hat, i)?)?.unwrap_or(f64::NAN);
-    }
-    Ok(())
 }
 
 /// Means over the first and over the last steps, ten of them at most.

@@ -3,13 +3,16 @@
 
 mod support;
 
+mod cuda;
 mod equivalence;
 mod evaluate;
 mod examples;
 mod faults;
+mod features;
 mod folder;
 mod outputs;
 mod plan;
+mod report;
 mod resume;
 #[cfg(unix)]
 mod signals;

@@ -1,7 +1,7 @@
 use resa_engine::optim::clip_grad_norm;
 use resa_engine::tensor::Tensor;
 
-use crate::harness::{devices, random, relative_error, to_f64};
+use crate::harness::{assert_least_traffic, cuda, devices, random, relative_error, to_f64};
 
 fn gradients() -> Vec<Tensor> {
     let shapes: [&[usize]; 4] = [&[1], &[37, 45], &[0, 3], &[40_001]];
@@ -19,7 +19,7 @@ fn the_common_norm_is_brought_to_the_limit_as_pytorch_does() {
     let want: f64 = all(&gradients()).iter().map(|g| g * g).sum::<f64>().sqrt();
     for device in devices("clip") {
         let mut grads = gradients();
-        let clip = || clip_grad_norm(&mut grads.iter_mut().collect::<Vec<_>>(), 1.5);
+        let clip = || clip_grad_norm(&device, &mut grads.iter_mut().collect::<Vec<_>>(), 1.5);
         let norm = device.run(clip).unwrap();
         assert!((norm / want - 1.0).abs() < 1e-12, "{norm} {want}");
         // torch.nn.utils.clip_grad_norm_ multiplies by max_norm / (norm + 1e-6).
@@ -33,27 +33,52 @@ fn the_common_norm_is_brought_to_the_limit_as_pytorch_does() {
 
 #[test]
 fn gradients_within_the_limit_keep_their_bits() {
-    let mut grads = gradients();
-    let norm = clip_grad_norm(&mut grads.iter_mut().collect::<Vec<_>>(), 1e6).unwrap();
-    assert!(norm > 1.0);
-    assert_eq!(all(&grads), all(&gradients()));
+    for device in devices("clip") {
+        let mut grads = gradients();
+        let norm = clip_grad_norm(&device, &mut grads.iter_mut().collect::<Vec<_>>(), 1e6);
+        assert!(norm.unwrap() > 1.0);
+        assert_eq!(all(&grads), all(&gradients()));
+    }
 }
 
 #[test]
 fn a_gradient_that_is_not_finite_shows_in_the_norm() {
-    let mut grads = gradients();
-    grads[1].f32s_mut().unwrap()[7] = f32::NAN;
-    let norm = clip_grad_norm(&mut grads.iter_mut().collect::<Vec<_>>(), 1.0).unwrap();
-    assert!(norm.is_nan());
+    for device in devices("clip") {
+        let mut grads = gradients();
+        grads[1].f32s_mut().unwrap()[7] = f32::NAN;
+        let norm = clip_grad_norm(&device, &mut grads.iter_mut().collect::<Vec<_>>(), 1.0);
+        assert!(norm.unwrap().is_nan());
+    }
 }
 
 #[test]
-fn the_norm_has_the_same_bits_on_any_number_of_threads() {
-    let norms = devices("clip").into_iter().map(|device| {
-        let mut grads = gradients();
-        let clip = || clip_grad_norm(&mut grads.iter_mut().collect::<Vec<_>>(), 1.0);
-        device.run(clip).unwrap().to_bits()
-    });
-    let norms: Vec<u64> = norms.collect();
-    assert!(norms.iter().all(|&norm| norm == norms[0]), "{norms:?}");
+fn no_gradients_have_the_norm_zero() {
+    for device in devices("clip") {
+        assert_eq!(clip_grad_norm(&device, &mut [], 1.0).unwrap(), 0.0);
+    }
+}
+
+#[test]
+fn the_norm_has_the_same_bits_on_any_number_of_threads_and_when_repeated() {
+    let mut on_cpu = None;
+    for device in devices("clip") {
+        let norm = || {
+            let mut grads = gradients();
+            let clip = || clip_grad_norm(&device, &mut grads.iter_mut().collect::<Vec<_>>(), 1.0);
+            device.run(clip).unwrap().to_bits()
+        };
+        let first = norm();
+        assert_eq!(first, norm());
+        if device.name() == "cpu" {
+            assert_eq!(*on_cpu.get_or_insert(first), first);
+        }
+    }
+}
+
+#[test]
+fn scaling_moves_each_value_once_in_and_once_out_on_the_gpu() {
+    let Some(device) = cuda() else { return };
+    let mut grads = [random(1, &[40_000], 1.0), random(2, &[64, 1000], 1.0)];
+    clip_grad_norm(device, &mut grads.iter_mut().collect::<Vec<_>>(), 1.0).unwrap();
+    assert_least_traffic(8 * grads.iter().map(Tensor::len).sum::<usize>());
 }

@@ -1,10 +1,11 @@
+use half::bf16;
 use resa_engine::Device;
 use resa_engine::ops::Operator;
 use resa_engine::ops::flash_attention::FlashAttention;
 use resa_engine::tape::{Tape, Var};
 use resa_engine::tensor::Tensor;
 
-use super::harness::{check, devices, random, relative_error, to_f64};
+use super::harness::{check_in_steps, devices, random, relative_error, round_bf16, to_f64};
 
 #[derive(Clone, Copy)]
 struct Case {
@@ -67,11 +68,15 @@ impl Case {
     }
 
     fn agrees_with_float64(&self, doc_starts: Option<&Tensor>) {
-        check(
+        check_in_steps(
             || self.op(doc_starts),
             &self.inputs(),
             |inputs| vec![self.reference(inputs, doc_starts)],
             5e-6,
+            |inputs, up| {
+                let (o, grads) = textbook(*self, inputs, doc_starts, &up[0], to_bf16);
+                (vec![o], grads.into())
+            },
         );
     }
 }
@@ -114,29 +119,46 @@ fn a_row_sees_only_its_document() {
     case.agrees_with_float64(Some(&starts));
 }
 
-/// Gradients of Σ o_i u_i by the textbook formulas in float64, with the whole matrix of weights.
-fn gradients(case: Case, x: &[Vec<f64>], starts: Option<&Tensor>, up: &[f64]) -> [Vec<f64>; 3] {
+fn to_bf16(value: f64) -> f64 {
+    bf16::from_f64(value).to_f64()
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+/// The output and the gradients of Σ o_i u_i by the textbook's formulas in float64, with the whole
+/// matrix of weights. Scores, weights, their gradients and the results go through `round`.
+fn textbook(
+    case: Case,
+    x: &[Vec<f64>],
+    starts: Option<&Tensor>,
+    up: &[f64],
+    round: fn(f64) -> f64,
+) -> (Vec<f64>, [Vec<f64>; 3]) {
     let (d, group) = (case.head_dim, case.heads / case.kv_heads);
     let scale = 1.0 / (d as f64).sqrt();
     let starts = starts.map(|s| s.u32s().unwrap());
     let mut grads = [0, 1, 2].map(|i: usize| vec![0.0; x[i].len()]);
-    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    let mut o = vec![0.0; x[0].len()];
     for row in 0..case.batch * case.seq_len {
         let first = row / case.seq_len * case.seq_len + starts.map_or(0, |s| s[row] as usize);
         for head in 0..case.heads {
             let i = (row * case.heads + head) * d;
             let at = |j: usize| (j * case.kv_heads + head / group) * d;
-            let scores = (first..=row).map(|j| scale * dot(&x[0][i..i + d], &x[1][at(j)..][..d]));
-            let scores: Vec<f64> = scores.collect();
+            let score = |j: usize| round(scale * dot(&x[0][i..i + d], &x[1][at(j)..][..d]));
+            let scores: Vec<f64> = (first..=row).map(score).collect();
             let max = scores.iter().copied().fold(f64::MIN, f64::max);
             let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
-            let p: Vec<f64> = scores.iter().map(|s| (s - max).exp() / sum).collect();
-            let dp = (first..=row).map(|j| dot(&up[i..i + d], &x[2][at(j)..][..d]));
+            let weights = scores.iter().map(|s| round((s - max).exp() / sum));
+            let p: Vec<f64> = weights.collect();
+            let dp = (first..=row).map(|j| round(dot(&up[i..i + d], &x[2][at(j)..][..d])));
             let dp: Vec<f64> = dp.collect();
             let mean = dot(&p, &dp);
             for (n, j) in (first..=row).enumerate() {
-                let ds = p[n] * (dp[n] - mean) * scale;
+                let ds = round(p[n] * (dp[n] - mean)) * scale;
                 for c in 0..d {
+                    o[i + c] += p[n] * x[2][at(j) + c];
                     grads[0][i + c] += ds * x[1][at(j) + c];
                     grads[1][at(j) + c] += ds * x[0][i + c];
                     grads[2][at(j) + c] += p[n] * up[i + c];
@@ -144,7 +166,9 @@ fn gradients(case: Case, x: &[Vec<f64>], starts: Option<&Tensor>, up: &[f64]) ->
             }
         }
     }
-    grads
+    let results = grads.iter_mut().chain([&mut o]).flatten();
+    results.for_each(|v| *v = round(*v));
+    (o, grads)
 }
 
 #[test]
@@ -166,18 +190,27 @@ fn many_blocks_agree_with_float64() {
         };
         let starts: Option<Vec<u32>> = (0..rows).map(start_of).collect();
         let starts = starts.map(|starts| Tensor::from_u32(starts, [rows]).unwrap());
-        let inputs = case.inputs();
-        let inputs64: Vec<Vec<f64>> = inputs.iter().map(to_f64).collect();
-        let up = random(10, &[rows, case.heads * case.head_dim], 1.0);
-        let want = gradients(case, &inputs64, starts.as_ref(), &to_f64(&up));
-        let want_o = case.reference(&inputs64, starts.as_ref());
         for device in devices("flash_attention") {
+            let on_gpu = device.name() == "cuda";
+            let held = |t: &Tensor| if on_gpu { round_bf16(t) } else { t.clone() };
+            let inputs = case.inputs().map(|t| held(&t));
+            let inputs64 = inputs.each_ref().map(to_f64);
+            let up = held(&random(10, &[rows, case.heads * case.head_dim], 1.0));
+            let results = |round| textbook(case, &inputs64, starts.as_ref(), &to_f64(&up), round);
+            let ((want_o, want), (plain_o, plain)) = (results(|v| v), results(to_bf16));
             let (o, grads) = run(&device, case.op(starts.as_ref()), &inputs, &up);
-            let error = relative_error(&to_f64(&o), &want_o);
-            assert!(error < 2e-6, "output is off by {error:e}");
-            for (i, (got, want)) in grads.iter().zip(&want).enumerate() {
+            let close = |what: &str, got: &Tensor, want: &[f64], plain: &[f64], on_cpu: f64| {
+                let limit = match on_gpu {
+                    true => 2.0 * relative_error(plain, want),
+                    false => on_cpu,
+                };
                 let error = relative_error(&to_f64(got), want);
-                assert!(error < 5e-6, "gradient of input {i} is off by {error:e}");
+                assert!(error < limit, "{what} is off by {error:e} of {limit:e}");
+            };
+            close("output", &o, &want_o, &plain_o, 2e-6);
+            for (i, got) in grads.iter().enumerate() {
+                let what = format!("gradient of input {i}");
+                close(&what, got, &want[i], &plain[i], 5e-6);
             }
         }
     }

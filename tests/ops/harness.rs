@@ -4,6 +4,7 @@
 use std::io::Write;
 use std::sync::{Arc, OnceLock};
 
+use cuda_emulator::{Backend, Counters};
 use half::bf16;
 
 use resa_engine::device::{CudaDevice, Device};
@@ -14,21 +15,7 @@ use resa_engine::tape::{Tape, Var};
 use resa_engine::tensor::{DType, MappedBytes, Tensor};
 
 /// Operators and optimizers that have no CUDA kernel yet: tested on the CPU alone.
-const WITHOUT_CUDA: [&str; 13] = [
-    "adamw",
-    "clip",
-    "cross_entropy",
-    "decode",
-    "flash_attention",
-    "fvu",
-    "gemm",
-    "kl_div",
-    "lora",
-    "signum",
-    "sparse_decode",
-    "topk",
-    "weighted_sum",
-];
+const WITHOUT_CUDA: [&str; 1] = ["decode"];
 
 /// Every device that `stem` runs on: the CPU with different thread counts and, where the build
 /// has kernels, a GPU or the emulator in its place. Says so where `stem` cannot use it.
@@ -54,6 +41,27 @@ pub fn cuda() -> Option<&'static Device> {
         None
     });
     device.as_ref()
+}
+
+/// What this thread's last kernel did; `None` where a GPU ran it, which does not count.
+pub fn last_counters() -> Option<Counters> {
+    match cuda_emulator::install().unwrap() {
+        Backend::Emulator => cuda_emulator::emulator().unwrap().last_counters(),
+        Backend::Gpu => None,
+    }
+}
+
+/// Fails where this thread's last kernel read and wrote over 1.1 times the `least` bytes of
+/// global memory there are to move, in bytes or in the 32-byte sectors that memory moves.
+pub fn assert_least_traffic(least: usize) {
+    let Some(c) = last_counters() else { return };
+    let bytes = c.global_load_bytes + c.global_store_bytes;
+    let sectors = 32 * (c.global_load_sectors + c.global_store_sectors);
+    for (what, moved) in [("bytes", bytes), ("bytes of sectors", sectors)] {
+        let ratio = moved as f64 / least as f64;
+        println!("{moved} {what}, least {least}: {ratio:.3}");
+        assert!(ratio <= 1.1, "{moved} {what} moved, the least is {least}");
+    }
 }
 
 /// The values rounded to bf16, as a GPU holds them.
@@ -130,14 +138,42 @@ pub fn relative_error(got: &[f64], want: &[f64]) -> f64 {
 
 /// Runs `make()` on `inputs` on every device. `reference` maps the inputs, in float64, to the
 /// outputs that carry gradients (outputs of other dtypes, such as indices, are not compared).
-/// Outputs and gradients must be as close to it as [`Allowed`] says, and have the same bits when
-/// run again and for every number of CPU threads. Where the operator runs on a GPU, its fields
-/// must hold values that bf16 can represent.
+/// Outputs and gradients must be within `tolerance` of it on the CPU, on a GPU within twice what
+/// rounding it to bf16 costs: less than any computation with a second rounding on the way would
+/// need. They must have the same bits when run again and for every number of CPU threads. Where
+/// the operator runs on a GPU, its fields must hold values that bf16 can represent.
 pub fn check<O: Operator>(
     make: impl Fn() -> O,
     inputs: &[Tensor],
     reference: impl Fn(&[Vec<f64>]) -> Vec<Vec<f64>>,
     tolerance: f64,
+) {
+    check_all(make, inputs, &reference, tolerance, None);
+}
+
+/// As [`check`], for an operator that rounds to bf16 between its steps: a GPU may be off by twice
+/// what `plain` is, the textbook's computation with each of its steps rounded to bf16.
+pub fn check_in_steps<O: Operator>(
+    make: impl Fn() -> O,
+    inputs: &[Tensor],
+    reference: impl Fn(&[Vec<f64>]) -> Vec<Vec<f64>>,
+    tolerance: f64,
+    plain: impl Fn(&[Vec<f64>], &[Vec<f64>]) -> (Vec<Vec<f64>>, Vec<Vec<f64>>),
+) {
+    check_all(make, inputs, &reference, tolerance, Some(&plain));
+}
+
+type Reference<'a> = dyn Fn(&[Vec<f64>]) -> Vec<Vec<f64>> + 'a;
+
+/// Maps inputs and the outputs' gradients to outputs and the inputs' gradients.
+type Plain<'a> = dyn Fn(&[Vec<f64>], &[Vec<f64>]) -> (Vec<Vec<f64>>, Vec<Vec<f64>>) + 'a;
+
+fn check_all<O: Operator>(
+    make: impl Fn() -> O,
+    inputs: &[Tensor],
+    reference: &Reference,
+    tolerance: f64,
+    plain: Option<&Plain>,
 ) {
     assert_eq!(
         O::CUDA,
@@ -165,82 +201,75 @@ pub fn check<O: Operator>(
             let other = on_cpu.get_or_insert_with(|| first.clone());
             assert_eq!(&first, other, "{label}: bits depend on the thread count");
         }
-        let allowed = if on_gpu {
-            Allowed::Bf16
-        } else {
-            Allowed::Relative(tolerance)
+        let upstream64: Vec<Vec<f64>> = upstream.iter().map(to_f64).collect();
+        let plain = plain.filter(|_| on_gpu);
+        let plain = plain.map(|plain| plain(&inputs64, &upstream64));
+        let compare = |what: String, got: &[f64], want: &[f64], plain: Option<Vec<f64>>| {
+            let limit = match on_gpu {
+                // Finite differences themselves are this far from the gradient.
+                true => 2.0 * relative_error(&plain.unwrap_or_else(|| rounded(want)), want) + 1e-6,
+                false => tolerance,
+            };
+            let error = relative_error(got, want);
+            assert!(
+                error < limit,
+                "{label}: {what} is off by {error:e}, allowed is {limit:e}"
+            );
         };
         let (outputs, grads) = first;
         for (i, (got, want)) in outputs.iter().zip(&want).enumerate() {
-            allowed.compare(&format!("{label}: output {i}"), &from_bits(got), want);
+            let plain = plain.as_ref().map(|(outputs, _)| outputs[i].clone());
+            compare(format!("output {i}"), &from_bits(got), want, plain);
         }
         for (i, grad) in grads.iter().enumerate() {
-            let (got, want) = gradient(i, &from_bits(grad), &inputs64, &upstream, &reference);
-            allowed.compare(&format!("{label}: gradient of input {i}"), &got, &want);
+            let want = differences(i, &inputs64, &upstream64, reference);
+            let plain = plain.as_ref().map(|(_, grads)| sample(&grads[i]));
+            let got = sample(&from_bits(grad));
+            compare(format!("gradient of input {i}"), &got, &want, plain);
         }
     }
 }
 
-/// How far a result may be from the float64 reference, in the Frobenius norm.
-enum Allowed {
-    /// Relative to the reference's norm.
-    Relative(f64),
-    /// Twice what rounding the reference itself to bf16 costs: less than any computation with
-    /// a second rounding on the way would need.
-    Bf16,
-}
-
-impl Allowed {
-    fn compare(&self, what: &str, got: &[f64], want: &[f64]) {
-        let error = relative_error(got, want);
-        let limit = match self {
-            Self::Relative(tolerance) => *tolerance,
-            Self::Bf16 => {
-                let rounded = want.iter().map(|&w| bf16::from_f64(w).to_f64());
-                // Finite differences themselves are this far from the gradient.
-                2.0 * relative_error(&rounded.collect::<Vec<_>>(), want) + 1e-6
-            }
-        };
-        assert!(
-            error < limit,
-            "{what} is off by {error:e}, allowed is {limit:e}"
-        );
-    }
+fn rounded(values: &[f64]) -> Vec<f64> {
+    values.iter().map(|&v| bf16::from_f64(v).to_f64()).collect()
 }
 
 fn from_bits(bits: &[u32]) -> Vec<f64> {
     bits.iter().map(|&b| f32::from_bits(b).into()).collect()
 }
 
-/// At most 200 entries of the gradient `got` of input number `input`, spread over the tensor,
-/// and beside them finite differences of the reference.
-fn gradient(
+/// Positions of at most 200 entries, spread over a tensor of `len`.
+fn positions(len: usize) -> impl Iterator<Item = usize> {
+    (0..len).step_by(len.div_ceil(200).max(1))
+}
+
+fn sample(values: &[f64]) -> Vec<f64> {
+    positions(values.len()).map(|i| values[i]).collect()
+}
+
+/// Finite differences of the reference at a sample of the entries of input number `input`.
+fn differences(
     input: usize,
-    got: &[f64],
     inputs: &[Vec<f64>],
-    upstream: &[Tensor],
-    reference: &impl Fn(&[Vec<f64>]) -> Vec<Vec<f64>>,
-) -> (Vec<f64>, Vec<f64>) {
+    upstream: &[Vec<f64>],
+    reference: &Reference,
+) -> Vec<f64> {
     let loss = |inputs: &[Vec<f64>]| -> f64 {
         let outputs = reference(inputs);
         let pairs = outputs.iter().zip(upstream);
         pairs
-            .map(|(o, u)| o.iter().zip(to_f64(u)).map(|(o, u)| o * u).sum::<f64>())
+            .map(|(o, u)| o.iter().zip(u).map(|(o, u)| o * u).sum::<f64>())
             .sum()
     };
-    let stride = got.len().div_ceil(200).max(1);
-    let (mut sampled, mut want) = (Vec::new(), Vec::new());
-    for i in (0..got.len()).step_by(stride) {
+    let at = |i: usize| {
         let mut moved = inputs.to_vec();
         let h = 1e-5 * inputs[input][i].abs().max(1.0);
         moved[input][i] += h;
         let up = loss(&moved);
         moved[input][i] -= 2.0 * h;
-        let down = loss(&moved);
-        sampled.push(got[i]);
-        want.push((up - down) / (2.0 * h));
-    }
-    (sampled, want)
+        (up - loss(&moved)) / (2.0 * h)
+    };
+    positions(inputs[input].len()).map(at).collect()
 }
 
 type Bits = Vec<Vec<u32>>;
@@ -279,7 +308,7 @@ fn run<O: Operator>(
 }
 
 /// Σ ⟨input_i, weights_i⟩: turns any outputs into a scalar.
-struct Dot(Vec<Tensor>);
+pub struct Dot(pub Vec<Tensor>);
 
 impl Operator for Dot {
     type Saved = Vec<Vec<usize>>;

@@ -1,15 +1,102 @@
+use half::bf16;
 use resa_engine::ops::lora::{Dropout, LoraLinear};
 use resa_engine::rng::{Purpose, Stream};
 
 use crate::gemm::affine;
-use crate::harness::{check, random, to_f64};
+use crate::harness::{check_in_steps, random, round_bf16, to_f64};
+
+const SCALE: f32 = 1.5;
+
+/// The frozen part of a module in float64, and what dropout multiplies each input by.
+struct Case<'a> {
+    w: &'a [f64],
+    bias: &'a [f64],
+    kept: &'a [f64],
+    k: usize,
+    r: usize,
+}
+
+fn times(a: &[f64], b: &[f64]) -> Vec<f64> {
+    a.iter().zip(b).map(|(a, b)| a * b).collect()
+}
+
+fn plus(a: &[f64], b: &[f64]) -> Vec<f64> {
+    a.iter().zip(b).map(|(a, b)| a + b).collect()
+}
+
+fn scaled(a: &[f64]) -> Vec<f64> {
+    a.iter().map(|v| v * f64::from(SCALE)).collect()
+}
+
+/// A matrix of rows of `cols` values, turned.
+fn transposed(a: &[f64], cols: usize) -> Vec<f64> {
+    let column = |c: usize| a.iter().skip(c).step_by(cols);
+    (0..cols).flat_map(column).copied().collect()
+}
+
+impl Case<'_> {
+    /// Y of the inputs X, A, B and, if there is one, the residual; `round` is applied to the
+    /// result of each step. Also the dropped inputs and U.
+    fn forward(
+        &self,
+        i: &[Vec<f64>],
+        round: impl Fn(Vec<f64>) -> Vec<f64>,
+    ) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
+        let dropped = round(times(&i[0], self.kept));
+        let u = round(affine(&dropped, &i[1], None, None, self.k));
+        let low_rank = round(scaled(&round(affine(&u, &i[2], None, None, self.r))));
+        let frozen = round(affine(&i[0], self.w, Some(self.bias), None, self.k));
+        let mut y = round(plus(&frozen, &low_rank));
+        if let Some(residual) = i.get(3) {
+            y = round(plus(&y, residual));
+        }
+        (y, dropped, u)
+    }
+
+    /// Forward and backward as a framework does them in bf16, a rounding after each step.
+    fn in_bf16(&self, i: &[Vec<f64>], dy: &[Vec<f64>]) -> (Vec<Vec<f64>>, Vec<Vec<f64>>) {
+        let round =
+            |v: Vec<f64>| -> Vec<f64> { v.iter().map(|&v| bf16::from_f64(v).to_f64()).collect() };
+        let (y, dropped, u) = self.forward(i, round);
+        let (dy, n, rows) = (&dy[0], self.bias.len(), i[0].len() / self.k);
+        let dy_scaled = round(scaled(dy));
+        let du = round(affine(
+            &dy_scaled,
+            &transposed(&i[2], self.r),
+            None,
+            None,
+            n,
+        ));
+        let through = |d: &[f64], other: &[f64], cols: usize, other_cols: usize| {
+            round(affine(
+                &transposed(d, cols),
+                &transposed(other, other_cols),
+                None,
+                None,
+                rows,
+            ))
+        };
+        let da = through(&du, &dropped, self.r, self.k);
+        let db = through(&dy_scaled, &u, n, self.r);
+        let low_rank = round(affine(&du, &transposed(&i[1], self.k), None, None, self.r));
+        let frozen = round(affine(dy, &transposed(self.w, self.k), None, None, n));
+        let dx = round(plus(&frozen, &round(times(&low_rank, self.kept))));
+        let mut grads = vec![dx, da, db];
+        grads.extend(i.get(3).map(|_| dy.clone()));
+        (vec![y], grads)
+    }
+}
 
 #[test]
 fn lora_matches_float64_with_and_without_dropout_and_residual() {
-    for (t, k, n, r) in [(1, 1, 1, 1), (7, 13, 5, 3), (33, 31, 65, 4)] {
-        let (w, bias) = (random(3, &[n, k], 1.0), random(4, &[n], 1.0));
+    for (t, k, n, r) in [
+        (1, 1, 1, 1),
+        (7, 13, 5, 3),
+        (33, 31, 65, 4),
+        (130, 72, 136, 8),
+    ] {
+        let [w, bias] = [random(3, &[n, k], 1.0), random(4, &[n], 1.0)].map(|t| round_bf16(&t));
         let (w64, bias64) = (to_f64(&w), to_f64(&bias));
-        let scale = 1.5;
         for p in [0.0f32, 0.4] {
             let stream = Stream::new(9, Purpose::Dropout, 2, 11);
             let kept: Vec<f64> = (0..t * k)
@@ -23,22 +110,32 @@ fn lora_matches_float64_with_and_without_dropout_and_residual() {
             let make = || LoraLinear {
                 weight: w.clone(),
                 bias: Some(bias.clone()),
-                scale,
+                scale: SCALE,
                 dropout: (p > 0.0).then_some(Dropout { p, stream }),
             };
-            let reference = |i: &[Vec<f64>]| {
-                let dropped: Vec<f64> = i[0].iter().zip(&kept).map(|(x, m)| x * m).collect();
-                let u = affine(&dropped, &i[1], None, None, k);
-                let low_rank = affine(&u, &i[2], None, None, r);
-                let scaled: Vec<f64> = low_rank.iter().map(|v| v * f64::from(scale)).collect();
-                let residual = i.get(3).map(|v| &v[..]);
-                let frozen = affine(&i[0], &w64, Some(&bias64), residual, k);
-                vec![frozen.iter().zip(&scaled).map(|(a, b)| a + b).collect()]
+            let (w, bias, kept) = (&w64[..], &bias64[..], &kept[..]);
+            let case = Case {
+                w,
+                bias,
+                kept,
+                k,
+                r,
             };
             let x = random(5, &[t, k], 1.0);
             let (a, b) = (random(6, &[r, k], 1.0), random(7, &[n, r], 1.0));
-            check(make, &[x.clone(), a.clone(), b.clone()], reference, 2e-6);
-            check(make, &[x, a, b, random(8, &[t, n], 1.0)], reference, 2e-6);
+            let residual = random(8, &[t, n], 1.0);
+            for inputs in [
+                vec![x.clone(), a.clone(), b.clone()],
+                vec![x, a, b, residual],
+            ] {
+                check_in_steps(
+                    make,
+                    &inputs,
+                    |i| vec![case.forward(i, |v| v).0],
+                    2e-6,
+                    |i, dy| case.in_bf16(i, dy),
+                );
+            }
         }
     }
 }

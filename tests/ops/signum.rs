@@ -1,7 +1,9 @@
 use resa_engine::optim::{Update, signum::Signum};
 use resa_engine::tensor::Tensor;
 
-use crate::harness::{devices, random, relative_error, remove_parallel, to_f64, unit_rows};
+use crate::harness::{
+    assert_least_traffic, cuda, devices, random, relative_error, remove_parallel, to_f64, unit_rows,
+};
 
 const ROWS: usize = 37;
 const COLS: usize = 45;
@@ -45,8 +47,7 @@ fn steps_follow_the_schedule_free_equations_in_float64() {
                 };
                 device.run(|| signum.step(&device, vec![update])).unwrap();
                 if n == 0 {
-                    let first = (&value, &signum.z()[0]);
-                    assert_eq!(first.0.f32s().unwrap(), first.1.f32s().unwrap());
+                    assert_eq!(to_f64(&value), to_f64(&signum.z()[0]));
                 }
             }
             let x: Vec<f64> = y
@@ -82,4 +83,19 @@ fn gradients_of_another_shape_or_number_are_errors() {
     assert!(step(vec![random(1, &[COLS, ROWS], 1.0)]).is_err());
     assert!(step(vec![gradient(0)]).is_ok());
     assert!(step(vec![gradient(0), gradient(1)]).is_err());
+}
+
+#[test]
+fn a_step_moves_each_value_once_in_and_once_out_on_the_gpu() {
+    let Some(device) = cuda() else { return };
+    let mut values = [unit_rows(1, 40, 1536), random(2, &[50_000], 1.0)];
+    let len: usize = values.iter().map(Tensor::len).sum();
+    let updates = values.iter_mut().enumerate().map(|(i, value)| Update {
+        grad: random(3, value.shape(), 1.0),
+        value,
+        unit_rows: i == 0,
+    });
+    Signum::new(0.1).step(device, updates.collect()).unwrap();
+    // y and z in and out, the gradient in.
+    assert_least_traffic(20 * len);
 }

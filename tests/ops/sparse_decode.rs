@@ -4,9 +4,11 @@ use resa_engine::ops::Operator;
 use resa_engine::ops::sparse_decode::{LatentGroups, SharedGroups, SparseDecode};
 use resa_engine::rng::{Purpose, Stream};
 use resa_engine::tape::{Tape, Var};
-use resa_engine::tensor::Tensor;
+use resa_engine::tensor::{DType, Tensor};
 
-use crate::harness::{check, devices, random, relative_error, to_f64};
+use crate::harness::{
+    Dot, assert_least_traffic, check, cuda, devices, random, relative_error, round_bf16, to_f64,
+};
 
 /// k different latents for each token, in no order.
 fn random_indices(seed: u64, t: usize, m: usize, k: usize) -> Tensor {
@@ -35,8 +37,8 @@ fn reference(indices: &Tensor, d: usize, inputs: &[Vec<f64>]) -> Vec<f64> {
     out
 }
 
-fn inputs(t: usize, d: usize, m: usize, k: usize) -> Vec<Tensor> {
-    vec![
+fn inputs(t: usize, d: usize, m: usize, k: usize) -> [Tensor; 3] {
+    [
         random(1, &[t, k], 1.0),
         random(2, &[m, d], 1.0),
         random(3, &[d], 1.0),
@@ -79,9 +81,8 @@ fn a_frozen_decoder_passes_the_same_gradient_to_the_activations() {
             groups: SharedGroups::default(),
         };
         let out = tape.apply(op, &[&acts, &w, &b]).unwrap();
-        let target = random(5, &[t, d], 1.0);
-        let fvu = resa_engine::ops::fvu::Fvu::new(device, &target).unwrap();
-        let loss = tape.apply(fvu, &[&out]).unwrap();
+        let upstream = random(5, &[t, d], 1.0);
+        let loss = tape.apply(Dot(vec![upstream]), &[&out]).unwrap();
         to_f64(&tape.backward(&loss, 1.0).unwrap().take(&acts).unwrap())
     };
     for device in devices("sparse_decode") {
@@ -92,15 +93,82 @@ fn a_frozen_decoder_passes_the_same_gradient_to_the_activations() {
 
 #[test]
 fn an_index_out_of_range_is_an_error() {
-    let device = Device::cpu(1).unwrap();
+    for device in devices("sparse_decode") {
+        let op = SparseDecode {
+            indices: Tensor::from_u32(vec![0, 4], [1, 2]).unwrap(),
+            groups: SharedGroups::default(),
+        };
+        let inputs = inputs(1, 3, 4, 2);
+        let inputs: Vec<&Tensor> = inputs.iter().collect();
+        let error = op.forward(&device, &inputs, &[false; 3]).err().unwrap();
+        assert!(error.to_string().contains("below 4"), "{error}");
+    }
+}
+
+/// A latent in every token, latents in none, more latents than one digit of the sort has and a
+/// row longer than a block covers at once.
+#[test]
+fn latents_of_very_different_use_have_the_gradients_of_float64() {
+    let (t, d, m, k) = (70, 2056, 700, 3);
+    let mut indices = random_indices(9, t, m - 1, k).u32s().unwrap().to_vec();
+    for token in indices.chunks_mut(k) {
+        token[0] = m as u32 - 1;
+    }
+    let indices = Tensor::from_u32(indices, [t, k]).unwrap();
+    let inputs = inputs(t, d, m, k).map(|t| round_bf16(&t));
+    let upstream = round_bf16(&random(5, &[t, d], 1.0));
+    let [acts, w, g] = [&inputs[0], &inputs[1], &upstream].map(to_f64);
+    let (mut want_acts, mut want_w) = (vec![0.0; t * k], vec![0.0; m * d]);
+    for (pair, &latent) in indices.u32s().unwrap().iter().enumerate() {
+        let (row, latent) = (&g[pair / k * d..][..d], latent as usize * d);
+        for (c, g) in row.iter().enumerate() {
+            want_acts[pair] += g * w[latent + c];
+            want_w[latent + c] += acts[pair] * g;
+        }
+    }
+    for device in devices("sparse_decode") {
+        let op = SparseDecode {
+            indices: indices.clone(),
+            groups: SharedGroups::default(),
+        };
+        let mut tape = Tape::new(&device);
+        let vars = inputs.each_ref().map(|t| tape.parameter(t.clone()));
+        let out = tape.apply(op, &vars.each_ref()).unwrap();
+        let loss = tape.apply(Dot(vec![upstream.clone()]), &[&out]).unwrap();
+        let mut grads = tape.backward(&loss, 1.0).unwrap();
+        for (var, want) in vars.iter().zip([&want_acts, &want_w]) {
+            let error = relative_error(&to_f64(&grads.take(var).unwrap()), want);
+            assert!(error < 1e-6, "{} {error:e}", device.name());
+        }
+    }
+}
+
+#[test]
+fn whole_rows_are_read_once() {
+    let Some(device) = cuda() else { return };
+    // Sixteen pairs a latent, as 32 of 65 536 latents in a step of 32 768 tokens have.
+    let (t, d, m, k) = (64, 512, 128, 32);
+    let Device::Cuda(gpu) = device else {
+        panic!("not a GPU")
+    };
+    let inputs = inputs(t, d, m, k).map(|t| gpu.resident(&t, DType::F32).unwrap());
     let op = SparseDecode {
-        indices: Tensor::from_u32(vec![0, 4], [1, 2]).unwrap(),
+        indices: gpu
+            .resident(&random_indices(9, t, m, k), DType::U32)
+            .unwrap(),
         groups: SharedGroups::default(),
     };
-    let inputs = inputs(1, 3, 4, 2);
-    let inputs: Vec<&Tensor> = inputs.iter().collect();
-    let error = op.forward(&device, &inputs, &[false; 3]).err().unwrap();
-    assert!(error.to_string().contains("below 4"), "{error}");
+    let rows = 2 * t * k * d;
+    let (_, saved) = op.forward(device, &inputs.each_ref(), &[true; 3]).unwrap();
+    assert_least_traffic(2 * rows);
+    let grad = gpu.resident(&random(5, &[t, d], 1.0), DType::Bf16).unwrap();
+    let needed = [true, true, false];
+    let grads = op.backward(device, saved.clone(), vec![Some(grad.clone())], &needed);
+    assert_eq!(grads.unwrap().len(), 3);
+    assert_least_traffic(rows + 8 * m * d);
+    let frozen = op.backward(device, saved, vec![Some(grad)], &[true, false, false]);
+    assert_eq!(frozen.unwrap().len(), 3);
+    assert_least_traffic(2 * rows);
 }
 
 #[test]

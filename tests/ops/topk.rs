@@ -1,14 +1,12 @@
-use std::sync::Arc;
-
 use proptest::prelude::*;
 use resa_engine::device::Device;
 use resa_engine::error::{Error, Result};
 use resa_engine::ops::Operator;
 use resa_engine::ops::sparse_decode::SharedGroups;
-use resa_engine::ops::topk::TopK;
+use resa_engine::ops::topk::{Fired, TopK};
 use resa_engine::tensor::Tensor;
 
-use crate::harness::{check, devices, random};
+use crate::harness::{assert_least_traffic, check, cuda, devices, random, round_bf16, to_f64};
 
 /// relu((x − b_dec) W_encᵀ + b_enc), \[T, m\].
 fn rectified(inputs: &[Vec<f64>], d: usize) -> Vec<Vec<f64>> {
@@ -83,7 +81,7 @@ fn activations_and_gradients_agree_with_float64() {
 #[test]
 fn a_selection_among_some_latents_has_gradients_for_them_alone() {
     let (t, d, m, k) = (5, 7, 23, 2);
-    let among: Arc<[u32]> = [2, 3, 11, 17, 22].into();
+    let among = Tensor::from_u32(vec![2, 3, 11, 17, 22], [5]).unwrap();
     let reference = |inputs: &[Vec<f64>]| {
         let mut acts = Vec::new();
         for row in rectified(inputs, d) {
@@ -107,8 +105,8 @@ fn forward(device: &Device, k: usize, inputs: &[Tensor]) -> Result<(Vec<f32>, Ve
     let op = TopK::new(k, SharedGroups::default());
     let inputs: Vec<&Tensor> = inputs.iter().collect();
     let (outputs, _) = device.run(|| op.forward(device, &inputs, &[false; 4]))?;
-    let acts = outputs[0].f32s()?.to_vec();
-    Ok((acts, outputs[1].u32s()?.to_vec()))
+    let (acts, indices) = (outputs[0].to_f32()?, outputs[1].to_u32()?);
+    Ok((acts.f32s()?.to_vec(), indices.u32s()?.to_vec()))
 }
 
 /// One-dimensional tokens of value 1 and weights `rows`: pre-activations are the weights.
@@ -190,9 +188,177 @@ fn the_number_of_threads_does_not_change_a_bit() {
         random(3, &[4100], 0.1),
         random(4, &[24], 1.0),
     ];
-    let of = |device: &Device| forward(device, 9, &inputs).unwrap();
-    let results: Vec<_> = devices("topk").iter().map(of).collect();
-    assert_eq!(results[0], results[1]);
+    let of = |threads| forward(&Device::cpu(threads).unwrap(), 9, &inputs).unwrap();
+    assert_eq!(of(1), of(3));
+}
+
+fn assert_full_sort(device: &Device, row: &[f32], k: usize) {
+    let (acts, indices) = forward(device, k, &with_pre_activations(row)).unwrap();
+    let rectified: Vec<f64> = row.iter().map(|&v| f64::from(v).max(0.0)).collect();
+    let want = sorted_selection(&rectified, k);
+    let got: Vec<usize> = indices.iter().map(|&i| i as usize).collect();
+    assert_eq!(got, want, "k = {k} on {}", device.name());
+    for (act, i) in acts.iter().zip(want) {
+        assert_eq!(f64::from(*act), rectified[i]);
+    }
+}
+
+/// Values that bf16 holds are often equal. In ascending order a running threshold helps least.
+#[test]
+fn long_rows_in_any_order_are_selected_from_as_by_a_full_sort() {
+    for device in devices("topk") {
+        for (m, k) in [
+            (1023, 7),
+            (1024, 1024),
+            (5000, 33),
+            (20_003, 768),
+            (4097, 3072),
+        ] {
+            let mut row = round_bf16(&random(5, &[m], 1.0)).f32s().unwrap().to_vec();
+            assert_full_sort(&device, &row, k);
+            row.sort_by(f32::total_cmp);
+            assert_full_sort(&device, &row, k);
+            row.fill(0.5);
+            assert_full_sort(&device, &row, k);
+        }
+    }
+}
+
+/// The set may differ from float64's only where pre-activations lie closer together than an f32
+/// product of this length rounds.
+#[test]
+fn what_is_selected_is_as_large_as_what_float64_selects() {
+    let (t, d, m, k) = (37, 96, 3001, 16);
+    let inputs = [
+        random(1, &[t, d], 4.0),
+        random(2, &[m, d], 1.0),
+        random(3, &[m], 1.0),
+        random(4, &[d], 3.0),
+    ]
+    .map(|t| round_bf16(&t));
+    let rows = rectified(&inputs.each_ref().map(to_f64), d);
+    for device in devices("topk") {
+        let (acts, indices) = forward(&device, k, &inputs).unwrap();
+        let tokens = acts.chunks(k).zip(indices.chunks(k));
+        for (row, (acts, indices)) in rows.iter().zip(tokens) {
+            assert!(indices.is_sorted_by(|a, b| a < b), "{indices:?}");
+            let want = sorted_selection(row, k);
+            let least = want.iter().map(|&i| row[i]).fold(f64::INFINITY, f64::min);
+            for (&act, &i) in acts.iter().zip(indices) {
+                let value = row[i as usize];
+                assert!((f64::from(act) - value).abs() < 1e-4, "{act} {value}");
+                assert!(
+                    value > least - 2e-4,
+                    "{value} is not among the largest: {least}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn more_tokens_than_are_worked_on_at_a_time_keep_their_order() {
+    // 64 MB of pre-activations are for 255 of these tokens.
+    let (t, m) = (300, 65_537);
+    let Some(device) = cuda() else { return };
+    let mut x = vec![1.0; t];
+    x[255..].fill(2.0);
+    x[299] = -1.0;
+    let mut w = vec![-1.0; m];
+    (w[m - 1], w[7]) = (3.0, 0.5);
+    let inputs = [
+        Tensor::from_vec(x.clone(), [t, 1]).unwrap(),
+        Tensor::from_vec(w, [m, 1]).unwrap(),
+        Tensor::from_vec(vec![0.0; m], [m]).unwrap(),
+        Tensor::from_vec(vec![0.0], [1]).unwrap(),
+    ];
+    let (acts, indices) = forward(device, 2, &inputs).unwrap();
+    for (token, x) in x.into_iter().enumerate() {
+        let got = (&acts[2 * token..][..2], &indices[2 * token..][..2]);
+        match x {
+            -1.0 => assert_eq!(got, (&[1.0; 2][..], &[0, 1][..])),
+            x => assert_eq!(got, (&[0.5 * x, 3.0 * x][..], &[7, m as u32 - 1][..])),
+        }
+    }
+}
+
+#[test]
+fn a_k_that_the_selection_has_no_room_for_is_an_error_that_names_the_limit() {
+    let Some(device) = cuda() else { return };
+    let error = forward(device, 3073, &with_pre_activations(&[1.0; 4000])).unwrap_err();
+    let error = error.to_string();
+    assert!(
+        error.contains("at most 3072") && error.contains("3073"),
+        "{error}"
+    );
+}
+
+#[test]
+fn each_pre_activation_is_read_once_by_the_selection() {
+    let Some(device) = cuda() else { return };
+    let (t, d, m) = (4, 16, 16_384);
+    let inputs = [
+        random(1, &[t, d], 1.0),
+        random(2, &[m, d], 1.0),
+        random(3, &[m], 1.0),
+        random(4, &[d], 1.0),
+    ];
+    let op = TopK::new(32, SharedGroups::default());
+    // On this thread, whose last kernel the counters are of.
+    op.forward(device, &inputs.each_ref(), &[false; 4]).unwrap();
+    assert_least_traffic(4 * t * m);
+}
+
+#[test]
+fn the_encoders_gradient_reads_each_row_once() {
+    let Some(device) = cuda() else { return };
+    let (t, d, m, k) = (64, 512, 128, 32);
+    let inputs = [
+        random(1, &[t, d], 1.0),
+        random(2, &[m, d], 1.0),
+        random(3, &[m], 1.0),
+        random(4, &[d], 1.0),
+    ];
+    let op = TopK::new(k, SharedGroups::default());
+    let needed = [false, true, true, false];
+    let (_, saved) = op.forward(device, &inputs.each_ref(), &needed).unwrap();
+    let grad = random(5, &[t, k], 1.0);
+    let grads = op.backward(device, saved, vec![Some(grad), None], &needed);
+    assert_eq!(grads.unwrap().len(), 4);
+    assert_least_traffic(2 * t * k * d + 4 * m * d);
+}
+
+#[test]
+fn latents_that_are_not_active_for_long_are_dead() {
+    let m = 3000;
+    for device in devices("topk") {
+        let mut fired = Fired::new(m).unwrap();
+        let mut record = |acts: [f32; 4], indices: [u32; 4]| {
+            let acts = Tensor::from_vec(acts.to_vec(), [2, 2]).unwrap();
+            let indices = Tensor::from_u32(indices.to_vec(), [2, 2]).unwrap();
+            fired.record(&device, &acts, &indices).unwrap();
+            let dead = fired.dead(&device, 3).unwrap().to_u32().unwrap();
+            dead.u32s().unwrap().to_vec()
+        };
+        assert!(record([1.0, 2.0, 0.0, 1.0], [5, 2999, 7, 5]).is_empty());
+        // A zero activation is none.
+        let dead = record([1.0, 2.0, 0.0, 1.0], [0, 1, 5, 1500]);
+        let alive = [0, 1, 5, 1500, 2999];
+        let want: Vec<u32> = (0..m as u32).filter(|i| !alive.contains(i)).collect();
+        assert_eq!(dead, want);
+        let counts = fired.counts().unwrap();
+        let counts = counts.u32s().unwrap();
+        assert_eq!([counts[0], counts[5], counts[7]], [0, 2, 4]);
+
+        let old = Tensor::from_u32(vec![u32::MAX - 1; m], [m]).unwrap();
+        fired.restore(old).unwrap();
+        let none = Tensor::from_vec(vec![0.0; 4], [4, 1]).unwrap();
+        let zero = Tensor::from_u32(vec![0; 4], [4, 1]).unwrap();
+        fired.record(&device, &none, &zero).unwrap();
+        assert_eq!(fired.counts().unwrap().u32s().unwrap()[9], u32::MAX);
+        assert!(fired.restore(zero).is_err());
+        assert!(fired.restore(random(1, &[m], 1.0)).is_err());
+    }
 }
 
 proptest! {
@@ -210,13 +376,6 @@ proptest! {
         }
         let k = ((row.len() as f64 * share) as usize).max(1);
         let device = Device::cpu(1).unwrap();
-        let (acts, indices) = forward(&device, k, &with_pre_activations(&row)).unwrap();
-        let rectified: Vec<f64> = row.iter().map(|&v| f64::from(v).max(0.0)).collect();
-        let want = sorted_selection(&rectified, k);
-        let got: Vec<usize> = indices.iter().map(|&i| i as usize).collect();
-        prop_assert_eq!(&got, &want);
-        for (act, i) in acts.iter().zip(want) {
-            prop_assert_eq!(f64::from(*act), rectified[i]);
-        }
+        assert_full_sort(&device, &row, k);
     }
 }

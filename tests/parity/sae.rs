@@ -1,12 +1,15 @@
 //! The sparse autoencoder on one layer's output: selection, reconstruction, FVU and gradients.
 
-use resa_engine::device::Device;
+use half::bf16;
+use resa_engine::device::{CudaDevice, Device};
 use resa_engine::model::Sae;
 use resa_engine::ops::fvu::Fvu;
 use resa_engine::ops::sparse_decode::{SharedGroups, SparseDecode};
 use resa_engine::ops::topk::TopK;
 use resa_engine::tape::{Tape, Var};
-use resa_engine::train::sae_trainer::{SaeTrainOptions, SaeTrainer};
+use resa_engine::tensor::Tensor;
+use resa_engine::train::SaeOptimizer;
+use resa_engine::train::sae_trainer::{SaeStepMetrics, SaeTrainOptions, SaeTrainer};
 
 use crate::golden::{assert_close, every_eighth_row, golden, golden_sae, json, tensor};
 
@@ -89,4 +92,138 @@ fn the_trainers_first_step_reports_pytorchs_fvu() {
     assert!((metrics.lr - lr).abs() < 1e-12, "{metrics:?}");
     // No token of this model is a sink.
     assert_eq!(metrics.fvu_no_sinks, Some(metrics.fvu));
+}
+
+/// The GPU or the emulator in its place; `None`, after saying so, in a build without kernels.
+fn cuda() -> Option<Device> {
+    cuda_emulator::install().unwrap();
+    if CudaDevice::is_available() {
+        return Some(Device::cuda(0, 2).unwrap());
+    }
+    println!("skipped: built without nvcc");
+    None
+}
+
+/// Five batches made of the golden one, of values that bf16 holds.
+fn batches() -> Vec<Tensor> {
+    let x = tensor(&golden("golden.safetensors"), "layer_out");
+    let (tokens, d) = x.matrix_dims();
+    let batch = |step: usize| {
+        let rows = x.f32s().unwrap();
+        let values = rows[step * d..].iter().chain(&rows[..step * d]);
+        let scale = 1.0 + 0.1 * step as f32;
+        let values = values.map(|v| bf16::from_f32(v * scale).to_f32());
+        Tensor::from_vec(values.collect(), [tokens, d]).unwrap()
+    };
+    (0..5).map(batch).collect()
+}
+
+/// A trainer with every term of the loss. Its learning rate is so small that one step does not
+/// hang on the signs of gradients near zero.
+fn trainer(optimizer: SaeOptimizer) -> SaeTrainer {
+    let mut sae = golden_sae();
+    sae.config.multi_topk = true;
+    let options = SaeTrainOptions {
+        optimizer,
+        total_steps: 5,
+        lr: Some(5e-4),
+        auxk_alpha: 0.1,
+        dead_after: 150,
+        ..SaeTrainOptions::default()
+    };
+    SaeTrainer::new(sae, options).unwrap()
+}
+
+/// A new trainer in the state of another.
+fn resumed(optimizer: SaeOptimizer, other: &SaeTrainer) -> SaeTrainer {
+    let (tensors, json) = other.state().unwrap();
+    let mut resumed = trainer(optimizer);
+    resumed
+        .restore(tensors.into_iter().collect(), &json)
+        .unwrap();
+    resumed
+}
+
+/// Fails where a loss differs by more than the spacing of bf16 numbers.
+fn assert_near(got: &SaeStepMetrics, want: &SaeStepMetrics) {
+    let losses = |m: &SaeStepMetrics| [Some(m.fvu), m.fvu_no_sinks, m.auxk, m.multi_topk_fvu];
+    for (loss, want_loss) in losses(got).into_iter().zip(losses(want)) {
+        let near = match (loss, want_loss) {
+            (Some(loss), Some(want)) => (loss / want - 1.0).abs() < 1.0 / 128.0,
+            (None, None) => true,
+            _ => false,
+        };
+        assert!(near, "{got:?} {want:?}");
+    }
+    assert_eq!((got.lr, got.tokens), (want.lr, want.tokens));
+    let dead = (got.dead_fraction - want.dead_fraction).abs();
+    assert!(dead < 0.02, "{got:?} {want:?}");
+}
+
+fn bits(trainer: &SaeTrainer) -> Vec<u32> {
+    let averaged = trainer.averaged().unwrap();
+    let tensors = averaged.tensors().map(|t| t.f32s().unwrap().to_vec());
+    tensors.concat().into_iter().map(f32::to_bits).collect()
+}
+
+#[test]
+fn five_steps_on_a_gpu_lose_what_they_do_on_the_cpu() {
+    let Some(gpu) = cuda() else { return };
+    let cpu = Device::cpu(2).unwrap();
+    for optimizer in [SaeOptimizer::Signum, SaeOptimizer::Adam] {
+        let (mut on_gpu, mut on_cpu) = (trainer(optimizer), trainer(optimizer));
+        for x in batches() {
+            let got = on_gpu.step(&gpu, &x).unwrap();
+            assert_near(&got, &on_cpu.step(&cpu, &x).unwrap());
+        }
+    }
+}
+
+#[test]
+fn a_run_that_stops_after_every_step_on_a_gpu_ends_with_the_same_bits() {
+    let Some(gpu) = cuda() else { return };
+    for optimizer in [SaeOptimizer::Signum, SaeOptimizer::Adam] {
+        let (mut left_alone, mut stopped) = (trainer(optimizer), trainer(optimizer));
+        for x in batches() {
+            let want = left_alone.step(&gpu, &x).unwrap();
+            stopped = resumed(optimizer, &stopped);
+            assert_eq!(stopped.step(&gpu, &x).unwrap(), want);
+        }
+        assert_eq!(bits(&stopped), bits(&left_alone));
+    }
+}
+
+#[test]
+fn a_run_begun_on_one_device_goes_on_on_the_other() {
+    let Some(gpu) = cuda() else { return };
+    let cpu = Device::cpu(2).unwrap();
+    for optimizer in [SaeOptimizer::Signum, SaeOptimizer::Adam] {
+        for devices in [[&gpu, &cpu], [&cpu, &gpu]] {
+            let (mut moved, mut stayed) = (trainer(optimizer), trainer(optimizer));
+            for (step, x) in batches().iter().enumerate() {
+                if step == 2 {
+                    moved = resumed(optimizer, &moved);
+                }
+                let got = moved.step(devices[usize::from(step >= 2)], x).unwrap();
+                assert_near(&got, &stayed.step(devices[0], x).unwrap());
+            }
+        }
+    }
+}
+
+#[test]
+fn a_steady_step_on_a_gpu_takes_no_memory() {
+    let Some(gpu) = cuda() else { return };
+    let Device::Cuda(memory) = &gpu else {
+        panic!("not a GPU")
+    };
+    let mut sae = golden_sae();
+    sae.config.multi_topk = true;
+    let mut trainer = SaeTrainer::new(sae, SaeTrainOptions::default()).unwrap();
+    let mut reserved = Vec::new();
+    for x in batches() {
+        trainer.step(&gpu, &x).unwrap();
+        reserved.push(memory.reserved_memory());
+    }
+    assert_eq!(reserved[1], reserved[4], "{reserved:?}");
 }

@@ -116,7 +116,8 @@ fn three_steps_of_stage_two_give_pytorchs_losses_and_norms() {
         seed: 0,
     };
     let layers = LAYER + 1..golden.model.layers.len();
-    let mut trainer = SftTrainer::new(golden.lora.clone(), layers, options).unwrap();
+    let mut trainer =
+        SftTrainer::new(&golden.device, golden.lora.clone(), layers, options).unwrap();
     let mut ids = golden.ids();
     ids.push(ids[0].clone());
     for (step, ids) in ids.iter().enumerate() {

@@ -2,6 +2,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use cudarc::driver::sys::CUfunction_attribute;
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule, LaunchConfig, PushKernelArg};
 use cudarc::nvrtc::Ptx;
 
@@ -15,6 +16,9 @@ const IMAGES: &[(&str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/kernel_imag
 
 /// The largest extent of a grid along x.
 const MAX_GRID: usize = i32::MAX as usize;
+
+/// Dynamic shared memory in bytes that a launch may have without asking for more.
+const GRANTED_SHARED: usize = 48 << 10;
 
 /// Whether this build holds kernels.
 pub(super) fn built() -> bool {
@@ -36,6 +40,8 @@ pub(crate) enum Arg {
     U32(u32),
     U64(u64),
     F32(f32),
+    /// A struct that the kernel takes by value.
+    Struct([u64; 16]),
 }
 
 impl From<&CudaBuffer> for Arg {
@@ -67,6 +73,7 @@ impl fmt::Display for Arg {
             Self::U32(value) => write!(f, "{value}"),
             Self::U64(value) => write!(f, "{value}"),
             Self::F32(value) => write!(f, "{value}"),
+            Self::Struct(words) => write!(f, "{words:x?}"),
         }
     }
 }
@@ -192,12 +199,19 @@ impl CudaDevice {
             return Err(failed("the grid is too large"));
         }
         let function = self.kernels.function(kernel)?;
+        if grid.shared > GRANTED_SHARED {
+            let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            let shared = i32::try_from(grid.shared).unwrap_or(i32::MAX);
+            let asked = function.set_attribute(most, shared);
+            asked.map_err(|e| failed(&error_name(e)))?;
+        }
         let mut launch = self.stream.launch_builder(&function);
         for arg in args {
             match arg {
                 Arg::Pointer(value) | Arg::U64(value) => launch.arg(value),
                 Arg::U32(value) => launch.arg(value),
                 Arg::F32(value) => launch.arg(value),
+                Arg::Struct(words) => launch.arg(words),
             };
         }
         let config = LaunchConfig {

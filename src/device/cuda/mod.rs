@@ -2,6 +2,7 @@
 //! reuse. Everything runs in the order of the stream, so that memory handed from one operator to
 //! the next needs no synchronisation.
 
+mod cast;
 mod kernel;
 
 use std::sync::Arc;
@@ -22,6 +23,9 @@ const OLDEST: (i32, i32) = (8, 0);
 
 /// bf16 values that a thread reads at a time: 16 bytes.
 pub(crate) const WIDE: usize = 8;
+
+/// f32 values that a thread reads at a time: 16 bytes.
+pub(crate) const WIDE_F32: usize = 4;
 
 /// One GPU, and the host's cores beside it for what a model does outside its operators.
 #[derive(Clone, Debug)]
@@ -139,6 +143,9 @@ impl CudaDevice {
         if self.holds(tensor) && tensor.dtype() == dtype {
             return Ok(tensor.clone());
         }
+        if self.holds(tensor) && matches!(dtype, DType::F32 | DType::Bf16) {
+            return self.cast(tensor, dtype);
+        }
         let mut buffer = CudaBuffer::new(&self.memory, tensor.len(), dtype)?;
         match dtype {
             DType::U32 => buffer.write(bytemuck::cast_slice(tensor.u32s()?))?,
@@ -179,6 +186,33 @@ impl CudaDevice {
         // SAFETY: three pointers to bf16 and their length; `add_assign` compared the lengths.
         unsafe { self.launch(ADD, Grid::over(a.len().div_ceil(WIDE)), &args) }?;
         Tensor::from_cuda(sum, a.shape())
+    }
+
+    /// sum += term in f32; the sum is on this device.
+    pub(super) fn add_f32(&self, sum: &mut Tensor, term: &Tensor) -> Result<()> {
+        const ADD: Kernel = Kernel {
+            stem: "add",
+            function: "add_f32",
+        };
+        let term = self.resident(term, DType::F32)?;
+        self.own(sum)?;
+        let args = [sum.arg()?, term.arg()?, Arg::U64(sum.len() as u64)];
+        // SAFETY: two pointers to f32 and their length, which `add_assign` compared; `own` has
+        // seen that nobody else reads the sum.
+        unsafe { self.launch(ADD, Grid::over(sum.len().div_ceil(WIDE_F32)), &args) }
+    }
+
+    /// Brings a tensor into memory of this device that nobody shares, in f32, so that a kernel
+    /// may write to it.
+    pub(crate) fn own(&self, tensor: &mut Tensor) -> Result<()> {
+        if !self.holds(tensor) || tensor.dtype() != DType::F32 {
+            *tensor = self.resident(tensor, DType::F32)?;
+        } else if let (true, Some(shared)) = (tensor.is_shared(), tensor.cuda()) {
+            let mut copy = self.alloc(DType::F32, tensor.len())?;
+            copy.copy_from(0, shared, 0..tensor.len())?;
+            *tensor = Tensor::from_cuda(copy, tensor.shape())?;
+        }
+        Ok(())
     }
 
     pub(super) fn release_memory(&self) {

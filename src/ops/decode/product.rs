@@ -3,6 +3,7 @@
 
 use std::array::from_fn;
 
+use half::bf16;
 use rayon::prelude::*;
 
 use super::Map;
@@ -94,11 +95,10 @@ impl Weight for f32 {
     }
 }
 
-/// The bits of a bf16.
-impl Weight for u16 {
+impl Weight for bf16 {
     #[inline(always)]
     fn widen(self) -> f32 {
-        f32::from_bits(u32::from(self) << 16)
+        f32::from_bits(u32::from(self.to_bits()) << 16)
     }
 }
 

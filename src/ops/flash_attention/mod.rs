@@ -3,7 +3,7 @@
 //! O = softmax(Q K^T / sqrt(D)) V for each head, where row i of a sequence sees keys
 //! start_i <= j <= i (start_i = 0 without a document mask).
 //!
-//! q, o: [T, heads * D]; k, v: [T, kv_heads * D], all f32, T = batch * seq_len; query head h
+//! q, o: [T, heads * D]; k, v: [T, kv_heads * D], f32, bf16 on CUDA; T = batch * seq_len; query head h
 //! reads key/value head h / (heads / kv_heads). Saved: q, k, v, o and, for each row and head,
 //! the base-2 logarithm of the softmax's denominator. Backward recomputes the scores: with
 //! P = softmax, dP = dO V^T and dS = P (dP - rowsum(dO O)),
@@ -13,12 +13,13 @@
 //! (7 n^2 D here: dQ and dK, dV are found in two passes, each parallel without shared sums).
 
 mod cpu;
+mod cuda;
 mod softmax;
 
 use super::{Operator, expect_inputs, expect_shape, only_grad};
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::tensor::{Buffer, Tensor};
+use crate::tensor::Tensor;
 
 /// Causal attention within sequences of `seq_len` rows: inputs q, k and v, one output.
 pub struct FlashAttention {
@@ -43,8 +44,9 @@ pub struct Saved {
     k: Tensor,
     v: Tensor,
     o: Tensor,
-    /// [T, heads]: log2 Σ_j 2^(log2(e) s_j) over the visible scores s_j.
-    log_sum: Buffer,
+    /// log2 Σ_j 2^(log2(e) s_j) over the visible scores s_j of each row and head: [T, heads],
+    /// on CUDA [batch * heads, seq_len] f32.
+    log_sum: Tensor,
 }
 
 impl FlashAttention {
@@ -96,6 +98,7 @@ impl FlashAttention {
 impl Operator for FlashAttention {
     type Saved = Saved;
     const NAME: &'static str = "flash_attention";
+    const CUDA: bool = true;
 
     fn forward(
         &self,
@@ -105,22 +108,21 @@ impl Operator for FlashAttention {
     ) -> Result<(Vec<Tensor>, Saved)> {
         let [q, k, v] = expect_inputs(Self::NAME, inputs)?;
         self.check(q, k, v)?;
-        let mut o = device.buffer(q.len());
-        let mut log_sum = device.buffer(self.batch * self.seq_len * self.heads);
-        match device {
-            Device::Cuda(cuda) => return Err(cuda.no_kernel(Self::NAME)),
-            Device::Cpu(_) => {
-                let operands = cpu::Operands::new(self, q, k, v)?;
-                cpu::forward(device, &operands, &mut o, &mut log_sum);
-            }
+        if let Device::Cuda(cuda) = device {
+            return self.forward_cuda(cuda, q, k, v);
         }
+        let mut o = device.buffer(q.len());
+        let rows = self.batch * self.seq_len;
+        let mut log_sum = device.buffer(rows * self.heads);
+        let operands = cpu::Operands::new(self, q, k, v)?;
+        cpu::forward(device, &operands, &mut o, &mut log_sum);
         let o = Tensor::from_buffer(o, q.shape())?;
         let saved = Saved {
             q: q.clone(),
             k: k.clone(),
             v: v.clone(),
             o: o.clone(),
-            log_sum,
+            log_sum: Tensor::from_buffer(log_sum, [rows, self.heads])?,
         };
         Ok((vec![o], saved))
     }
@@ -135,29 +137,27 @@ impl Operator for FlashAttention {
         let grad = only_grad(Self::NAME, grads)?;
         let Saved { q, k, v, .. } = &saved;
         expect_shape(Self::NAME, &grad, q.shape())?;
+        if let Device::Cuda(cuda) = device {
+            return self.backward_cuda(cuda, &saved, &grad, needed);
+        }
         let mut result = vec![None, None, None];
-        match device {
-            Device::Cuda(cuda) => return Err(cuda.no_kernel(Self::NAME)),
-            Device::Cpu(_) => {
-                let operands = cpu::Operands::new(self, q, k, v)?;
-                let upstream =
-                    cpu::Upstream::new(device, self, saved.o.f32s()?, grad.f32s()?, &saved.log_sum);
-                if needed[0] {
-                    let mut dq = device.buffer(q.len());
-                    cpu::backward_q(device, &operands, &upstream, &mut dq);
-                    result[0] = Some(Tensor::from_buffer(dq, q.shape())?);
-                }
-                if needed[1] || needed[2] {
-                    let (mut dk, mut dv) = (device.buffer(k.len()), device.buffer(v.len()));
-                    cpu::backward_kv(device, &operands, &upstream, &mut dk, &mut dv);
-                    let (dk, dv) = (
-                        Tensor::from_buffer(dk, k.shape())?,
-                        Tensor::from_buffer(dv, v.shape())?,
-                    );
-                    result[1] = needed[1].then_some(dk);
-                    result[2] = needed[2].then_some(dv);
-                }
-            }
+        let operands = cpu::Operands::new(self, q, k, v)?;
+        let (o, log_sum) = (saved.o.f32s()?, saved.log_sum.f32s()?);
+        let upstream = cpu::Upstream::new(device, self, o, grad.f32s()?, log_sum);
+        if needed[0] {
+            let mut dq = device.buffer(q.len());
+            cpu::backward_q(device, &operands, &upstream, &mut dq);
+            result[0] = Some(Tensor::from_buffer(dq, q.shape())?);
+        }
+        if needed[1] || needed[2] {
+            let (mut dk, mut dv) = (device.buffer(k.len()), device.buffer(v.len()));
+            cpu::backward_kv(device, &operands, &upstream, &mut dk, &mut dv);
+            let (dk, dv) = (
+                Tensor::from_buffer(dk, k.shape())?,
+                Tensor::from_buffer(dv, v.shape())?,
+            );
+            result[1] = needed[1].then_some(dk);
+            result[2] = needed[2].then_some(dv);
         }
         Ok(result)
     }

@@ -1,6 +1,9 @@
 use std::sync::{Arc, OnceLock};
 
+use super::cuda::CudaGroups;
+use crate::device::CudaDevice;
 use crate::error::{Error, Result};
+use crate::tensor::Tensor;
 
 /// The (token, slot) pairs of a TopK selection, grouped by the latent they name: who reduces a
 /// latent's gradient reads its pairs in one fixed order, so no atomics are needed and equal
@@ -77,28 +80,58 @@ impl LatentGroups {
 /// [`crate::ops::topk::TopK`] of one step hold clones of one value and so sort only once; a
 /// forward pass without backward never sorts. Make a fresh one for each selection.
 #[derive(Clone, Debug, Default)]
-pub struct SharedGroups(Arc<OnceLock<LatentGroups>>);
+pub struct SharedGroups(Arc<Made>);
+
+#[derive(Debug, Default)]
+struct Made {
+    on_host: OnceLock<LatentGroups>,
+    on_device: OnceLock<CudaGroups>,
+}
 
 impl SharedGroups {
     /// The groups of `indices`. An error for an index out of range, and where the groups were
     /// made from a selection of another size.
     pub fn get(&self, indices: &[u32], latents: usize) -> Result<&LatentGroups> {
-        let groups = match self.0.get() {
+        let groups = match self.0.on_host.get() {
             Some(groups) => groups,
             None => {
                 let made = LatentGroups::new(indices, latents)?;
-                self.0.get_or_init(|| made)
+                self.0.on_host.get_or_init(|| made)
             }
         };
-        if groups.latents() == latents && groups.pairs.len() == indices.len() {
-            return Ok(groups);
-        }
-        Err(Error::operand(
-            "latent groups",
-            format!("a selection of {} pairs", groups.pairs.len()),
-            format!("{} pairs over {latents} latents", indices.len()),
-        ))
+        expect_size(
+            (groups.pairs.len(), groups.latents()),
+            (indices.len(), latents),
+        )?;
+        Ok(groups)
     }
+
+    /// The same on a GPU, of indices that are there.
+    pub(crate) fn on_device(
+        &self,
+        cuda: &CudaDevice,
+        indices: &Tensor,
+        latents: usize,
+    ) -> Result<&CudaGroups> {
+        let groups = match self.0.on_device.get() {
+            Some(groups) => groups,
+            None => {
+                let made = CudaGroups::new(cuda, indices, latents)?;
+                self.0.on_device.get_or_init(|| made)
+            }
+        };
+        expect_size((groups.len(), groups.latents()), (indices.len(), latents))?;
+        Ok(groups)
+    }
+}
+
+/// An error unless groups have the pairs and the latents of the selection they are asked for.
+fn expect_size(made: (usize, usize), asked: (usize, usize)) -> Result<()> {
+    if made == asked {
+        return Ok(());
+    }
+    let text = |(pairs, latents)| format!("a selection of {pairs} pairs over {latents} latents");
+    Err(Error::operand("latent groups", text(made), text(asked)))
 }
 
 /// An error unless every index names one of `latents` latents.

@@ -2,8 +2,10 @@
 //! 2024, arXiv 2406.04093), as sparse-dense products instead of dense T x m ones.
 //!
 //! Least traffic: T k d x 4 bytes forward (rows of W_dec), as much again backward (rows of the
-//! upstream gradient, read once for both gradients), and the dense ∂W_dec written once.
+//! upstream gradient, read once for both gradients; bf16 on CUDA, half of that), and the dense
+//! ∂W_dec written once.
 
+pub(crate) mod cuda;
 mod groups;
 pub(crate) mod rows;
 
@@ -11,10 +13,10 @@ use rayon::prelude::*;
 
 use super::math::{add_scaled, dot};
 use super::{Operator, expect_cols, expect_inputs, expect_shape, only_grad};
-use crate::device::Device;
 use crate::device::simd::vectorized;
+use crate::device::{CudaDevice, Device};
 use crate::error::{Error, Result};
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 use rows::{add_gathered, weighted_row_sum};
 
 pub(crate) use groups::check_indices;
@@ -25,7 +27,8 @@ const TOKEN_BLOCK: usize = 16;
 /// Latents of one task.
 const LATENT_BLOCK: usize = 64;
 
-/// Inputs: acts \[T, k\], w_dec \[m, d\], b_dec \[d\], all f32. Output: \[T, d\].
+/// Inputs: acts \[T, k\], w_dec \[m, d\], b_dec \[d\], all f32. Output: \[T, d\] f32; on CUDA
+/// bf16, an activation of the model, where the decoder is frozen.
 ///
 /// Every pair counts, also where the activation is 0; an index out of range is an error.
 pub struct SparseDecode {
@@ -38,12 +41,13 @@ pub struct SparseDecode {
 impl Operator for SparseDecode {
     type Saved = (Tensor, Tensor);
     const NAME: &'static str = "sparse_decode";
+    const CUDA: bool = true;
 
     fn forward(
         &self,
         device: &Device,
         inputs: &[&Tensor],
-        _: &[bool],
+        needed: &[bool],
     ) -> Result<(Vec<Tensor>, Self::Saved)> {
         let [acts, w_dec, b_dec] = expect_inputs(Self::NAME, inputs)?;
         let (m, d) = w_dec.matrix_dims();
@@ -55,18 +59,18 @@ impl Operator for SparseDecode {
             let got = format!("k = {k}, d = {d}");
             return Err(Error::operand(Self::NAME, "k and d of at least 1", got));
         }
+        if let Device::Cuda(cuda) = device {
+            return self.forward_cuda(cuda, [acts, w_dec, b_dec], needed);
+        }
         check_indices(Self::NAME, self.indices.u32s()?, m)?;
         let mut out = device.buffer(tokens * d);
-        match device {
-            Device::Cuda(cuda) => return Err(cuda.no_kernel(Self::NAME)),
-            Device::Cpu(_) => gather(
-                &mut out,
-                (acts.f32s()?, self.indices.u32s()?, k),
-                w_dec.f32s()?,
-                Some(b_dec.f32s()?),
-                d,
-            ),
-        }
+        gather(
+            &mut out,
+            (acts.f32s()?, self.indices.u32s()?, k),
+            w_dec.f32s()?,
+            Some(b_dec.f32s()?),
+            d,
+        );
         let out = Tensor::from_buffer(out, [tokens, d])?;
         Ok((vec![out], (acts.clone(), w_dec.clone())))
     }
@@ -80,6 +84,9 @@ impl Operator for SparseDecode {
     ) -> Result<Vec<Option<Tensor>>> {
         let grad = only_grad(Self::NAME, grads)?;
         let (m, d) = w_dec.matrix_dims();
+        if let Device::Cuda(cuda) = device {
+            return self.backward_cuda(cuda, &grad, (&acts, &w_dec), needed);
+        }
         let (grad_acts, grad_w) = if needed[1] {
             let groups = self.groups.get(self.indices.u32s()?, m)?;
             let (a, w) = by_latent(device, groups, &grad, &acts, &w_dec)?;
@@ -92,6 +99,55 @@ impl Operator for SparseDecode {
         };
         let grad_b = match needed[2] {
             true => Some(to_f32_row(weighted_row_sum(grad.f32s()?, d, None))?),
+            false => None,
+        };
+        Ok(vec![grad_acts, grad_w, grad_b])
+    }
+}
+
+impl SparseDecode {
+    fn forward_cuda(
+        &self,
+        cuda: &CudaDevice,
+        [acts, w_dec, b_dec]: [&Tensor; 3],
+        needed: &[bool],
+    ) -> Result<(Vec<Tensor>, (Tensor, Tensor))> {
+        let (m, _) = w_dec.matrix_dims();
+        let indices = cuda::resident_indices(cuda, &self.indices, m)?;
+        let acts = cuda.resident(acts, DType::F32)?;
+        let w_dec = cuda.resident(w_dec, DType::F32)?;
+        let b_dec = cuda.resident(b_dec, DType::F32)?;
+        let dtype = match needed[1] || needed[2] {
+            true => DType::F32,
+            false => DType::Bf16,
+        };
+        let out = cuda::gather(cuda, (&acts, &indices), &w_dec, Some(&b_dec), dtype)?;
+        Ok((vec![out], (acts, w_dec)))
+    }
+
+    fn backward_cuda(
+        &self,
+        cuda: &CudaDevice,
+        grad: &Tensor,
+        (acts, w_dec): (&Tensor, &Tensor),
+        needed: &[bool],
+    ) -> Result<Vec<Option<Tensor>>> {
+        let (m, d) = w_dec.matrix_dims();
+        let (tokens, _) = acts.matrix_dims();
+        expect_shape(Self::NAME, grad, &[tokens, d])?;
+        let grad = cuda.resident(grad, DType::Bf16)?;
+        let indices = cuda::resident_indices(cuda, &self.indices, m)?;
+        let pairs = (acts, &indices);
+        let (grad_acts, grad_w) = if needed[1] {
+            let (a, w) = cuda::by_latent(cuda, &self.groups, &grad, pairs, w_dec)?;
+            (needed[0].then_some(a), Some(w))
+        } else if needed[0] {
+            (Some(cuda::by_token(cuda, &grad, pairs, w_dec)?), None)
+        } else {
+            (None, None)
+        };
+        let grad_b = match needed[2] {
+            true => Some(cuda::row_sum(cuda, &grad, None, 1.0)?),
             false => None,
         };
         Ok(vec![grad_acts, grad_w, grad_b])

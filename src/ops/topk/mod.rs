@@ -5,10 +5,12 @@
 //! once, so the T x m pre-activations never exist. Least work: 2 T d m FLOP forward. Backward
 //! touches active latents alone: T k d x 4 bytes (rows of X) and the dense ∂W_enc written once.
 
+mod bf16;
+mod cuda;
+mod fired;
 mod select;
 
 use std::borrow::Cow;
-use std::sync::Arc;
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
@@ -17,10 +19,11 @@ use rayon::prelude::*;
 use super::sparse_decode::rows::weighted_row_sum;
 use super::sparse_decode::{LatentGroups, SharedGroups, check_indices, gather, to_f32_row};
 use super::{Operator, expect_cols, expect_inputs, expect_shape, only_grad};
-use crate::device::Device;
 use crate::device::simd::vectorized;
+use crate::device::{Device, Precision};
 use crate::error::{Error, Result};
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
+pub use fired::Fired;
 use select::RowSelection;
 
 /// Tokens and latents of one tile: 1 MB of pre-activations for each thread. Fixed, so that the
@@ -38,8 +41,9 @@ const LATENT_BLOCK: usize = 64;
 pub struct TopK {
     /// How many latents a token keeps; at least 1, at most m.
     pub k: usize,
-    /// Takes the k among these latents alone (ascending, each below m); all where `None`.
-    pub among: Option<Arc<[u32]>>,
+    /// Takes the k among these latents alone (\[n\] u32, ascending, each below m); all where
+    /// `None`.
+    pub among: Option<Tensor>,
     /// The grouping of the result, shared with the decoder of the same selection.
     pub groups: SharedGroups,
 }
@@ -67,6 +71,7 @@ pub struct Saved {
 impl Operator for TopK {
     type Saved = Option<Saved>;
     const NAME: &'static str = "topk";
+    const CUDA: bool = true;
 
     fn forward(
         &self,
@@ -80,15 +85,24 @@ impl Operator for TopK {
         expect_cols(Self::NAME, x, d)?;
         expect_shape(Self::NAME, b_enc, &[m])?;
         expect_shape(Self::NAME, b_dec, &[d])?;
-        let candidates = self.among.as_ref().map_or(m, |among| among.len());
+        let candidates = self.among.as_ref().map_or(m, Tensor::len);
         if self.k == 0 || self.k > candidates || d == 0 || u32::try_from(m).is_err() {
             let expected = format!("k from 1 to {candidates} latents, d of at least 1");
             let got = format!("k = {}, d = {d}", self.k);
             return Err(Error::operand(Self::NAME, expected, got));
         }
+        if let Device::Cuda(cuda) = device {
+            let x = cuda.resident(x, DType::Bf16)?;
+            let w_enc = cuda.resident(w_enc, DType::F32)?;
+            let b_enc = cuda.resident(b_enc, DType::F32)?;
+            let b_dec = cuda.resident(b_dec, DType::F32)?;
+            let selected = self.forward_cuda(cuda, [&x, &w_enc, &b_enc, &b_dec])?;
+            return Ok(outputs(selected, [&x, &w_enc, &b_dec], needed));
+        }
         let (w, b) = match &self.among {
             None => (Cow::from(w_enc.f32s()?), Cow::from(b_enc.f32s()?)),
             Some(among) => {
+                let among = among.u32s()?;
                 check_indices(Self::NAME, among, m)?;
                 let w = gathered(w_enc.f32s()?, among, d);
                 (w.into(), gathered(b_enc.f32s()?, among, 1).into())
@@ -99,15 +113,8 @@ impl Operator for TopK {
             b: &b,
             centre: b_dec.f32s()?,
         };
-        let (acts, indices) = self.select(device, x, &encoder)?;
-        let saved = needed.contains(&true).then(|| Saved {
-            x: x.clone(),
-            w_enc: w_enc.clone(),
-            b_dec: b_dec.clone(),
-            acts: acts.clone(),
-            indices: indices.clone(),
-        });
-        Ok((vec![acts, indices], saved))
+        let selected = self.select(device, x, &encoder)?;
+        Ok(outputs(selected, [x, w_enc, b_dec], needed))
     }
 
     fn backward(
@@ -120,7 +127,10 @@ impl Operator for TopK {
         let (Some(saved), grad) = (saved, only_grad(Self::NAME, grads)?) else {
             return Ok(vec![None; 4]);
         };
-        let grad = rectified(device, grad, &saved.acts)?;
+        if let Device::Cuda(cuda) = device {
+            return self.backward_cuda(cuda, &saved, &grad, needed);
+        }
+        let grad = rectified(grad, &saved.acts)?;
         let (m, d) = saved.w_enc.matrix_dims();
         let indices = saved.indices.u32s()?;
         let grad_x = if needed[0] {
@@ -149,6 +159,22 @@ impl Operator for TopK {
     }
 }
 
+/// The selection as the operator's outputs, and what backward needs of it where it will be asked.
+fn outputs(
+    (acts, indices): (Tensor, Tensor),
+    [x, w_enc, b_dec]: [&Tensor; 3],
+    needed: &[bool],
+) -> (Vec<Tensor>, Option<Saved>) {
+    let saved = needed.contains(&true).then(|| Saved {
+        x: x.clone(),
+        w_enc: w_enc.clone(),
+        b_dec: b_dec.clone(),
+        acts: acts.clone(),
+        indices: indices.clone(),
+    });
+    (vec![acts, indices], saved)
+}
+
 /// The candidate latents' weights: w \[m', d\], b \[m'\], and b_dec \[d\].
 struct Encoder<'a> {
     w: &'a [f32],
@@ -163,22 +189,20 @@ impl TopK {
         let mut acts = device.buffer(tokens * k);
         let mut indices = vec![0u32; tokens * k];
         let rows = x.f32s()?;
-        match device {
-            Device::Cuda(cuda) => return Err(cuda.no_kernel(TopK::NAME)),
-            Device::Cpu(_) => acts
+        match device.precision() {
+            Precision::Bf16 => bf16::select(device, rows, encoder, (&mut acts, &mut indices), k)?,
+            Precision::F32 => acts
                 .par_chunks_mut(TILE_TOKENS * k)
                 .zip(indices.par_chunks_mut(TILE_TOKENS * k))
                 .zip(rows.par_chunks(TILE_TOKENS * d))
                 .enumerate()
                 .try_for_each(|(tile, ((acts, indices), x))| {
-                    select_tile(device, x, encoder, (acts, indices), k).map_err(|row| {
-                        let token = tile * TILE_TOKENS + row;
-                        let what = format!("topk: a pre-activation of token {token} is not finite");
-                        Error::NotFinite { what }
-                    })
+                    select_tile(device, x, encoder, (acts, indices), k)
+                        .map_err(|row| not_finite(tile * TILE_TOKENS + row))
                 })?,
         }
         if let Some(among) = &self.among {
+            let among = among.u32s()?;
             for index in &mut indices {
                 *index = among[*index as usize];
             }
@@ -188,6 +212,11 @@ impl TopK {
             Tensor::from_u32(indices, [tokens, k])?,
         ))
     }
+}
+
+fn not_finite(token: usize) -> Error {
+    let what = format!("topk: a pre-activation of token {token} is not finite");
+    Error::NotFinite { what }
 }
 
 fn gathered(matrix: &[f32], rows: &[u32], d: usize) -> Vec<f32> {
@@ -242,15 +271,10 @@ fn select_tile(
 }
 
 /// The upstream gradient where the rectifier let its input through, else 0.
-fn rectified(device: &Device, mut grad: Tensor, acts: &Tensor) -> Result<Tensor> {
+fn rectified(mut grad: Tensor, acts: &Tensor) -> Result<Tensor> {
     expect_shape(TopK::NAME, &grad, acts.shape())?;
-    match device {
-        Device::Cuda(cuda) => return Err(cuda.no_kernel(TopK::NAME)),
-        Device::Cpu(_) => {
-            let values = grad.f32s_mut()?.iter_mut().zip(acts.f32s()?);
-            values.for_each(|(g, &a)| *g = if a > 0.0 { *g } else { 0.0 });
-        }
-    }
+    let values = grad.f32s_mut()?.iter_mut().zip(acts.f32s()?);
+    values.for_each(|(g, &a)| *g = if a > 0.0 { *g } else { 0.0 });
     Ok(grad)
 }
 

@@ -33,13 +33,19 @@ impl RowSelection {
             let mut first = first;
             let blocks = products.chunks(BLOCK).zip(bias.chunks(BLOCK));
             for (products, bias) in blocks {
-                if any_above(products, bias, self.threshold) && !self.keep(first, products, bias) {
+                if !self.offer_block(first, products, bias) {
                     return false;
                 }
                 first += BLOCK as u32;
             }
             true
         })
+    }
+
+    /// [`Self::offer`] for at most [`BLOCK`] values, within a vectorised loop.
+    #[inline(always)]
+    pub(super) fn offer_block(&mut self, first: u32, products: &[f32], bias: &[f32]) -> bool {
+        !any_above(products, bias, self.threshold) || self.keep(first, products, bias)
     }
 
     fn keep(&mut self, first: u32, products: &[f32], bias: &[f32]) -> bool {

@@ -1,12 +1,10 @@
 //! The loss of Stage I and its gradients.
 
-use std::sync::Arc;
-
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::model::{Sae, reconstruct};
 use crate::ops::Operator;
-use crate::ops::fvu::Fvu;
+use crate::ops::fvu::{Fvu, residual};
 use crate::ops::sparse_decode::SharedGroups;
 use crate::ops::topk::TopK;
 use crate::tape::{Tape, Var};
@@ -27,13 +25,13 @@ pub(super) struct Pass {
     pub multi_topk_fvu: Option<f64>,
 }
 
-/// FVU of `x` \[T, d\], plus `auxk_alpha` times AuxK where latents are `dead`, plus Multi-TopK
-/// where the configuration has it; and the gradients of their sum.
+/// FVU of `x` \[T, d\], plus `auxk_alpha` times AuxK where some latents are `dead` (\[n\] u32,
+/// ascending), plus Multi-TopK where the configuration has it; and the gradients of their sum.
 pub(super) fn gradients(
     device: &Device,
     sae: &Sae,
     x: &Tensor,
-    dead: Vec<u32>,
+    dead: Option<Tensor>,
     auxk_alpha: f32,
 ) -> Result<Pass> {
     let mut tape = Tape::new(device);
@@ -50,12 +48,12 @@ pub(super) fn gradients(
     let mut terms = vec![(loss, 1.0)];
 
     let mut auxk = None;
-    if !dead.is_empty() {
+    if let Some(dead) = dead.filter(|dead| !dead.is_empty()) {
         let k_aux = (sae.config.d_in / 2).max(1);
         let scale = (dead.len() as f32 / k_aux as f32).min(1.0);
-        let residual = Fvu::with_variance(difference(x, main.x_hat.value())?, variance)?;
+        let target = residual(device, x, main.x_hat.value())?;
         let e_hat = reconstruct_dead(&mut tape, &input, &parameters, k_aux, dead)?;
-        let loss = tape.apply(residual, &[&e_hat])?;
+        let loss = tape.apply(Fvu::with_variance(target, variance)?, &[&e_hat])?;
         auxk = Some(f64::from(scale) * scalar(&loss)?);
         terms.push((loss, scale * auxk_alpha));
     }
@@ -100,11 +98,11 @@ fn reconstruct_dead(
     x: &Var,
     parameters: &[Var; 4],
     k_aux: usize,
-    dead: Vec<u32>,
+    dead: Tensor,
 ) -> Result<Var> {
     let encoder = TopK {
         k: k_aux.min(dead.len()),
-        among: Some(Arc::from(dead)),
+        among: Some(dead),
         groups: SharedGroups::default(),
     };
     let d = parameters[3].value().len();
@@ -117,17 +115,13 @@ fn scalar(value: &Var) -> Result<f64> {
     Ok(values.first().copied().map_or(f64::NAN, f64::from))
 }
 
-fn difference(x: &Tensor, y: &Tensor) -> Result<Tensor> {
-    let pairs = x.f32s()?.iter().zip(y.f32s()?);
-    Tensor::from_vec(pairs.map(|(x, y)| x - y).collect(), x.shape())
-}
-
-/// Σ_i w_i loss_i of scalars.
+/// Σ_i w_i loss_i of scalars, which are in host memory on every device.
 struct WeightedSum(Vec<f32>);
 
 impl Operator for WeightedSum {
     type Saved = ();
     const NAME: &'static str = "weighted_sum";
+    const CUDA: bool = true;
 
     fn forward(
         &self,

@@ -10,9 +10,10 @@ use super::settings::SaeOptimizer;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::model::Sae;
-use crate::ops::fvu::{fvu_without, sinks, token_mean};
+use crate::ops::fvu::{Sinks, fvu_without, token_mean};
+use crate::ops::topk::Fired;
 use crate::optim::{AdamW, AdamWConfig, Update, signum::Signum};
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 /// Longest warm-up of Adam's learning rate, in steps.
 const ADAM_WARMUP: u64 = 1000;
@@ -74,14 +75,16 @@ enum Optimizer {
     Adam(AdamW),
 }
 
-/// Trains one autoencoder. The same calls give the same bits on any number of threads.
+/// Trains one autoencoder. The same calls give the same bits on any number of threads. On a GPU
+/// weights and state are kept in its memory from the first step on, and a step copies nothing
+/// but scalars to the host.
 pub struct SaeTrainer {
     sae: Sae,
     options: SaeTrainOptions,
     optimizer: Optimizer,
     lr: f64,
     steps: u64,
-    since_fired: Vec<u32>,
+    since_fired: Fired,
 }
 
 impl SaeTrainer {
@@ -123,11 +126,12 @@ impl SaeTrainer {
             optimizer,
             lr,
             steps: 0,
-            since_fired: vec![0; m],
+            since_fired: Fired::new(m)?,
         })
     }
 
-    /// The weights that are trained (signum's y), not those to save.
+    /// The weights that are trained (signum's y), not those to save; after a step on a GPU they
+    /// are in its memory.
     pub fn sae(&self) -> &Sae {
         &self.sae
     }
@@ -137,7 +141,7 @@ impl SaeTrainer {
         self.steps
     }
 
-    /// One step on activations `x` \[T, d\] f32. A loss that is not finite is
+    /// One step on activations `x` \[T, d\] f32; bf16 on a GPU, whatever they come in. A loss that is not finite is
     /// [`Error::NotFinite`], and activations without variance are an error; nothing but the
     /// decoder's row norms and the first batch's b_dec has changed then.
     pub fn step(&mut self, device: &Device, x: &Tensor) -> Result<SaeStepMetrics> {
@@ -145,39 +149,44 @@ impl SaeTrainer {
     }
 
     fn step_on_device(&mut self, device: &Device, x: &Tensor) -> Result<SaeStepMetrics> {
-        let sinks = sinks(x)?;
+        self.sae.move_to(device)?;
+        let x = match device {
+            Device::Cuda(cuda) => cuda.resident(x, DType::Bf16)?,
+            Device::Cpu(_) => x.clone(),
+        };
+        let sinks = Sinks::of(device, &x)?;
         let (x, sinks) = match self.options.exclude_sinks {
-            true => without(x, &sinks)?,
-            false => (x.clone(), sinks),
+            true => (sinks.without(device, &x)?, Sinks::none(sinks.kept())?),
+            false => (x, sinks),
         };
         if self.steps == 0 && self.options.center {
-            self.sae.b_dec = token_mean(&x)?;
+            self.sae.b_dec = token_mean(device, &x)?;
             self.sae.check()?;
         }
         if self.sae.config.normalize_decoder {
             self.sae.normalize_decoder(device)?;
         }
         let dead = match self.options.auxk_alpha > 0.0 {
-            true => self.dead(),
-            false => Vec::new(),
+            true => Some(self.dead(device)?),
+            false => None,
         };
         let pass = loss::gradients(device, &self.sae, &x, dead, self.options.auxk_alpha)?;
-        let fvu_no_sinks = match sinks.contains(&true) {
-            true => fvu_without(&x, &pass.x_hat, &sinks)?,
+        let fvu_no_sinks = match sinks.any() {
+            true => fvu_without(device, &x, &pass.x_hat, &sinks)?,
             false => Some(pass.fvu),
         };
         let lr = self.current_lr();
         self.update(device, pass.grads, lr)?;
-        self.count_fired(&pass.acts, &pass.indices)?;
+        self.since_fired.record(device, &pass.acts, &pass.indices)?;
         self.steps += 1;
         Ok(SaeStepMetrics {
             fvu: pass.fvu,
             fvu_no_sinks,
             auxk: pass.auxk,
             multi_topk_fvu: pass.multi_topk_fvu,
-            dead_fraction: self.dead().len() as f64 / self.since_fired.len() as f64,
+            dead_fraction: self.dead(device)?.len() as f64 / self.since_fired.latents() as f64,
             lr,
-            tokens: sinks.len(),
+            tokens: x.matrix_dims().0,
         })
     }
 
@@ -215,39 +224,26 @@ impl SaeTrainer {
     }
 
     /// The dead latents, ascending.
-    fn dead(&self) -> Vec<u32> {
-        let counts = (0u32..).zip(&self.since_fired);
-        let dead = counts.filter(|&(_, &n)| n > self.options.dead_after);
-        dead.map(|(latent, _)| latent).collect()
-    }
-
-    fn count_fired(&mut self, acts: &Tensor, indices: &Tensor) -> Result<()> {
-        let tokens = u32::try_from(acts.matrix_dims().0).unwrap_or(u32::MAX);
-        for count in &mut self.since_fired {
-            *count = count.saturating_add(tokens);
-        }
-        for (&act, &latent) in acts.f32s()?.iter().zip(indices.u32s()?) {
-            if act > 0.0 {
-                self.since_fired[latent as usize] = 0;
-            }
-        }
-        Ok(())
+    fn dead(&self, device: &Device) -> Result<Tensor> {
+        self.since_fired.dead(device, self.options.dead_after)
     }
 
     /// The autoencoder to save: signum's averaged weights (decoder rows as they come out, not
-    /// renormalised), or Adam's weights.
+    /// renormalised), or Adam's weights; in host memory.
     pub fn averaged(&self) -> Result<Sae> {
         let mut sae = self.sae.clone();
-        if let Optimizer::Signum(signum) = &self.optimizer {
-            for (i, tensor) in sae.tensors_mut().into_iter().enumerate() {
-                *tensor = signum.averaged(i, tensor)?;
+        for (i, tensor) in sae.tensors_mut().into_iter().enumerate() {
+            *tensor = match &self.optimizer {
+                Optimizer::Signum(signum) => signum.averaged(i, tensor)?,
+                Optimizer::Adam(_) => tensor.clone(),
             }
+            .to_f32()?;
         }
         Ok(sae)
     }
 
-    /// Everything that [`Self::restore`] needs to go on to the same bits: named tensors and a
-    /// JSON object.
+    /// Everything that [`Self::restore`] needs to go on to the same bits: named tensors, in
+    /// host memory, and a JSON object.
     pub fn state(&self) -> Result<(Vec<(String, Tensor)>, Value)> {
         let groups: Vec<(&str, &[Tensor])> = match &self.optimizer {
             Optimizer::Signum(signum) => vec![("z", signum.z())],
@@ -258,15 +254,14 @@ impl SaeTrainer {
         };
         let mut tensors = Vec::new();
         for (name, tensor) in Sae::TENSORS.iter().zip(self.sae.tensors()) {
-            tensors.push((name.to_string(), tensor.clone()));
+            tensors.push((name.to_string(), tensor.to_f32()?));
         }
         for (prefix, group) in &groups {
             for (name, tensor) in Sae::TENSORS.iter().zip(*group) {
-                tensors.push((format!("{prefix}.{name}"), tensor.clone()));
+                tensors.push((format!("{prefix}.{name}"), tensor.to_f32()?));
             }
         }
-        let fired = Tensor::from_u32(self.since_fired.clone(), [self.since_fired.len()])?;
-        tensors.push((FIRED.to_owned(), fired));
+        tensors.push((FIRED.to_owned(), self.since_fired.counts()?));
         Ok((
             tensors,
             json!({ "optimizer": self.kind(), "steps": self.steps }),
@@ -292,11 +287,11 @@ impl SaeTrainer {
         };
         sae.check()?;
         let fired = take(&mut tensors, FIRED)?;
-        if fired.len() != self.since_fired.len() {
-            let expected = format!("{FIRED} of {} latents", self.since_fired.len());
+        let latents = self.since_fired.latents();
+        if fired.len() != latents || fired.dtype() != DType::U32 {
+            let expected = format!("{FIRED} of {latents} latents");
             return Err(mismatch(&expected, format!("{}", fired.len())));
         }
-        let fired = fired.u32s()?.to_vec();
         let mut group = |prefix: &str| like(&mut tensors, prefix, &sae);
         match &mut self.optimizer {
             Optimizer::Signum(signum) => {
@@ -309,7 +304,7 @@ impl SaeTrainer {
             }
         }
         self.sae = sae;
-        self.since_fired = fired;
+        self.since_fired.restore(fired)?;
         self.steps = steps;
         Ok(())
     }
@@ -320,18 +315,6 @@ impl SaeTrainer {
             Optimizer::Adam(_) => "adam",
         }
     }
-}
-
-/// The tokens of `x` that are not marked, and that none of them is.
-fn without(x: &Tensor, skip: &[bool]) -> Result<(Tensor, Vec<bool>)> {
-    let (_, d) = x.matrix_dims();
-    let rows = x.f32s()?.chunks_exact(d.max(1)).zip(skip);
-    let kept: Vec<&[f32]> = rows.filter(|&(_, &s)| !s).map(|(row, _)| row).collect();
-    let tokens = kept.len();
-    Ok((
-        Tensor::from_vec(kept.concat(), [tokens, d])?,
-        vec![false; tokens],
-    ))
 }
 
 fn mismatch(expected: &str, got: String) -> Error {

@@ -87,7 +87,8 @@ fn gradients_with_auxk_and_multi_topk_match_finite_differences() {
     for dead in [vec![4, 9], vec![0, 3, 8, 15, 19]] {
         let sae = sae(&device, true);
         let x = random(1, &[TOKENS, D]);
-        let pass = gradients(&device, &sae, &x, dead.clone(), 0.5).unwrap();
+        let latents = Tensor::from_u32(dead.clone(), [dead.len()]).unwrap();
+        let pass = gradients(&device, &sae, &x, Some(latents), 0.5).unwrap();
         let wide =
             |t: &Tensor| -> Vec<f64> { t.f32s().unwrap().iter().map(|&v| f64::from(v)).collect() };
         let fixed = sae.tensors().map(wide);

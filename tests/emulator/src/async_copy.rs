@@ -9,8 +9,8 @@ use crate::machine::checks::{lanes, shared_conflict};
 use crate::machine::registers::LANES;
 use crate::machine::warp::{Flow, Warp};
 use crate::mbarrier;
-use crate::ptx::ops::{CopyAsync, Op};
-use crate::ptx::program::WINDOW_MASK;
+use crate::ptx::ops::{AnyReg, CopyAsync, Op, Reg};
+use crate::ptx::program::{SHARED_WINDOW, WINDOW_MASK, WINDOW_SHIFT};
 use crate::sanitize::global::Touch;
 use crate::sanitize::{Checked, Fault, Kind};
 use crate::wgmma;
@@ -45,15 +45,48 @@ pub fn execute(warp: &mut Warp, ctx: &mut Context<'_>, op: &Op, exec: u32) -> Ch
         Op::Mbarrier { op, address, .. } => mbarrier::execute(warp, ctx, op, address, exec)?,
         Op::BulkCopy(copy) => bulk_copy::execute(warp, ctx, copy, exec)?,
         Op::Wgmma(w) => wgmma::execute(warp, ctx, w)?,
-        // The only block of a cluster has rank 0.
-        Op::MapCluster { d, a } => {
-            let value = warp.regs.read_any(*a);
-            warp.regs.write_any(*d, &value, exec);
+        Op::MapCluster { d, a, b, generic } => {
+            map_cluster(warp, ctx, *d, (*a, *b), *generic, exec)?
+        }
+        Op::ClusterRank { d, a } => {
+            let addresses = warp.regs.read_any(*a);
+            let mut ranks = [0; LANES];
+            for lane in lanes(exec) {
+                ranks[lane] = ctx.place(addresses[lane], lane)?.rank;
+            }
+            warp.regs.write32(*d, &ranks, exec);
         }
         // Bulk stores and wgmma are complete when issued.
         _ => {}
     }
     Ok(Flow::Next)
+}
+
+/// `mapa`.
+fn map_cluster(
+    warp: &mut Warp,
+    ctx: &Context<'_>,
+    d: AnyReg,
+    (a, b): (AnyReg, Reg),
+    generic: bool,
+    exec: u32,
+) -> Checked<()> {
+    let mut addresses = warp.regs.read_any(a);
+    let ranks = *warp.regs.read32(b);
+    for lane in lanes(exec) {
+        let (address, rank, size) = (addresses[lane], ranks[lane], ctx.cluster_size());
+        let message = if rank >= size {
+            format!("mapa to block {rank} of a cluster of {size} blocks")
+        } else if generic && address >> WINDOW_SHIFT != SHARED_WINDOW >> WINDOW_SHIFT {
+            format!("mapa of {address:#x}, which is not in shared memory")
+        } else {
+            addresses[lane] = ctx.map_shared(address, rank);
+            continue;
+        };
+        return Err(Fault::new(Kind::OutOfBounds, lane as u32, message));
+    }
+    warp.regs.write_any(d, &addresses, exec);
+    Ok(())
 }
 
 fn start(warp: &mut Warp, ctx: &mut Context<'_>, copy: &CopyAsync, exec: u32) -> Checked<()> {
@@ -72,10 +105,9 @@ fn start(warp: &mut Warp, ctx: &mut Context<'_>, copy: &CopyAsync, exec: u32) ->
         let wanted = if ignored >> lane & 1 == 1 { 0 } else { wanted };
         let offset = to[lane] & WINDOW_MASK;
         check_destination(ctx, offset, size, lane)?;
-        if let Err(conflict) = ctx
-            .shared_shadow
-            .begin_copy(offset as u32, size as u32, warp.index)
-        {
+        let by = ctx.clocks.accessor(warp.index);
+        let shadow = &mut ctx.memory.shadow;
+        if let Err(conflict) = shadow.begin_copy(offset as u32, size as u32, &by) {
             return Err(shared_conflict(
                 conflict,
                 "asynchronous copy",
@@ -117,10 +149,10 @@ fn check_destination(ctx: &Context<'_>, offset: u64, size: u64, lane: usize) -> 
         let message = format!("asynchronous copy of {size} bytes to shared offset {offset}");
         return Err(Fault::new(Kind::Misaligned, lane as u32, message));
     }
-    if offset + size > ctx.shared.len() as u64 {
+    if offset + size > ctx.memory.bytes.len() as u64 {
         let message = format!(
             "asynchronous copy of {size} bytes to shared offset {offset} of {}",
-            ctx.shared.len()
+            ctx.memory.bytes.len()
         );
         return Err(Fault::new(Kind::OutOfBounds, lane as u32, message));
     }
@@ -156,10 +188,9 @@ fn wait(warp: &mut Warp, ctx: &mut Context<'_>, keep: u32, all: bool, exec: u32)
             continue;
         }
         let (offset, size) = (p.offset as usize, usize::from(p.size));
-        ctx.shared[offset..offset + size].copy_from_slice(&p.data[..size]);
-        let landed = ctx
-            .shared_shadow
-            .land_copy(p.offset, p.size.into(), warp.index);
+        ctx.memory.bytes[offset..offset + size].copy_from_slice(&p.data[..size]);
+        let by = ctx.clocks.accessor(warp.index);
+        let landed = ctx.memory.shadow.land_copy(p.offset, p.size.into(), &by);
         if let Err(conflict) = landed {
             let lane = usize::from(p.lane);
             return Err(shared_conflict(

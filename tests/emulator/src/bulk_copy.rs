@@ -1,14 +1,15 @@
-//! Bulk copies between global and shared memory (`cp.async.bulk`), plain and by tensor map.
+//! Bulk copies between global memory and the shared memory of a cluster (`cp.async.bulk`), plain
+//! and by tensor map.
 //!
 //! A copy into shared memory lands when a thread tests the mbarrier it reports to; until then
 //! its bytes are in flight. Copies to global memory are done when issued.
 
 use crate::machine::block::Context;
 use crate::machine::checks::{lanes, shared_conflict};
+use crate::machine::shared::Place;
 use crate::machine::warp::Warp;
-use crate::mbarrier::complete_bytes;
-use crate::ptx::ops::BulkCopy;
-use crate::ptx::program::WINDOW_MASK;
+use crate::mbarrier::{self, complete_bytes};
+use crate::ptx::ops::{BulkCopy, BulkKind};
 use crate::sanitize::global::Touch;
 use crate::sanitize::{Checked, Fault, Kind, shared};
 use crate::tensor_map::{self, TensorMap};
@@ -24,27 +25,49 @@ pub struct Pending {
 
 /// Executes a bulk copy for each lane of `exec`.
 pub fn execute(warp: &mut Warp, ctx: &mut Context<'_>, copy: &BulkCopy, exec: u32) -> Checked<()> {
-    let (to_shared, global) = (warp.addresses(&copy.shared), warp.addresses(&copy.global));
+    let (shared, other) = (warp.addresses(&copy.shared), warp.addresses(&copy.other));
     let barrier = copy.barrier.map(|b| warp.addresses(&b));
     for lane in lanes(exec) {
-        let shared = to_shared[lane] & WINDOW_MASK;
-        let plan = match copy.bytes {
-            Some(bytes) => contiguous(shared, global[lane], warp.regs.read32(bytes)[lane], lane)?,
-            None => tiled(warp, ctx, copy, shared, global[lane], lane)?,
-        };
-        check_range(ctx, shared, plan.bytes, lane)?;
-        match &barrier {
-            Some(barrier) => load(
-                warp.index,
-                ctx,
-                &plan,
-                (barrier[lane] & WINDOW_MASK) as u32,
-                lane,
-            )?,
-            None => store(warp.index, ctx, &plan, lane)?,
+        let at = ctx.place(shared[lane], lane)?;
+        let barrier = barrier
+            .map(|b| mbarrier::location(ctx, b[lane], lane))
+            .transpose()?;
+        let bytes = copy.bytes.map(|b| warp.regs.read32(b)[lane]);
+        match (copy.kind, barrier) {
+            (BulkKind::Share, Some(barrier)) => {
+                let from = ctx.place(other[lane], lane)?;
+                share(warp.index, ctx, from, at, barrier, bytes.unwrap_or(0), lane)?;
+            }
+            (BulkKind::Load { multicast }, Some(barrier)) => {
+                let plan = plan(warp, ctx, copy, at, (other[lane], bytes), lane)?;
+                let all = match multicast {
+                    Some(mask) => warp.regs.read32(mask)[lane] & 0xffff,
+                    None => 1 << at.rank,
+                };
+                load(warp.index, ctx, &plan, (at, barrier), all, lane)?;
+            }
+            _ => {
+                let plan = plan(warp, ctx, copy, at, (other[lane], bytes), lane)?;
+                check_range(ctx, at, plan.bytes, lane)?;
+                store(warp.index, ctx, &plan, lane)?;
+            }
         }
     }
     Ok(())
+}
+
+fn plan(
+    warp: &Warp,
+    ctx: &Context<'_>,
+    copy: &BulkCopy,
+    at: Place,
+    (global, bytes): (u64, Option<u32>),
+    lane: usize,
+) -> Checked<Plan> {
+    match bytes {
+        Some(bytes) => contiguous(at.offset.into(), global, bytes, lane),
+        None => tiled(warp, ctx, copy, at.offset.into(), global, lane),
+    }
 }
 
 /// What a copy moves: shared offset, global address (None outside the tensor) and length.
@@ -122,29 +145,46 @@ fn tiled(
     })
 }
 
-fn check_range(ctx: &Context<'_>, shared: u64, bytes: u64, lane: usize) -> Checked<()> {
-    if shared + bytes > ctx.shared.len() as u64 {
+fn check_range(ctx: &mut Context<'_>, at: Place, bytes: u64, lane: usize) -> Checked<()> {
+    if at.rank != ctx.rank {
+        return ctx.check_peer(at, bytes, "bulk copy", lane);
+    }
+    let size = ctx.memory.bytes.len();
+    if u64::from(at.offset) + bytes > size as u64 {
         let message = format!(
-            "bulk copy of {bytes} bytes at shared offset {shared} of {}",
-            ctx.shared.len()
+            "bulk copy of {bytes} bytes at shared offset {} of {size}",
+            at.offset
         );
         return Err(Fault::new(Kind::OutOfBounds, lane as u32, message));
     }
     Ok(())
 }
 
-fn load(warp: u32, ctx: &mut Context<'_>, plan: &Plan, mbarrier: u32, lane: usize) -> Checked<()> {
+/// A copy from global memory to the same place of each block whose bit is set in `blocks`; each
+/// block's own barrier object hears of it.
+fn load(
+    warp: u32,
+    ctx: &mut Context<'_>,
+    plan: &Plan,
+    (at, barrier): (Place, Place),
+    blocks: u32,
+    lane: usize,
+) -> Checked<()> {
+    if at.rank != barrier.rank {
+        let message = format!(
+            "bulk copy into block {} of the cluster with an mbarrier of block {}",
+            at.rank, barrier.rank
+        );
+        return Err(Fault::new(Kind::IllegalInstruction, lane as u32, message));
+    }
+    let outside = blocks >> ctx.cluster_size();
+    if outside != 0 || blocks == 0 {
+        let size = ctx.cluster_size();
+        let message = format!("multicast to blocks {blocks:#b} of a cluster of {size} blocks");
+        return Err(Fault::new(Kind::IllegalInstruction, lane as u32, message));
+    }
     let mut pieces = Vec::with_capacity(plan.pieces.len());
     for &(offset, from, len) in &plan.pieces {
-        if let Err(conflict) = ctx.shared_shadow.begin_copy(offset, len, warp) {
-            return Err(shared_conflict(
-                conflict,
-                "bulk copy",
-                offset.into(),
-                len.into(),
-                lane,
-            ));
-        }
         let mut data = vec![0; len as usize];
         if let Some(from) = from {
             let (allocation, at) = ctx.global(from, len.into(), 1, Touch::Read, lane)?;
@@ -155,12 +195,74 @@ fn load(warp: u32, ctx: &mut Context<'_>, plan: &Plan, mbarrier: u32, lane: usiz
         pieces.push((offset, data));
     }
     count(ctx, plan, true);
-    ctx.bulk.push(Pending {
-        pieces,
-        mbarrier,
-        bytes: plan.bytes as u32,
-    });
+    for rank in lanes(blocks) {
+        let rank = rank as u32;
+        check_range(ctx, Place { rank, ..at }, plan.bytes, lane)?;
+        let pending = Pending {
+            pieces: pieces.clone(),
+            mbarrier: barrier.offset,
+            bytes: plan.bytes as u32,
+        };
+        begin(warp, ctx, rank, pending, lane)?;
+    }
     Ok(())
+}
+
+/// Puts a copy into the shared memory of a block in flight.
+fn begin(warp: u32, ctx: &mut Context<'_>, rank: u32, copy: Pending, lane: usize) -> Checked<()> {
+    let visitor = ctx.clocks.visitor(warp, rank);
+    let by = if rank == ctx.rank {
+        ctx.clocks.accessor(warp)
+    } else {
+        visitor.accessor()
+    };
+    let memory = match rank == ctx.rank {
+        true => &mut ctx.memory,
+        false => &mut ctx.peers[rank as usize],
+    };
+    for (offset, data) in &copy.pieces {
+        let len = data.len() as u32;
+        if let Err(conflict) = memory.shadow.begin_copy(*offset, len, &by) {
+            let (offset, len) = (u64::from(*offset), u64::from(len));
+            return Err(shared_conflict(conflict, "bulk copy", offset, len, lane));
+        }
+    }
+    memory.bulk.push(copy);
+    Ok(())
+}
+
+/// A copy from this block's shared memory to that of a block of the cluster.
+fn share(
+    warp: u32,
+    ctx: &mut Context<'_>,
+    from: Place,
+    to: Place,
+    barrier: Place,
+    bytes: u32,
+    lane: usize,
+) -> Checked<()> {
+    let aligned = [bytes, from.offset, to.offset];
+    if aligned.iter().any(|n| !n.is_multiple_of(16)) {
+        let message = format!(
+            "bulk copy of {bytes} bytes from shared offset {} to {}",
+            from.offset, to.offset
+        );
+        return Err(misaligned(lane, message));
+    }
+    if from.rank != ctx.rank || barrier.rank != to.rank {
+        let message = "bulk copy within the cluster from another block's memory, or with an mbarrier that is not the destination's";
+        return Err(Fault::new(Kind::IllegalInstruction, lane as u32, message));
+    }
+    let len = u64::from(bytes);
+    let start = ctx.shared_range(from.offset.into(), len, 16, shared::Touch::Read, warp, lane)?;
+    check_range(ctx, to, len, lane)?;
+    let data = ctx.memory.bytes[start..start + bytes as usize].to_vec();
+    let pending = Pending {
+        pieces: vec![(to.offset, data)],
+        mbarrier: barrier.offset,
+        bytes,
+    };
+    begin(warp, ctx, to.rank, pending, lane)
 }
 
 fn store(warp: u32, ctx: &mut Context<'_>, plan: &Plan, lane: usize) -> Checked<()> {
@@ -211,17 +313,21 @@ fn count(ctx: &mut Context<'_>, plan: &Plan, load: bool) {
 
 /// Lands the copies that report to an mbarrier.
 pub fn land(ctx: &mut Context<'_>, mbarrier: u32, lane: usize) -> Checked<()> {
-    let (landing, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut ctx.bulk)
+    let (landing, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut ctx.memory.bulk)
         .into_iter()
         .partition(|p| p.mbarrier == mbarrier);
-    ctx.bulk = rest;
+    ctx.memory.bulk = rest;
     for pending in landing {
         for (offset, data) in pending.pieces {
             let at = offset as usize;
-            ctx.shared[at..at + data.len()].copy_from_slice(&data);
-            ctx.shared_shadow.define(offset, data.len() as u32);
+            ctx.memory.bytes[at..at + data.len()].copy_from_slice(&data);
+            ctx.memory.shadow.define(offset, data.len() as u32);
         }
-        complete_bytes(ctx, mbarrier, pending.bytes, lane)?;
+        let at = Place {
+            rank: ctx.rank,
+            offset: mbarrier,
+        };
+        complete_bytes(ctx, at, pending.bytes, lane)?;
     }
     Ok(())
 }

@@ -37,6 +37,10 @@ pub struct Counters {
     pub mma_flop: u64,
     /// Floating-point operations of fma, add and mul lanes.
     pub flop: u64,
+    /// Warp-level accesses to shared memory of the cluster through `shared::cluster` addresses
+    /// (bulk copies apart), and the bytes their lanes asked for.
+    pub cluster_requests: u64,
+    pub cluster_bytes: u64,
 }
 
 impl Counters {
@@ -64,6 +68,8 @@ impl Counters {
         self.barriers += other.barriers;
         self.mma_flop += other.mma_flop;
         self.flop += other.flop;
+        self.cluster_requests += other.cluster_requests;
+        self.cluster_bytes += other.cluster_bytes;
     }
 
     /// Warp instructions of one class.
@@ -92,7 +98,7 @@ impl Counters {
              \"global_load_sectors\":{},\"global_store_requests\":{},\"global_store_bytes\":{},\
              \"global_store_sectors\":{},\"shared_requests\":{},\"shared_wavefronts\":{},\
              \"shared_bank_conflicts\":{},\"global_atomics\":{},\"shared_atomics\":{},\"barriers\":{},\
-             \"mma_flop\":{},\"flop\":{}}}",
+             \"mma_flop\":{},\"flop\":{},\"cluster_requests\":{},\"cluster_bytes\":{}}}",
             self.launches,
             self.blocks,
             self.warp_instructions,
@@ -113,6 +119,8 @@ impl Counters {
             self.barriers,
             self.mma_flop,
             self.flop,
+            self.cluster_requests,
+            self.cluster_bytes,
         )
     }
 
@@ -129,6 +137,12 @@ impl Counters {
             self.global_store_bytes += bytes;
             self.global_store_sectors += sectors;
         }
+    }
+
+    /// Notes an access of `len` bytes per lane through `shared::cluster` addresses.
+    pub fn remote_access(&mut self, len: u64, exec: u32) {
+        self.cluster_requests += 1;
+        self.cluster_bytes += u64::from(exec.count_ones()) * len;
     }
 
     /// Notes a shared access of `len` bytes per lane.

@@ -7,10 +7,10 @@ use crate::bulk_copy;
 use crate::machine::block::Context;
 use crate::machine::checks::lanes;
 use crate::machine::registers::LANES;
+use crate::machine::shared::Place;
 use crate::machine::warp::Warp;
 use crate::ptx::ops::{Address, MbarrierOp};
-use crate::ptx::program::WINDOW_MASK;
-use crate::sanitize::shared::{MAX_WARPS, Touch};
+use crate::sanitize::shared::{ACTORS, Times, Touch, raise};
 use crate::sanitize::{Checked, Fault, Kind};
 
 /// Largest count of arrivals.
@@ -26,8 +26,8 @@ struct Mbarrier {
     /// Phases completed.
     phase: u64,
     /// What the arrived warps knew, and what those of the last complete phase did.
-    known: [u32; MAX_WARPS],
-    released: [u32; MAX_WARPS],
+    known: Times,
+    released: Times,
 }
 
 impl Mbarrier {
@@ -36,9 +36,7 @@ impl Mbarrier {
         if done {
             self.phase += 1;
             self.pending = self.count;
-            for (released, known) in self.released.iter_mut().zip(self.known) {
-                *released = (*released).max(known);
-            }
+            raise(&mut self.released, &self.known);
         }
         done
     }
@@ -75,31 +73,36 @@ pub fn execute(
     if let MbarrierOp::CopyArrive { no_increment } = op {
         async_copy::land_all(warp, ctx, exec)?;
         for lane in lanes(exec) {
-            let offset = location(ctx, addresses[lane], lane)?;
+            let at = own(ctx, addresses[lane], lane)?;
             if !no_increment {
-                ctx.mbarriers.get(offset, lane)?.pending += 1;
+                ctx.memory.mbarriers.get(at.offset, lane)?.pending += 1;
             }
-            arrive(ctx, warp.index, offset, 1, lane)?;
+            arrive(ctx, warp.index, at, 1, lane)?;
         }
         return Ok(());
     }
     let mut passed = 0u32;
     let mut states = [0u64; LANES];
     for lane in lanes(exec) {
-        let offset = location(ctx, addresses[lane], lane)?;
+        let place = location(ctx, addresses[lane], lane)?;
         match op {
             MbarrierOp::Init { count } => {
+                let offset = own(ctx, addresses[lane], lane)?.offset;
                 let count = warp.regs.read32(*count)[lane];
                 initialize(ctx, warp.index, offset, count, lane)?;
             }
-            MbarrierOp::Invalidate => drop(ctx.mbarriers.objects.remove(&offset)),
+            MbarrierOp::Invalidate => {
+                let offset = own(ctx, addresses[lane], lane)?.offset;
+                ctx.memory.mbarriers.objects.remove(&offset);
+            }
             MbarrierOp::Arrive {
                 count,
                 expect,
                 drop,
                 ..
             } => {
-                let barrier = ctx.mbarriers.get(offset, lane)?;
+                touch(ctx, warp.index, place, lane)?;
+                let barrier = barrier_at(ctx, place, lane)?;
                 states[lane] = barrier.phase;
                 if let Some(bytes) = expect {
                     barrier.bytes += i64::from(warp.regs.read32(*bytes)[lane]);
@@ -108,18 +111,22 @@ pub fn execute(
                     barrier.count = barrier.count.saturating_sub(1);
                 }
                 let count = count.map_or(1, |c| warp.regs.read32(c)[lane]);
-                arrive(ctx, warp.index, offset, count, lane)?;
+                arrive(ctx, warp.index, place, count, lane)?;
             }
             MbarrierOp::ExpectTx { bytes } => {
-                ctx.mbarriers.get(offset, lane)?.bytes += i64::from(warp.regs.read32(*bytes)[lane]);
+                touch(ctx, warp.index, place, lane)?;
+                let bytes = i64::from(warp.regs.read32(*bytes)[lane]);
+                barrier_at(ctx, place, lane)?.bytes += bytes;
             }
             MbarrierOp::CompleteTx { bytes } => {
+                touch(ctx, warp.index, place, lane)?;
                 let bytes = warp.regs.read32(*bytes)[lane];
-                complete_bytes(ctx, offset, bytes, lane)?;
+                complete_bytes(ctx, place, bytes, lane)?;
             }
             MbarrierOp::Test { parity, state, .. } => {
+                let offset = own(ctx, addresses[lane], lane)?.offset;
                 bulk_copy::land(ctx, offset, lane)?;
-                let barrier = ctx.mbarriers.get(offset, lane)?;
+                let barrier = ctx.memory.mbarriers.get(offset, lane)?;
                 let complete = match (parity, state) {
                     (Some(parity), _) => {
                         barrier.phase & 1 != u64::from(warp.regs.read32(*parity)[lane] & 1)
@@ -130,7 +137,7 @@ pub fn execute(
                 if complete {
                     passed |= 1 << lane;
                     let released = barrier.released;
-                    ctx.shared_shadow.acquire(warp.index, &released);
+                    ctx.clocks.acquire(warp.index, &released);
                 }
             }
             MbarrierOp::CopyArrive { .. } => {}
@@ -147,18 +154,49 @@ pub fn execute(
     Ok(())
 }
 
-/// Offset of a barrier object, checked for bounds and alignment.
-fn location(ctx: &Context<'_>, address: u64, lane: usize) -> Checked<u32> {
-    let offset = address & WINDOW_MASK;
+/// Place of a barrier object in the cluster, checked for bounds and alignment.
+pub fn location(ctx: &mut Context<'_>, address: u64, lane: usize) -> Checked<Place> {
+    let place = ctx.place(address, lane)?;
+    let (offset, size) = (
+        u64::from(place.offset),
+        ctx.memory_of(place.rank).bytes.len(),
+    );
     if !offset.is_multiple_of(8) {
         let message = format!("mbarrier at shared offset {offset}, which is not a multiple of 8");
         return Err(Fault::new(Kind::Misaligned, lane as u32, message));
     }
-    if offset + 8 > ctx.shared.len() as u64 {
-        let message = format!("mbarrier at shared offset {offset} of {}", ctx.shared.len());
+    if offset + 8 > size as u64 {
+        let message = format!("mbarrier at shared offset {offset} of {size}");
         return Err(Fault::new(Kind::OutOfBounds, lane as u32, message));
     }
-    Ok(offset as u32)
+    Ok(place)
+}
+
+/// Place of a barrier object that must be the block's own.
+fn own(ctx: &mut Context<'_>, address: u64, lane: usize) -> Checked<Place> {
+    let place = location(ctx, address, lane)?;
+    if place.rank != ctx.rank {
+        let message = format!(
+            "mbarrier of block {} of the cluster: other blocks can arrive at it, not wait",
+            place.rank
+        );
+        return Err(Fault::new(Kind::OutOfBounds, lane as u32, message));
+    }
+    Ok(place)
+}
+
+fn barrier_at<'a>(ctx: &'a mut Context<'_>, at: Place, lane: usize) -> Checked<&'a mut Mbarrier> {
+    ctx.memory_of(at.rank).mbarriers.get(at.offset, lane)
+}
+
+/// Checks that another block's barrier object is there to be used: the block has not exited,
+/// and the object's initialisation is ordered before.
+fn touch(ctx: &mut Context<'_>, warp: u32, at: Place, lane: usize) -> Checked<()> {
+    if at.rank != ctx.rank {
+        barrier_at(ctx, at, lane)?;
+        ctx.visit(at, 8, 8, Touch::Atomic, warp, lane)?;
+    }
+    Ok(())
 }
 
 fn initialize(
@@ -173,7 +211,7 @@ fn initialize(
         return Err(Fault::new(Kind::Barrier, lane as u32, message));
     }
     ctx.shared_range(u64::from(offset), 8, 8, Touch::Write, warp, lane)?;
-    let (known, released) = ([0; MAX_WARPS], [0; MAX_WARPS]);
+    let (known, released) = ([0; ACTORS], [0; ACTORS]);
     let barrier = Mbarrier {
         count,
         pending: count,
@@ -182,13 +220,16 @@ fn initialize(
         known,
         released,
     };
-    ctx.mbarriers.objects.insert(offset, barrier);
+    ctx.memory.mbarriers.objects.insert(offset, barrier);
     Ok(())
 }
 
-fn arrive(ctx: &mut Context<'_>, warp: u32, offset: u32, count: u32, lane: usize) -> Checked<()> {
-    let mine = ctx.shared_shadow.release(warp);
-    let barrier = ctx.mbarriers.get(offset, lane)?;
+fn arrive(ctx: &mut Context<'_>, warp: u32, at: Place, count: u32, lane: usize) -> Checked<()> {
+    let mut times = ctx.clocks.release(warp);
+    if at.rank != ctx.rank {
+        times = ctx.clocks.translate(&times, at.rank);
+    }
+    let barrier = barrier_at(ctx, at, lane)?;
     if count > barrier.pending {
         let message = format!(
             "{count} arrivals at an mbarrier that waits for {}",
@@ -197,17 +238,15 @@ fn arrive(ctx: &mut Context<'_>, warp: u32, offset: u32, count: u32, lane: usize
         return Err(Fault::new(Kind::Barrier, lane as u32, message));
     }
     barrier.pending -= count;
-    for (all, mine) in barrier.known.iter_mut().zip(mine) {
-        *all = (*all).max(mine);
-    }
+    raise(&mut barrier.known, &times);
     barrier.complete_if_done();
     ctx.progress += 1;
     Ok(())
 }
 
 /// Bytes of an asynchronous copy have landed.
-pub fn complete_bytes(ctx: &mut Context<'_>, offset: u32, bytes: u32, lane: usize) -> Checked<()> {
-    let barrier = ctx.mbarriers.get(offset, lane)?;
+pub fn complete_bytes(ctx: &mut Context<'_>, at: Place, bytes: u32, lane: usize) -> Checked<()> {
+    let barrier = barrier_at(ctx, at, lane)?;
     barrier.bytes -= i64::from(bytes);
     barrier.complete_if_done();
     ctx.progress += 1;

@@ -5,83 +5,11 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{config, context, emulated, finding, function, module, noise};
+use common::hopper::{SWIZZLE_32, SWIZZLE_64, SWIZZLE_128, SWIZZLE_NONE, map, on_hopper};
+use common::{config, emulated, finding, function, module, noise};
 use cudarc::driver::sys::{self, CUresult};
-use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg};
+use cudarc::driver::{CudaStream, DeviceRepr, LaunchConfig, PushKernelArg};
 use half::{bf16, f16};
-
-/// Runs `body` on a Hopper device: in a child process that emulates one, or on the GPU.
-fn on_hopper(test: &str, body: fn(&Arc<CudaStream>)) {
-    if !emulated() {
-        let context = context();
-        if context.compute_capability().unwrap() == (9, 0) {
-            body(&context.default_stream());
-        }
-        return;
-    }
-    if std::env::var("CUDA_EMU_DEVICE").is_ok_and(|d| d == "h100") {
-        return body(&context().default_stream());
-    }
-    let output = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", test, "--nocapture"])
-        .env("CUDA_EMU_DEVICE", "h100")
-        .output()
-        .unwrap();
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-}
-
-/// A tensor map as a kernel parameter.
-#[repr(C)]
-struct Map(sys::CUtensorMap);
-// SAFETY: kernels take the 128 bytes by value.
-unsafe impl DeviceRepr for Map {}
-
-/// A map over a tensor of 2-byte elements; dimensions innermost first.
-fn map<T>(
-    stream: &Arc<CudaStream>,
-    data: &CudaSlice<T>,
-    dims: &[u64],
-    boxed: &[u32],
-    swizzle: sys::CUtensorMapSwizzle,
-) -> Map {
-    let mut strides = Vec::new();
-    let mut stride = 2;
-    for &d in &dims[..dims.len() - 1] {
-        stride *= d;
-        strides.push(stride);
-    }
-    let steps = vec![1u32; dims.len()];
-    // SAFETY: all bit patterns are valid for the opaque bytes.
-    let mut out: sys::CUtensorMap = unsafe { std::mem::zeroed() };
-    // SAFETY: the arrays have the lengths the rank says.
-    let code = unsafe {
-        sys::cuTensorMapEncodeTiled(
-            &mut out,
-            sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-            dims.len() as u32,
-            data.device_ptr(stream).0 as *mut _,
-            dims.as_ptr(),
-            strides.as_ptr(),
-            boxed.as_ptr(),
-            steps.as_ptr(),
-            sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-            swizzle,
-            sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_NONE,
-            sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
-    };
-    assert_eq!(code, CUresult::CUDA_SUCCESS);
-    Map(out)
-}
-
-use sys::CUtensorMapSwizzle::{
-    CU_TENSOR_MAP_SWIZZLE_32B as SWIZZLE_32, CU_TENSOR_MAP_SWIZZLE_64B as SWIZZLE_64,
-    CU_TENSOR_MAP_SWIZZLE_128B as SWIZZLE_128, CU_TENSOR_MAP_SWIZZLE_NONE as SWIZZLE_NONE,
-};
 
 /// Launches one of the file's GEMM kernels; gives the product if it ends well.
 fn gemm(stream: &Arc<CudaStream>, name: &str) -> Result<(), cudarc::driver::DriverError> {

@@ -123,6 +123,8 @@ impl Device {
             97 => self.shared_opt_in,
             106 => self.blocks_per_sm,
             111 => 1 << 10,
+            // Cluster launches.
+            120 => u32::from(self.major >= 9),
             // Memory pools: cuMemAllocAsync works.
             115 => 1,
             _ => 0,

@@ -5,10 +5,18 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use super::device::MAX_THREADS;
 use super::error::{CuResult, INVALID_VALUE, SUCCESS};
+use super::kernels::{
+    Kernel, LaunchConfig, PORTABLE_CLUSTER, check, shape_of, with_required_cluster,
+};
 use super::{Handle, call, driver, put};
+use crate::sanitize::shared::MAX_CLUSTER;
 
 /// `CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`.
 const MAX_DYNAMIC_SHARED: c_int = 8;
+/// `CU_FUNC_ATTRIBUTE_REQUIRED_CLUSTER_WIDTH`; height and depth follow.
+const REQUIRED_CLUSTER: c_int = 11;
+/// `CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED`.
+const NON_PORTABLE_CLUSTER: c_int = 14;
 
 /// # Safety
 /// `value` is null or writable.
@@ -27,6 +35,11 @@ pub unsafe extern "C" fn cuFuncGetAttribute(
                 .max_threads
                 .map_or(MAX_THREADS, |t| t.iter().map(|&n| n.max(1)).product()),
             1 => f.shared_size,
+            REQUIRED_CLUSTER..=13 => {
+                let axis = (attribute - REQUIRED_CLUSTER) as usize;
+                f.cluster.map_or(0, |cluster| cluster[axis])
+            }
+            NON_PORTABLE_CLUSTER => u32::from(kernel.any_cluster_size.load(Relaxed)),
             2 | 7 | 9..=16 => 0,
             3 => f.local_size,
             // Registers are the assembler's choice; PTX does not tell.
@@ -50,7 +63,12 @@ pub extern "C" fn cuFuncSetAttribute(function: Handle, attribute: c_int, value: 
                 let bytes = u32::try_from(value).map_err(|_| INVALID_VALUE)?;
                 Ok(kernel.set_dynamic_shared(bytes)?)
             }
-            // Carve-out preference and cluster attributes are hints here.
+            NON_PORTABLE_CLUSTER => {
+                kernel.any_cluster_size.store(value != 0, Relaxed);
+                Ok(())
+            }
+            // Carve-out preference and scheduling policy are hints here; a launch gives its
+            // cluster size itself.
             9..=16 => Ok(()),
             _ => Err(INVALID_VALUE.into()),
         }
@@ -63,7 +81,16 @@ pub extern "C" fn cuFuncSetCacheConfig(function: Handle, _config: c_int) -> CuRe
 }
 
 /// Blocks of a kernel that fit on an SM, as far as threads and shared memory decide.
-///
+pub fn blocks_per_sm(kernel: &Kernel, threads: u32, dynamic_shared: usize) -> u32 {
+    let device = &driver().device;
+    let by_threads = device.threads_per_sm / threads.max(1).next_multiple_of(32);
+    // A block also costs 1 KiB the system keeps.
+    let dynamic = u32::try_from(dynamic_shared).unwrap_or(u32::MAX);
+    let shared = kernel.function().shared_bytes(dynamic).saturating_add(1024);
+    let by_shared = device.shared_per_sm / shared;
+    by_threads.min(by_shared).min(device.blocks_per_sm)
+}
+
 /// # Safety
 /// `blocks` is null or writable.
 #[unsafe(no_mangle)]
@@ -75,18 +102,69 @@ pub unsafe extern "C" fn cuOccupancyMaxActiveBlocksPerMultiprocessor(
 ) -> CuResult {
     call(|| {
         let kernel = driver().functions.get(function)?;
-        let device = &driver().device;
         let threads = u32::try_from(block_size)
             .ok()
             .filter(|&t| t > 0)
             .ok_or(INVALID_VALUE)?;
-        let by_threads = device.threads_per_sm / threads.next_multiple_of(32);
-        // A block also costs 1 KiB the system keeps.
-        let shared = kernel.function().dynamic_shared as usize + dynamic_shared + 1024;
-        let by_shared = (device.shared_per_sm as usize / shared) as u32;
-        let fit = by_threads.min(by_shared).min(device.blocks_per_sm);
+        let fit = blocks_per_sm(&kernel, threads, dynamic_shared);
         // SAFETY: the caller's promise.
         unsafe { put(blocks, fit as c_int) }
+    })
+}
+
+/// Clusters of a launch that run at once. SMs are taken to be free to form any cluster, so a
+/// GPU, whose clusters lie within its processing clusters, may run fewer.
+///
+/// # Safety
+/// `clusters` is null or writable; `config` is null or valid with its attributes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuOccupancyMaxActiveClusters(
+    clusters: *mut c_int,
+    function: Handle,
+    config: *const LaunchConfig,
+) -> CuResult {
+    call(|| {
+        let kernel = driver().functions.get(function)?;
+        // SAFETY: the caller's promise.
+        let Some((shape, _)) = (unsafe { shape_of(config)? }) else {
+            return Err(INVALID_VALUE.into());
+        };
+        let shape = with_required_cluster(&kernel, shape);
+        check(&kernel, &shape)?;
+        let threads = shape.block.iter().product();
+        let blocks = blocks_per_sm(&kernel, threads, shape.dynamic_shared as usize);
+        let size: u32 = shape.cluster.iter().product();
+        let fit = blocks * driver().device.sm_count / size;
+        // SAFETY: the caller's promise.
+        unsafe { put(clusters, fit as c_int) }
+    })
+}
+
+/// The largest cluster a kernel may be launched with.
+///
+/// # Safety
+/// As for [`cuOccupancyMaxActiveClusters`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuOccupancyMaxPotentialClusterSize(
+    size: *mut c_int,
+    function: Handle,
+    config: *const LaunchConfig,
+) -> CuResult {
+    call(|| {
+        let kernel = driver().functions.get(function)?;
+        // SAFETY: the caller's promise.
+        let Some((shape, _)) = (unsafe { shape_of(config)? }) else {
+            return Err(INVALID_VALUE.into());
+        };
+        let threads = shape.block.iter().product();
+        let most = match blocks_per_sm(&kernel, threads, shape.dynamic_shared as usize) {
+            _ if driver().device.major < 9 => 1,
+            0 => 0,
+            _ if kernel.any_cluster_size.load(Relaxed) => MAX_CLUSTER as u64,
+            _ => PORTABLE_CLUSTER,
+        };
+        // SAFETY: the caller's promise.
+        unsafe { put(size, most as c_int) }
     })
 }
 

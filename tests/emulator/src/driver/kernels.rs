@@ -2,12 +2,14 @@
 
 use std::ffi::{c_uint, c_void};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use std::time::Instant;
 
 use super::context::require_context;
 use super::device::{MAX_BLOCK, MAX_GRID, MAX_THREADS, SHARED_DEFAULT};
-use super::error::{CuResult, INVALID_VALUE, LAUNCH_OUT_OF_RESOURCES, NOT_SUPPORTED};
+use super::error::{
+    CuResult, INVALID_CLUSTER_SIZE, INVALID_VALUE, LAUNCH_OUT_OF_RESOURCES, NOT_SUPPORTED,
+};
 use super::graphs::Work;
 use super::modules::Module;
 use super::streams::submit;
@@ -15,6 +17,10 @@ use super::{CuResultError, Handle, Outcome, call, driver};
 use crate::machine::launch::Launch;
 use crate::ptx::program::Function;
 use crate::sanitize::global::LaunchState;
+use crate::sanitize::shared::MAX_CLUSTER;
+
+/// Blocks that a cluster may have without `CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED`.
+pub const PORTABLE_CLUSTER: u64 = 8;
 
 /// A kernel handle.
 pub struct Kernel {
@@ -23,6 +29,8 @@ pub struct Kernel {
     index: usize,
     /// Dynamic shared memory it may be launched with.
     pub max_dynamic_shared: AtomicU32,
+    /// Clusters larger than every device of an architecture can run are allowed.
+    pub any_cluster_size: AtomicBool,
 }
 
 impl Kernel {
@@ -33,6 +41,7 @@ impl Kernel {
             module,
             index,
             max_dynamic_shared,
+            any_cluster_size: AtomicBool::new(false),
         }
     }
 
@@ -81,7 +90,7 @@ pub struct Prepared {
 }
 
 /// Checks dimensions as the driver does.
-fn check(kernel: &Kernel, shape: &Shape) -> Result<(), CuResult> {
+pub fn check(kernel: &Kernel, shape: &Shape) -> Result<(), CuResult> {
     let inside =
         |size: [u32; 3], most: [u32; 3]| size.iter().zip(most).all(|(&s, m)| s >= 1 && s <= m);
     if !inside(shape.grid, MAX_GRID) || !inside(shape.block, MAX_BLOCK) {
@@ -98,12 +107,29 @@ fn check(kernel: &Kernel, shape: &Shape) -> Result<(), CuResult> {
             return Err(LAUNCH_OUT_OF_RESOURCES);
         }
     }
-    let cluster: u32 = shape.cluster.iter().product();
-    if cluster > 1 {
-        // Blocks of a cluster would have to run together; only clusters of one block do.
-        return Err(NOT_SUPPORTED);
+    check_cluster(kernel, shape)
+}
+
+/// Checks the cluster of a launch; one block is always fine.
+fn check_cluster(kernel: &Kernel, shape: &Shape) -> Result<(), CuResult> {
+    let size = shape.cluster.iter().map(|&c| u64::from(c)).product::<u64>();
+    if size == 1 {
+        return Ok(());
     }
-    Ok(())
+    let most = match kernel.any_cluster_size.load(Relaxed) {
+        true => MAX_CLUSTER as u64,
+        false => PORTABLE_CLUSTER,
+    };
+    let required = kernel.function().cluster;
+    if driver().device.major < 9 || size > most || required.is_some_and(|r| r != shape.cluster) {
+        return Err(INVALID_CLUSTER_SIZE);
+    }
+    let mut sizes = shape.grid.iter().zip(shape.cluster);
+    if sizes.all(|(&grid, cluster)| grid.is_multiple_of(cluster)) {
+        Ok(())
+    } else {
+        Err(INVALID_VALUE)
+    }
 }
 
 /// Copies the parameters: each pointer leads to as many bytes as the kernel declares.
@@ -148,7 +174,7 @@ impl Prepared {
             block_dim: self.shape.block,
             cluster: self.shape.cluster,
             dynamic_shared: self.shape.dynamic_shared,
-            shared_bytes: function.dynamic_shared + self.shape.dynamic_shared,
+            shared_bytes: function.shared_bytes(self.shape.dynamic_shared),
             params: self.params.clone(),
             view,
             races: LaunchState::new(epoch, blocks),
@@ -171,21 +197,27 @@ impl Prepared {
     }
 }
 
+/// The shape with the cluster that the kernel was compiled for, if the launch gives none.
+pub fn with_required_cluster(kernel: &Kernel, shape: Shape) -> Shape {
+    match kernel.function().cluster {
+        Some(cluster) if shape.cluster == [1; 3] => Shape { cluster, ..shape },
+        _ => shape,
+    }
+}
+
 /// Checks and submits a launch.
 ///
 /// # Safety
 /// As for [`gather`].
 unsafe fn launch(
     function: Handle,
-    mut shape: Shape,
+    shape: Shape,
     stream: Handle,
     params: *const *const c_void,
 ) -> Outcome {
     require_context()?;
     let kernel = driver().functions.get(function)?;
-    if let Some(fixed) = kernel.function().cluster {
-        shape.cluster = fixed;
-    }
+    let shape = with_required_cluster(&kernel, shape);
     check(&kernel, &shape)?;
     // SAFETY: the caller's promise.
     let params = unsafe { gather(kernel.function(), params)? };
@@ -253,6 +285,40 @@ pub struct LaunchConfig {
 const CLUSTER_DIMENSION: i32 = 4;
 const COOPERATIVE: i32 = 2;
 
+/// Dimensions and stream of a launch configuration; None if it is null.
+///
+/// # Errors
+/// Attributes that are not supported.
+///
+/// # Safety
+/// `config` is null or valid with its attributes.
+pub unsafe fn shape_of(config: *const LaunchConfig) -> Result<Option<(Shape, Handle)>, CuResult> {
+    // SAFETY: the caller's promise.
+    let Some(config) = (unsafe { config.as_ref() }) else {
+        return Ok(None);
+    };
+    let mut cluster = [1; 3];
+    for i in 0..config.attribute_count as usize {
+        // SAFETY: the configuration says how many attributes there are.
+        let attribute = unsafe { &*config.attributes.add(i) };
+        match attribute.id {
+            CLUSTER_DIMENSION => {
+                cluster =
+                    [attribute.value[0], attribute.value[1], attribute.value[2]].map(|c| c.max(1))
+            }
+            COOPERATIVE if attribute.value[0] != 0 => return Err(NOT_SUPPORTED),
+            _ => {}
+        }
+    }
+    let shape = Shape {
+        grid: config.grid,
+        block: config.block,
+        cluster,
+        dynamic_shared: config.dynamic_shared,
+    };
+    Ok(Some((shape, config.stream)))
+}
+
 /// # Safety
 /// `config` is null or valid with its attributes; `params` as for [`cuLaunchKernel`].
 #[unsafe(no_mangle)]
@@ -263,33 +329,14 @@ pub unsafe extern "C" fn cuLaunchKernelEx(
     extra: *const *const c_void,
 ) -> CuResult {
     call(|| {
-        // SAFETY: the caller's promise.
-        let Some(config) = (unsafe { config.as_ref() }) else {
-            return Err(INVALID_VALUE.into());
-        };
         if !extra.is_null() {
             return Err(NOT_SUPPORTED.into());
         }
-        let mut cluster = [1; 3];
-        for i in 0..config.attribute_count as usize {
-            // SAFETY: the configuration says how many attributes there are.
-            let attribute = unsafe { &*config.attributes.add(i) };
-            match attribute.id {
-                CLUSTER_DIMENSION => {
-                    cluster = [attribute.value[0], attribute.value[1], attribute.value[2]]
-                        .map(|c| c.max(1))
-                }
-                COOPERATIVE if attribute.value[0] != 0 => return Err(NOT_SUPPORTED.into()),
-                _ => {}
-            }
-        }
-        let shape = Shape {
-            grid: config.grid,
-            block: config.block,
-            cluster,
-            dynamic_shared: config.dynamic_shared,
+        // SAFETY: the caller's promise.
+        let Some((shape, stream)) = (unsafe { shape_of(config)? }) else {
+            return Err(INVALID_VALUE.into());
         };
         // SAFETY: the caller's promise.
-        unsafe { launch(function, shape, config.stream, params) }
+        unsafe { launch(function, shape, stream, params) }
     })
 }

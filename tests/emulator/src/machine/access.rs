@@ -6,7 +6,7 @@ use super::registers::LANES;
 use super::warp::Warp;
 use crate::ptx::ast::Space;
 use crate::ptx::ops::Access;
-use crate::ptx::program::{WINDOW_MASK, WINDOW_SHIFT};
+use crate::ptx::program::{CLUSTER_SHIFT, WINDOW_MASK, WINDOW_SHIFT};
 use crate::sanitize::global::Touch;
 use crate::sanitize::{Checked, Fault, Kind, shared};
 
@@ -14,8 +14,9 @@ use crate::sanitize::{Checked, Fault, Kind, shared};
 type Elements = [[u64; LANES]; 4];
 
 /// The space a generic address lies in.
-fn window_space(address: u64) -> Space {
+pub fn window_space(address: u64) -> Space {
     match address >> WINDOW_SHIFT {
+        1 if address >> CLUSTER_SHIFT & 0xff != 0 => Space::Cluster,
         1 => Space::Shared,
         2 => Space::Local,
         3 => Space::Param,
@@ -24,10 +25,11 @@ fn window_space(address: u64) -> Space {
 }
 
 /// Splits an access by the spaces its lanes' addresses lie in; most have one.
-fn split(space: Space, addresses: &[u64; LANES], exec: u32) -> [(Space, u32); 4] {
+fn split(space: Space, addresses: &[u64; LANES], exec: u32) -> [(Space, u32); 5] {
     let mut out = [
         (Space::Global, 0),
         (Space::Shared, 0),
+        (Space::Cluster, 0),
         (Space::Local, 0),
         (Space::Param, 0),
     ];
@@ -114,6 +116,22 @@ impl Warp {
                         value[lane] = ctx.shared_read(at + n * size as usize, size as usize);
                     }
                 }
+            }
+            Space::Cluster => {
+                let touch = if access.strong {
+                    shared::Touch::Atomic
+                } else {
+                    shared::Touch::Read
+                };
+                for lane in lanes(mask) {
+                    let place = ctx.place(addresses[lane], lane)?;
+                    let at = ctx.visit(place, total, total, touch, self.index, lane)?;
+                    let memory = ctx.memory_of(place.rank);
+                    for (n, value) in values.iter_mut().enumerate().take(count) {
+                        value[lane] = memory.read(at + n * size as usize, size as usize);
+                    }
+                }
+                ctx.counters.remote_access(total, mask);
             }
             Space::Local => {
                 for lane in lanes(mask) {
@@ -206,7 +224,7 @@ impl Warp {
                 };
                 for lane in lanes(mask) {
                     if touch == shared::Touch::Atomic {
-                        ctx.shared_shadow_define(addresses[lane] & WINDOW_MASK, total);
+                        ctx.shared_define(addresses[lane] & WINDOW_MASK, total);
                     }
                     let at =
                         ctx.shared_range(addresses[lane], total, total, touch, self.index, lane)?;
@@ -214,6 +232,26 @@ impl Warp {
                         ctx.shared_write(at + n * size as usize, size as usize, value[lane]);
                     }
                 }
+                check_collisions(addresses, total, mask, &values[..count])?;
+            }
+            Space::Cluster => {
+                let touch = if access.strong {
+                    shared::Touch::Atomic
+                } else {
+                    shared::Touch::Write
+                };
+                for lane in lanes(mask) {
+                    let place = ctx.place(addresses[lane], lane)?;
+                    if touch == shared::Touch::Atomic {
+                        ctx.define_place(place, total);
+                    }
+                    let at = ctx.visit(place, total, total, touch, self.index, lane)?;
+                    let memory = ctx.memory_of(place.rank);
+                    for (n, value) in values.iter().enumerate().take(count) {
+                        memory.write(at + n * size as usize, size as usize, value[lane]);
+                    }
+                }
+                ctx.counters.remote_access(total, mask);
                 check_collisions(addresses, total, mask, &values[..count])?;
             }
             Space::Local => {
@@ -310,7 +348,8 @@ impl Warp {
             Space::Local => self.local_read(address & WINDOW_MASK, size, lane).ok(),
             Space::Shared => {
                 let at = (address & WINDOW_MASK) as usize;
-                (at + size as usize <= ctx.shared.len()).then(|| ctx.shared_read(at, size as usize))
+                (at + size as usize <= ctx.memory.bytes.len())
+                    .then(|| ctx.shared_read(at, size as usize))
             }
             Space::Param => ctx.launch.param(address & WINDOW_MASK, size, lane).ok(),
             _ => {

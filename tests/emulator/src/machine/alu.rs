@@ -7,7 +7,9 @@ use super::registers::{LANES, Registers, map1, map2};
 use crate::ptx::ast::{Space, Type};
 use crate::ptx::lower::window;
 use crate::ptx::ops::{AnyReg, BoolOp, CompareType, Comparison, FloatType, IntType, Op, Reg};
-use crate::ptx::program::{FUNCTION_WINDOW, WINDOW_MASK, WINDOW_SHIFT};
+use crate::ptx::program::{
+    CLUSTER_SHIFT, FUNCTION_WINDOW, SHARED_WINDOW, WINDOW_MASK, WINDOW_SHIFT,
+};
 
 /// Executes a register op on the lanes of `exec`; false if the op is not one.
 pub type Alu = fn(&Op, &mut Registers, u32) -> bool;
@@ -145,6 +147,7 @@ fn rare(op: &Op, r: &mut Registers, exec: u32) -> bool {
             let addresses = *r.read64(*a);
             let holds = |address: u64| match space {
                 Space::Global | Space::Const | Space::Generic => address >> WINDOW_SHIFT == 0,
+                Space::Shared => address >> CLUSTER_SHIFT == SHARED_WINDOW >> CLUSTER_SHIFT,
                 other => address >> WINDOW_SHIFT == window(*other) >> WINDOW_SHIFT,
             };
             let mask = addresses

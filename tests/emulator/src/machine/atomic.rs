@@ -2,6 +2,7 @@
 
 use half::{bf16, f16};
 
+use super::access::window_space;
 use super::block::Context;
 use super::checks::lanes;
 use super::registers::LANES;
@@ -22,10 +23,20 @@ impl Warp {
         let mut out = [0; LANES];
         for lane in lanes(exec) {
             let address = addresses[lane];
-            let is_shared = a.space == Space::Shared
-                || a.space == Space::Generic && address >> WINDOW_SHIFT == 1;
+            let space = match a.space {
+                Space::Generic => window_space(address),
+                other => other,
+            };
             let f = |old: u64| apply(a.op, a.ty, old, b[lane], c[lane]);
-            if is_shared {
+            if space == Space::Cluster {
+                let place = ctx.place(address, lane)?;
+                let at = ctx.visit(place, len, len, shared::Touch::Atomic, self.index, lane)?;
+                let memory = ctx.memory_of(place.rank);
+                out[lane] = memory.read(at, len as usize);
+                memory.write(at, len as usize, f(out[lane]));
+                ctx.counters.shared_atomics += 1;
+                ctx.counters.remote_access(len, 1 << lane);
+            } else if space == Space::Shared {
                 let at =
                     ctx.shared_range(address, len, len, shared::Touch::Atomic, self.index, lane)?;
                 out[lane] = ctx.shared_read(at, len as usize);

@@ -1,12 +1,11 @@
-//! A block: its warps, shared memory and barriers, run to completion on one thread.
+//! A block: its warps, shared memory and barriers.
 
 use super::launch::Launch;
+use super::shared::SharedMemory;
 use super::warp::{Stop, Warp};
-use crate::bulk_copy::Pending;
 use crate::counters::Counters;
-use crate::mbarrier::Mbarriers;
 use crate::ptx::ops::{BarrierKind, Op};
-use crate::sanitize::shared::{MAX_WARPS, Shadow};
+use crate::sanitize::shared::{ACTORS, Clocks, MAX_WARPS, Times, raise};
 use crate::sanitize::{Fault, Finding, Kind};
 
 /// Instructions a warp runs before others get a turn.
@@ -16,8 +15,6 @@ const SLICE: u32 = 1 << 14;
 const CLUSTER_BARRIER: u32 = 16;
 const WARPGROUP_BARRIERS: u32 = 17;
 const BARRIERS: usize = WARPGROUP_BARRIERS as usize + MAX_WARPS / 4;
-/// Rounds in which all warps poll in vain before the block counts as stuck.
-const MAX_IDLE_ROUNDS: u32 = 10_000;
 
 /// What warps of a block share, and where they are.
 #[derive(Debug)]
@@ -28,27 +25,17 @@ pub struct Context<'p> {
     pub coordinates: [u32; 3],
     /// Rank of the block in its cluster.
     pub rank: u32,
-    pub shared: Vec<u8>,
-    pub shared_shadow: Shadow,
+    pub memory: SharedMemory,
+    /// Shared memory of the other blocks of the cluster, by rank, while this block has its turn.
+    pub peers: Vec<SharedMemory>,
+    pub clocks: Clocks,
     pub counters: Counters,
     /// Allocation the last global access hit.
     pub cached: usize,
     /// The block has executed a global atomic.
     pub acquired: bool,
-    /// Barrier objects in shared memory, and bulk copies that report to them.
-    pub mbarriers: Mbarriers,
-    pub bulk: Vec<Pending>,
     /// Events that may let a polling warp go on.
     pub progress: u64,
-}
-
-impl Context<'_> {
-    /// Marks shared bytes as defined, if they exist.
-    pub fn shared_shadow_define(&mut self, offset: u64, len: u64) {
-        if offset + len <= self.shared.len() as u64 {
-            self.shared_shadow.mark_defined(offset as u32, len as u32);
-        }
-    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,8 +45,18 @@ enum State {
     Done,
 }
 
+/// Where a warp is with the cluster's barrier.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum ClusterState {
+    Away,
+    /// Has arrived; it may wait already.
+    Arrived,
+    /// Everybody has arrived; the warp has not waited yet.
+    Complete,
+}
+
 /// One of the 16 named barriers, or one of those the machine has for itself.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 struct Barrier {
     /// Warps that arrived since it last completed, and those of them that wait.
     arrived: u32,
@@ -67,11 +64,21 @@ struct Barrier {
     /// Threads to arrive, when the instruction says.
     threads: Option<u32>,
     /// What the arrived warps know of the others.
-    known: [u32; MAX_WARPS],
+    known: Times,
     popc: u32,
     all: bool,
     any: bool,
 }
+
+const EMPTY: Barrier = Barrier {
+    arrived: 0,
+    waiting: 0,
+    threads: None,
+    known: [0; ACTORS],
+    popc: 0,
+    all: true,
+    any: false,
+};
 
 /// A running block.
 #[derive(Debug)]
@@ -80,16 +87,13 @@ pub struct Block<'p> {
     warps: Vec<Warp>,
     states: Vec<State>,
     barriers: [Barrier; BARRIERS],
-    idle_rounds: u32,
+    cluster: Vec<ClusterState>,
+    /// What the arrivals at the cluster's barrier knew, and what those of its last complete
+    /// phase did.
+    cluster_known: Times,
+    cluster_released: Times,
     steps: u64,
     random: Option<u64>,
-}
-
-/// How far a block is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Progress {
-    Running,
-    Finished,
 }
 
 impl<'p> Block<'p> {
@@ -99,13 +103,12 @@ impl<'p> Block<'p> {
             block: 0,
             coordinates: [0; 3],
             rank: 0,
-            shared: Vec::new(),
-            shared_shadow: Shadow::default(),
+            memory: SharedMemory::default(),
+            peers: Vec::new(),
+            clocks: Clocks::default(),
             counters: Counters::default(),
             cached: 0,
             acquired: false,
-            mbarriers: Mbarriers::default(),
-            bulk: Vec::new(),
             progress: 0,
         };
         let warps = launch.warps_per_block() as usize;
@@ -113,34 +116,33 @@ impl<'p> Block<'p> {
             ctx,
             warps: (0..warps).map(|_| Warp::new()).collect(),
             states: vec![State::Ready; warps],
-            barriers: [Barrier::default(); BARRIERS],
-            idle_rounds: 0,
+            barriers: [EMPTY; BARRIERS],
+            cluster: vec![ClusterState::Away; warps],
+            cluster_known: [0; ACTORS],
+            cluster_released: [0; ACTORS],
             steps: 0,
             random: None,
         }
     }
 
-    /// Starts the block with this linear index.
-    pub fn start(&mut self, index: u64) {
+    /// Starts the block at these coordinates of the grid, with its rank in the cluster.
+    pub fn start(&mut self, coordinates: [u32; 3], rank: u32) {
         let launch = self.ctx.launch;
         let [gx, gy, _] = launch.grid.map(u64::from);
-        self.ctx.block = index;
-        self.ctx.coordinates = [
-            (index % gx) as u32,
-            (index / gx % gy) as u32,
-            (index / gx / gy) as u32,
-        ];
-        self.ctx.shared.clear();
-        // A pattern that stands out where a fault slips through.
-        self.ctx.shared.resize(launch.shared_bytes as usize, 0xcd);
-        self.ctx.shared_shadow.reset(launch.shared_bytes as usize);
+        let [x, y, z] = coordinates.map(u64::from);
+        self.ctx.block = x + gx * (y + gy * z);
+        (self.ctx.coordinates, self.ctx.rank) = (coordinates, rank);
+        self.ctx.memory.reset(launch.shared_bytes as usize);
+        self.ctx.clocks.reset(rank);
         self.ctx.acquired = false;
-        self.ctx.mbarriers.clear();
-        self.ctx.bulk.clear();
         self.ctx.counters.blocks += 1;
-        self.barriers = [Barrier::default(); BARRIERS];
-        (self.idle_rounds, self.steps) = (0, 0);
-        self.random = launch.schedule.map(|seed| splitmix(seed ^ splitmix(index)));
+        self.barriers = [EMPTY; BARRIERS];
+        self.cluster.fill(ClusterState::Away);
+        self.cluster_known = [0; ACTORS];
+        self.cluster_released = [0; ACTORS];
+        self.steps = 0;
+        let random = |seed: u64| splitmix(seed ^ splitmix(self.ctx.block));
+        self.random = launch.schedule.map(random);
         let threads: u32 = launch.block_dim.iter().product();
         for (i, warp) in self.warps.iter_mut().enumerate() {
             let lanes = (threads - 32 * i as u32).min(32);
@@ -149,11 +151,11 @@ impl<'p> Block<'p> {
         }
     }
 
-    /// Gives every ready warp a turn.
+    /// Gives every ready warp a turn; false if all of them polled in vain.
     ///
     /// # Errors
     /// The first finding.
-    pub fn round(&mut self) -> Result<Progress, Box<Finding>> {
+    pub fn turn(&mut self) -> Result<bool, Box<Finding>> {
         let before = (self.ctx.progress, self.states.clone());
         let instructions = self.ctx.counters.warp_instructions;
         let mut polled = true;
@@ -168,26 +170,53 @@ impl<'p> Block<'p> {
             polled &= stop == Stop::Poll;
             self.stopped(i, stop)?;
         }
-        if self.states.iter().all(|s| *s == State::Done) {
-            return Ok(Progress::Finished);
-        }
-        self.check_deadlock()?;
         self.steps += self.ctx.counters.warp_instructions - instructions;
-        let idle = polled && before == (self.ctx.progress, self.states.clone());
-        self.idle_rounds = if idle { self.idle_rounds + 1 } else { 0 };
-        if self.idle_rounds > MAX_IDLE_ROUNDS || self.steps > self.ctx.launch.step_limit {
-            let i = self
-                .states
-                .iter()
-                .position(|s| *s == State::Ready)
-                .unwrap_or(0);
-            let message = format!(
-                "the block made no end after {} warp instructions",
-                self.steps
-            );
-            return Err(self.finding(i, *Fault::new(Kind::Timeout, None, message)));
+        if self.steps > self.ctx.launch.step_limit {
+            return Err(self.timeout());
         }
-        Ok(Progress::Running)
+        if self.finished() {
+            self.leave()?;
+        }
+        Ok(!(polled && before == (self.ctx.progress, self.states.clone())))
+    }
+
+    /// All warps have exited.
+    pub fn finished(&self) -> bool {
+        self.states.iter().all(|s| *s == State::Done)
+    }
+
+    /// Some warp can run.
+    pub fn ready(&self) -> bool {
+        self.states.contains(&State::Ready)
+    }
+
+    /// The finding of a block that makes no end.
+    pub fn timeout(&self) -> Box<Finding> {
+        let ready = self.states.iter().position(|s| *s == State::Ready);
+        let message = format!(
+            "the block made no end after {} warp instructions",
+            self.steps
+        );
+        self.finding(
+            ready.unwrap_or(0),
+            *Fault::new(Kind::Timeout, None, message),
+        )
+    }
+
+    /// The block's last warp has exited: nobody may use its shared memory any more, nor may
+    /// anybody have used it without the block knowing.
+    fn leave(&mut self) -> Result<(), Box<Finding>> {
+        self.ctx.memory.exited = true;
+        let unknown = (0u32..)
+            .zip(self.ctx.memory.visits)
+            .find(|&(rank, time)| time > 0 && !self.ctx.clocks.knows(rank, time));
+        let Some((rank, _)) = unknown else {
+            return Ok(());
+        };
+        let message = format!(
+            "the block exits and has not waited for block {rank} of the cluster, which uses its shared memory"
+        );
+        Err(self.finding(0, *Fault::new(Kind::ClusterExit, None, message)))
     }
 
     /// Order of the warps in this round.
@@ -224,13 +253,77 @@ impl<'p> Block<'p> {
                 let id = WARPGROUP_BARRIERS + i as u32 / 4;
                 return self.arrive(i, BarrierKind::Sync, id, Some(128));
             }
-            Stop::ClusterArrive => {}
-            // Clusters have one block: waiting for the cluster is waiting for its warps.
-            Stop::ClusterWait => {
-                return self.arrive(i, BarrierKind::Sync, CLUSTER_BARRIER, None);
+            Stop::ClusterArrive { relaxed } => return self.arrive_cluster(i, relaxed),
+            Stop::ClusterWait => return self.wait_cluster(i),
+        }
+        Ok(())
+    }
+
+    fn arrive_cluster(&mut self, i: usize, relaxed: bool) -> Result<(), Box<Finding>> {
+        self.ctx.progress += 1;
+        if self.cluster[i] != ClusterState::Away {
+            let message = format!("warp {i} arrives twice at the cluster's barrier");
+            return Err(self.finding_at_barrier(i, message));
+        }
+        self.cluster[i] = ClusterState::Arrived;
+        if !relaxed {
+            let times = self.ctx.clocks.release(i as u32);
+            raise(&mut self.cluster_known, &times);
+        }
+        Ok(())
+    }
+
+    fn wait_cluster(&mut self, i: usize) -> Result<(), Box<Finding>> {
+        match self.cluster[i] {
+            ClusterState::Arrived => self.states[i] = State::Waiting(CLUSTER_BARRIER),
+            ClusterState::Complete => self.pass_cluster(i),
+            ClusterState::Away => {
+                let message =
+                    format!("warp {i} waits at the cluster's barrier and has not arrived");
+                return Err(self.finding_at_barrier(i, message));
             }
         }
         Ok(())
+    }
+
+    fn pass_cluster(&mut self, i: usize) {
+        self.ctx.progress += 1;
+        self.cluster[i] = ClusterState::Away;
+        self.states[i] = State::Ready;
+        self.ctx.clocks.acquire(i as u32, &self.cluster_released);
+    }
+
+    /// Whether all warps that have not exited have arrived at the cluster's barrier.
+    pub fn all_arrived(&self) -> bool {
+        let mut warps = self.states.iter().zip(&self.cluster);
+        warps.all(|(s, c)| *s == State::Done || *c == ClusterState::Arrived)
+    }
+
+    /// What the arrivals at the cluster's barrier know, as the block with this rank understands it.
+    pub fn cluster_known(&self, rank: u32) -> Times {
+        if rank == self.ctx.rank {
+            self.cluster_known
+        } else {
+            self.ctx.clocks.translate(&self.cluster_known, rank)
+        }
+    }
+
+    /// What all arrivals at the cluster's barrier knew, for those that wait.
+    pub fn release_cluster(&mut self, known: Times) {
+        self.cluster_released = known;
+    }
+
+    /// Completes the cluster's barrier.
+    pub fn complete_cluster(&mut self) {
+        self.cluster_known = [0; ACTORS];
+        for i in 0..self.warps.len() {
+            if self.cluster[i] == ClusterState::Arrived {
+                self.cluster[i] = ClusterState::Complete;
+                if self.states[i] == State::Waiting(CLUSTER_BARRIER) {
+                    self.pass_cluster(i);
+                }
+            }
+        }
     }
 
     fn arrive(
@@ -241,15 +334,11 @@ impl<'p> Block<'p> {
         threads: Option<u32>,
     ) -> Result<(), Box<Finding>> {
         self.ctx.progress += 1;
-        let known = self.ctx.shared_shadow.release(i as u32);
+        let known = self.ctx.clocks.release(i as u32);
         let warp = &self.warps[i];
         let barrier = &mut self.barriers[id as usize];
         if barrier.arrived == 0 {
-            *barrier = Barrier {
-                threads,
-                all: true,
-                ..Barrier::default()
-            };
+            *barrier = Barrier { threads, ..EMPTY };
         }
         let message = if barrier.threads != threads {
             Some(format!(
@@ -262,12 +351,10 @@ impl<'p> Block<'p> {
             None
         };
         if let Some(message) = message {
-            return Err(self.finding(i, *Fault::new(Kind::Barrier, None, message)));
+            return Err(self.finding_at_barrier(i, message));
         }
         barrier.arrived |= 1 << i;
-        for (all, mine) in barrier.known.iter_mut().zip(known) {
-            *all = (*all).max(mine);
-        }
+        raise(&mut barrier.known, &known);
         match kind {
             BarrierKind::Popc { p, negated, .. }
             | BarrierKind::And { p, negated, .. }
@@ -302,10 +389,10 @@ impl<'p> Block<'p> {
         }
         for i in (0..self.warps.len()).filter(|i| barrier.waiting >> i & 1 == 1) {
             self.states[i] = State::Ready;
-            self.ctx.shared_shadow.acquire(i as u32, &barrier.known);
+            self.ctx.clocks.acquire(i as u32, &barrier.known);
             self.write_reduction(i, &barrier);
         }
-        self.barriers[id as usize] = Barrier::default();
+        self.barriers[id as usize] = EMPTY;
     }
 
     /// Result of `bar.red` for a warp that is one instruction past it.
@@ -324,40 +411,52 @@ impl<'p> Block<'p> {
         }
     }
 
-    /// Fails if no warp can run any more.
-    fn check_deadlock(&self) -> Result<(), Box<Finding>> {
-        if self.states.contains(&State::Ready) {
-            return Ok(());
-        }
-        let Some((i, id)) = self.states.iter().enumerate().find_map(|(i, s)| match s {
+    /// The finding of a block none of whose warps can run; None if none waits.
+    pub fn deadlock(&self) -> Option<Box<Finding>> {
+        let (i, id) = self.states.iter().enumerate().find_map(|(i, s)| match s {
             State::Waiting(id) => Some((i, *id)),
             _ => None,
-        }) else {
-            return Ok(());
-        };
-        let exited: u32 = self
-            .warps
-            .iter()
-            .map(|w| (w.full & !w.live).count_ones())
-            .sum();
-        let arrived: u32 = self.barriers[id as usize].arrived.count_ones() * 32;
-        let expected = self.barriers[id as usize]
-            .threads
-            .map_or("all threads".into(), |t| format!("{t} threads"));
+        })?;
         let name = barrier_name(id);
-        let message = format!(
-            "{name} waits for {expected}: {arrived} arrived, {exited} threads have exited, the rest wait elsewhere"
-        );
-        Err(self.finding(i, *Fault::new(Kind::Barrier, None, message)))
+        let message = if id == CLUSTER_BARRIER {
+            let warps = self.states.iter().zip(&self.cluster);
+            let missing = warps.filter(|(s, c)| **s != State::Done && **c == ClusterState::Away);
+            format!(
+                "{name} waits for all threads: {} warps of this block have not arrived, the others wait",
+                missing.count()
+            )
+        } else {
+            let exited: u32 = self
+                .warps
+                .iter()
+                .map(|w| (w.full & !w.live).count_ones())
+                .sum();
+            let arrived: u32 = self.barriers[id as usize].arrived.count_ones() * 32;
+            let expected = self.barriers[id as usize]
+                .threads
+                .map_or("all threads".into(), |t| format!("{t} threads"));
+            format!(
+                "{name} waits for {expected}: {arrived} arrived, {exited} threads have exited, the rest wait elsewhere"
+            )
+        };
+        Some(self.finding_at_barrier(i, message))
+    }
+
+    /// Completes a fault of warp `i` at a barrier, which it is one instruction past.
+    fn finding_at_barrier(&self, i: usize, message: String) -> Box<Finding> {
+        let fault = Fault::new(Kind::Barrier, None, message);
+        self.finding_at(i, *fault, true)
     }
 
     /// Completes a fault of warp `i` with its place.
     fn finding(&self, i: usize, fault: Fault) -> Box<Finding> {
+        self.finding_at(i, fault, false)
+    }
+
+    fn finding_at(&self, i: usize, fault: Fault, before: bool) -> Box<Finding> {
         let (warp, launch) = (&self.warps[i], self.ctx.launch);
         let program = launch.program;
-        // A warp that waits at a barrier is one instruction past it.
-        let waiting = matches!(self.states[i], State::Waiting(_));
-        let inst = warp.instruction_at(&self.ctx, waiting);
+        let inst = warp.instruction_at(&self.ctx, before);
         let function = &program.functions[warp.function()];
         let lane = fault.lane.unwrap_or_else(|| warp.first_lane());
         let thread = warp.index * 32 + lane;

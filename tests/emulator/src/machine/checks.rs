@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::block::Context;
 use super::memory::Allocation;
 use super::registers::LANES;
-use crate::ptx::program::WINDOW_MASK;
+use crate::ptx::program::{CLUSTER_SHIFT, WINDOW_MASK};
 use crate::sanitize::global::{Conflict, Touch, Toucher};
 use crate::sanitize::{Checked, Fault, Kind, shared};
 
@@ -226,15 +226,21 @@ impl<'p> Context<'p> {
                 lane,
             ));
         }
-        if offset + len > self.shared.len() as u64 {
-            let (name, size) = (shared_name(touch), self.shared.len());
-            let message = format!("shared {name} of {len} bytes at offset {offset} of {size}");
+        if offset + len > self.memory.bytes.len() as u64 {
+            let (name, size) = (shared_name(touch), self.memory.bytes.len());
+            let message = if offset >> CLUSTER_SHIFT == 0 {
+                format!("shared {name} of {len} bytes at offset {offset} of {size}")
+            } else {
+                format!("shared {name} with the address of another block's memory")
+            };
             return Err(Fault::new(Kind::OutOfBounds, lane as u32, message));
         }
-        match self
-            .shared_shadow
-            .touch(offset as u32, len as u32, touch, warp)
-        {
+        match self.memory.shadow.touch(
+            offset as u32,
+            len as u32,
+            touch,
+            &self.clocks.accessor(warp),
+        ) {
             Ok(()) => Ok(offset as usize),
             Err(conflict) => Err(shared_conflict(
                 conflict,
@@ -245,38 +251,9 @@ impl<'p> Context<'p> {
             )),
         }
     }
-
-    /// Little-endian value of 1, 2, 4 or 8 bytes in shared memory; the range was checked.
-    #[inline(always)]
-    pub fn shared_read(&self, offset: usize, len: usize) -> u64 {
-        match len {
-            1 => u64::from(self.shared[offset]),
-            2 => u64::from(u16::from_le_bytes(self.shared_array(offset))),
-            4 => u64::from(u32::from_le_bytes(self.shared_array(offset))),
-            _ => u64::from_le_bytes(self.shared_array(offset)),
-        }
-    }
-
-    #[inline(always)]
-    fn shared_array<const N: usize>(&self, offset: usize) -> [u8; N] {
-        let mut bytes = [0; N];
-        bytes.copy_from_slice(&self.shared[offset..offset + N]);
-        bytes
-    }
-
-    /// Stores the low 1, 2, 4 or 8 bytes of a value; the range was checked.
-    #[inline(always)]
-    pub fn shared_write(&mut self, offset: usize, len: usize, value: u64) {
-        match len {
-            1 => self.shared[offset] = value as u8,
-            2 => self.shared[offset..offset + 2].copy_from_slice(&(value as u16).to_le_bytes()),
-            4 => self.shared[offset..offset + 4].copy_from_slice(&(value as u32).to_le_bytes()),
-            _ => self.shared[offset..offset + 8].copy_from_slice(&value.to_le_bytes()),
-        }
-    }
 }
 
-fn shared_name(touch: shared::Touch) -> &'static str {
+pub fn shared_name(touch: shared::Touch) -> &'static str {
     match touch {
         shared::Touch::Read => "read",
         shared::Touch::Write => "write",
@@ -289,6 +266,14 @@ pub fn misaligned(space: &str, what: &str, address: u64, align: u64, lane: usize
     let message =
         format!("{space} {what} at {address:#x}, which is not a multiple of {align} bytes");
     Fault::new(Kind::Misaligned, lane as u32, message)
+}
+
+/// A warp of the block, or another block of the cluster.
+fn actor_name(actor: u32) -> String {
+    match actor.checked_sub(shared::MAX_WARPS as u32) {
+        None => format!("warp {actor}"),
+        Some(rank) => format!("block {rank} of the cluster"),
+    }
 }
 
 /// A conflict in shared memory as a fault.
@@ -308,20 +293,23 @@ pub fn shared_conflict(
             Kind::AsyncCopy,
             "an asynchronous copy to these bytes has not been waited for".to_string(),
         ),
-        shared::Conflict::WrittenBy(warp) => (
+        shared::Conflict::WrittenBy(actor) => (
             Kind::SharedRace,
-            format!("warp {warp} wrote there with no barrier in between"),
+            format!(
+                "{} wrote there with no barrier in between",
+                actor_name(actor)
+            ),
         ),
-        shared::Conflict::ReadBy(warps) => {
-            let warp = warps.trailing_zeros();
-            (
-                Kind::SharedRace,
-                format!("warp {warp} read there with no barrier in between"),
-            )
-        }
+        shared::Conflict::ReadBy(actor) => (
+            Kind::SharedRace,
+            format!(
+                "{} read there with no barrier in between",
+                actor_name(actor)
+            ),
+        ),
         shared::Conflict::Atomic => (
             Kind::SharedRace,
-            "another warp did atomics there with no barrier in between".to_string(),
+            "others did atomics there with no barrier in between".to_string(),
         ),
     };
     Fault::new(

@@ -8,7 +8,7 @@ use std::time::Instant;
 use rayon::prelude::*;
 
 use super::alu::Alu;
-use super::block::{Block, Progress};
+use super::cluster::{Cluster, Progress};
 use super::memory::View;
 use crate::counters::Counters;
 use crate::ptx::program::Program;
@@ -72,23 +72,24 @@ impl Launch<'_> {
     /// # Errors
     /// The first finding; blocks that had not started then do not run.
     pub fn run(&self) -> Result<Counters, Box<Finding>> {
-        let blocks: u64 = self.grid.iter().map(|&g| u64::from(g)).product();
-        let workers = (rayon::current_num_threads() as u64).min(blocks).max(1);
+        let sizes = self.grid.iter().zip(self.cluster);
+        let clusters: u64 = sizes.map(|(&g, c)| u64::from(g / c)).product();
+        let workers = (rayon::current_num_threads() as u64).min(clusters).max(1);
         let (next, stop) = (AtomicU64::new(0), AtomicBool::new(false));
         let total = Mutex::new(Counters {
             launches: 1,
             ..Counters::default()
         });
         (0..workers).into_par_iter().try_for_each(|_| {
-            let mut block = Block::new(self);
+            let mut cluster = Cluster::new(self);
             while !stop.load(Relaxed) {
                 let index = next.fetch_add(1, Relaxed);
-                if index >= blocks {
+                if index >= clusters {
                     break;
                 }
-                block.start(index);
+                cluster.start(index);
                 loop {
-                    match block.round() {
+                    match cluster.round() {
                         Ok(Progress::Running) => {}
                         Ok(Progress::Finished) => break,
                         Err(finding) => {
@@ -99,7 +100,7 @@ impl Launch<'_> {
                 }
             }
             if let Ok(mut total) = total.lock() {
-                total.add(&block.ctx.counters);
+                total.add(&cluster.counters());
             }
             Ok(())
         })?;

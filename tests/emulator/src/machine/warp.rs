@@ -52,7 +52,9 @@ pub enum Stop {
     },
     /// At the end of the warpgroup's matrix products.
     WarpgroupWait,
-    ClusterArrive,
+    ClusterArrive {
+        relaxed: bool,
+    },
     ClusterWait,
 }
 

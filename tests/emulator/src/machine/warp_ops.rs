@@ -42,7 +42,7 @@ impl Warp {
         let needed = match op {
             Op::Mma(_) | Op::LoadMatrix(_) | Op::StoreMatrix(_) => u32::MAX,
             Op::Wgmma(_) | Op::WgmmaCommit | Op::WgmmaWait => u32::MAX,
-            Op::ClusterArrive | Op::ClusterWait => self.live,
+            Op::ClusterArrive { .. } | Op::ClusterWait => self.live,
             _ => exec,
         };
         if let Meeting::Wait = self.meet(needed, exec)? {
@@ -54,7 +54,9 @@ impl Warp {
             Op::LoadMatrix(m) => tensor_core::load_matrix(self, ctx, m)?,
             Op::StoreMatrix(m) => tensor_core::store_matrix(self, ctx, m)?,
             Op::WgmmaWait => return Ok(self.step_over(Stop::WarpgroupWait)),
-            Op::ClusterArrive => return Ok(self.step_over(Stop::ClusterArrive)),
+            Op::ClusterArrive { relaxed } => {
+                return Ok(self.step_over(Stop::ClusterArrive { relaxed: *relaxed }));
+            }
             Op::ClusterWait => return Ok(self.step_over(Stop::ClusterWait)),
             other => return async_copy::execute(self, ctx, other, exec),
         }

@@ -107,6 +107,8 @@ pub enum Space {
     Global,
     Const,
     Shared,
+    /// Shared memory of any block of the cluster.
+    Cluster,
     Local,
     Param,
 }
@@ -114,6 +116,9 @@ pub enum Space {
 impl Space {
     /// The space a modifier such as `shared::cta` names.
     pub fn parse(name: &str) -> Option<Self> {
+        if name == "shared::cluster" {
+            return Some(Space::Cluster);
+        }
         Some(match name.split("::").next().unwrap_or(name) {
             "global" => Space::Global,
             "const" => Space::Const,

@@ -7,8 +7,11 @@ use super::ops::{AnyReg, FixedSpecial, Inst, Reg};
 
 /// Top byte of generic addresses that are not global ones.
 pub const WINDOW_SHIFT: u32 = 56;
-/// Generic window of shared memory; bits 24 to 31 of the offset name a block of the cluster.
+/// Generic window of shared memory.
 pub const SHARED_WINDOW: u64 = 1 << WINDOW_SHIFT;
+/// Bits 24 to 31 of a shared address are 0 or one more than the rank of the block of the cluster
+/// whose memory is meant.
+pub const CLUSTER_SHIFT: u32 = 24;
 /// Generic window of a thread's local memory.
 pub const LOCAL_WINDOW: u64 = 2 << WINDOW_SHIFT;
 /// Generic window of kernel parameters.
@@ -47,6 +50,16 @@ pub struct Function {
     pub required_threads: bool,
     pub cluster: Option<[u32; 3]>,
     pub locations: Vec<SourceLocation>,
+}
+
+impl Function {
+    /// Shared memory of a block in bytes; without dynamic memory there is no padding before it.
+    pub fn shared_bytes(&self, dynamic: u32) -> u32 {
+        match dynamic {
+            0 => self.shared_size,
+            bytes => self.dynamic_shared.saturating_add(bytes),
+        }
+    }
 }
 
 /// A loaded module.

@@ -23,6 +23,8 @@ pub enum Kind {
     Barrier,
     /// Shared memory touched while an asynchronous copy into it is in flight.
     AsyncCopy,
+    /// Shared memory of a block that has exited, or may have, used by another of its cluster.
+    ClusterExit,
     /// A warp-level instruction whose member mask names lanes that do not take part.
     WarpSync,
     /// A device assertion failed.
@@ -57,6 +59,7 @@ impl Kind {
             Kind::GlobalRace => "global-memory race",
             Kind::Barrier => "barrier error",
             Kind::AsyncCopy => "asynchronous copy not waited for",
+            Kind::ClusterExit => "shared memory of an exited block",
             Kind::WarpSync => "warp synchronisation error",
             Kind::Assert => "assertion failed",
             Kind::IllegalInstruction => "illegal instruction",

@@ -4,7 +4,10 @@
 // Every test binary uses a part of this.
 #![allow(dead_code)]
 
+pub mod hopper;
+
 use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -131,17 +134,45 @@ pub fn nvcc_compile(name: &str, output: &str, arguments: &[&str]) -> Vec<u8> {
     bytes
 }
 
-/// PTX of `tests/kernels/<name>.cu` for an architecture such as `compute_80`, compiled once.
+/// PTX of `tests/kernels/<name>.cu` for an architecture such as `compute_80`; compiled once per
+/// state of the kernels, whatever the number of test processes.
 pub fn compile(name: &str, architecture: &str) -> String {
     static CACHE: Mutex<BTreeMap<String, String>> = Mutex::new(BTreeMap::new());
     let mut cache = CACHE.lock().unwrap_or_else(PoisonError::into_inner);
     let compiled = cache
         .entry(format!("{name} {architecture}"))
-        .or_insert_with(|| {
-            let bytes = nvcc_compile(name, "ptx", &[&format!("-arch={architecture}")]);
-            String::from_utf8(bytes).expect("PTX is text")
-        });
+        .or_insert_with(|| compile_to_file(name, architecture));
     compiled.clone()
+}
+
+fn compile_to_file(name: &str, architecture: &str) -> String {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/kernels");
+    let mut sources: Vec<PathBuf> = std::fs::read_dir(folder)
+        .expect("the kernels' folder")
+        .map(|entry| entry.expect("an entry").path())
+        .filter(|path| {
+            path.extension().is_some_and(|e| e == "cuh")
+                || path.file_stem().is_some_and(|s| s == name)
+        })
+        .collect();
+    sources.sort();
+    let mut hasher = DefaultHasher::new();
+    nvcc().hash(&mut hasher);
+    for path in sources {
+        std::fs::read(path)
+            .expect("a kernel's source")
+            .hash(&mut hasher);
+    }
+    let file = format!("{name}-{architecture}-{:016x}.ptx", hasher.finish());
+    let path = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(file);
+    if let Ok(text) = std::fs::read_to_string(&path) {
+        return text;
+    }
+    let bytes = nvcc_compile(name, "ptx", &[&format!("-arch={architecture}")]);
+    let unfinished = path.with_extension(format!("{}", std::process::id()));
+    std::fs::write(&unfinished, &bytes).expect("PTX can be written");
+    std::fs::rename(&unfinished, &path).expect("PTX can be renamed");
+    String::from_utf8(bytes).expect("PTX is text")
 }
 
 /// A module from `tests/kernels/<name>.cu`.

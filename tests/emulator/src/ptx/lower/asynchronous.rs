@@ -1,7 +1,7 @@
 //! `cp.async`, bulk copies, `mbarrier` and cluster opcodes.
 
 use super::super::ast::{Instruction, Operand};
-use super::super::ops::{BulkCopy, Class, CopyAsync, MbarrierOp, Op};
+use super::super::ops::{BulkCopy, BulkKind, Class, CopyAsync, MbarrierOp, Op};
 use super::{FunctionLowering, Result, immediate, operand};
 
 impl FunctionLowering<'_> {
@@ -24,8 +24,19 @@ impl FunctionLowering<'_> {
                 let wide = i.parts.last().is_some_and(|p| p == "u64");
                 let d = self.dest(operand(i, 0)?, wide)?;
                 let a = self.source(operand(i, 1)?, wide)?;
-                self.src32(operand(i, 2)?)?;
-                Op::MapCluster { d, a }
+                Op::MapCluster {
+                    d,
+                    a,
+                    b: self.src32(operand(i, 2)?)?,
+                    generic: !i.has("shared::cluster"),
+                }
+            }
+            "getctarank" => {
+                let wide = i.parts.last().is_some_and(|p| p == "u64");
+                Op::ClusterRank {
+                    d: self.dst(operand(i, 0)?, false)?,
+                    a: self.source(operand(i, 1)?, wide)?,
+                }
             }
             _ => return Ok(None),
         };
@@ -91,22 +102,26 @@ impl FunctionLowering<'_> {
             .map(String::as_str)
             .filter(|p| p.starts_with("shared::") || *p == "global")
             .collect();
-        let load = match spaces[..] {
-            ["shared::cluster" | "shared::cta", "global"] => true,
-            ["global", "shared::cta"] => false,
-            [] if i.has("prefetch") => return Ok(Op::Nothing),
-            _ => return Err("unknown opcode: direction of a bulk copy".into()),
-        };
         if i.has("prefetch") {
             return Ok(Op::Nothing);
         }
-        if i.has("im2col") || i.has("reduce") || i.has("multicast::cluster") {
+        let mut kind = match spaces[..] {
+            ["shared::cluster" | "shared::cta", "global"] => BulkKind::Load { multicast: None },
+            ["global", "shared::cta"] => BulkKind::Store,
+            ["shared::cluster", "shared::cta"] => BulkKind::Share,
+            _ => return Err("unknown opcode: direction of a bulk copy".into()),
+        };
+        if i.parts.iter().any(|p| p.starts_with("im2col")) || i.has("reduce") {
             return Err("unknown opcode: bulk copy mode".into());
         }
         let tensor = i.has("tensor");
         let (to, from) = (operand(i, 0)?, operand(i, 1)?);
-        let (shared, global) = if load { (to, from) } else { (from, to) };
-        let Operand::Address { coordinates, .. } = global else {
+        let (shared, other) = if kind == BulkKind::Store {
+            (from, to)
+        } else {
+            (to, from)
+        };
+        let Operand::Address { coordinates, .. } = other else {
             return Err("expected an address".into());
         };
         let coordinates = coordinates
@@ -122,16 +137,22 @@ impl FunctionLowering<'_> {
             Some(self.src32(operand(i, 2)?)?)
         };
         let barrier_at = if tensor { 2 } else { 3 };
-        let barrier = if load {
-            Some(self.address(operand(i, barrier_at)?)?)
-        } else {
+        let barrier = if kind == BulkKind::Store {
             None
+        } else {
+            Some(self.address(operand(i, barrier_at)?)?)
         };
-        let (shared, global) = (self.address(shared)?, self.address(global)?);
+        if i.has("multicast::cluster") {
+            let mask = self.src32(operand(i, barrier_at + 1)?)?;
+            kind = BulkKind::Load {
+                multicast: Some(mask),
+            };
+        }
+        let (shared, other) = (self.address(shared)?, self.address(other)?);
         Ok(Op::BulkCopy(Box::new(BulkCopy {
-            load,
+            kind,
             shared,
-            global,
+            other,
             bytes,
             coordinates,
             barrier,

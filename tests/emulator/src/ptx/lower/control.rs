@@ -20,7 +20,9 @@ impl FunctionLowering<'_> {
             "setmaxnreg" | "griddepcontrol" | "pmevent" => (Op::Nothing, Class::Other),
             "bar" | "barrier" if i.has("cluster") => {
                 let op = if i.has("arrive") {
-                    Op::ClusterArrive
+                    Op::ClusterArrive {
+                        relaxed: i.has("relaxed"),
+                    }
                 } else {
                     Op::ClusterWait
                 };

@@ -192,8 +192,8 @@ impl FunctionLowering<'_> {
 
 fn access_class(space: Space, load: bool) -> Class {
     match (space, load) {
-        (Space::Shared, true) => Class::LoadShared,
-        (Space::Shared, false) => Class::StoreShared,
+        (Space::Shared | Space::Cluster, true) => Class::LoadShared,
+        (Space::Shared | Space::Cluster, false) => Class::StoreShared,
         (Space::Local, true) => Class::LoadLocal,
         (Space::Local, false) => Class::StoreLocal,
         (Space::Param | Space::Const, _) => Class::Constant,

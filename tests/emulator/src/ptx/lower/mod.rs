@@ -437,7 +437,7 @@ fn immediate(o: &Operand) -> Result<u64> {
 /// Base added to an address of this space to make it generic.
 pub fn window(space: Space) -> u64 {
     match space {
-        Space::Shared => SHARED_WINDOW,
+        Space::Shared | Space::Cluster => SHARED_WINDOW,
         Space::Local => super::program::LOCAL_WINDOW,
         Space::Param => PARAM_WINDOW,
         _ => 0,

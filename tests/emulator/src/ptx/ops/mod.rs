@@ -199,14 +199,25 @@ pub enum MbarrierOp {
     },
 }
 
+/// From where to where a bulk copy goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BulkKind {
+    /// Global memory to a block of the cluster, or to those that a mask names.
+    Load { multicast: Option<Reg> },
+    /// Own shared memory to global memory.
+    Store,
+    /// Own shared memory to that of a block of the cluster.
+    Share,
+}
+
 /// A bulk copy (`cp.async.bulk`), with or without a tensor map.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BulkCopy {
-    /// Global to shared; otherwise shared to global.
-    pub load: bool,
+    pub kind: BulkKind,
+    /// The operand in shared memory; that of a copy within the cluster is its destination.
     pub shared: Address,
-    /// Global address, or that of the tensor map.
-    pub global: Address,
+    /// Global address, that of the tensor map, or the source of a copy within the cluster.
+    pub other: Address,
     /// Bytes of a copy without tensor map.
     pub bytes: Option<Reg>,
     /// Tensor coordinates, innermost first; empty without tensor map.
@@ -438,12 +449,21 @@ pub enum Op {
     Wgmma(Box<Wgmma>),
     WgmmaCommit,
     WgmmaWait,
-    /// `mapa`; clusters have one block, so the rank is 0.
+    /// `mapa`: an address in the shared memory of the block with rank `b`.
     MapCluster {
         d: AnyReg,
         a: AnyReg,
+        b: Reg,
+        generic: bool,
     },
-    ClusterArrive,
+    /// `getctarank`: the rank of the block whose shared memory an address lies in.
+    ClusterRank {
+        d: Reg,
+        a: AnyReg,
+    },
+    ClusterArrive {
+        relaxed: bool,
+    },
     ClusterWait,
     /// Accepted, with no effect on values (prefetches, hints, register counts).
     Nothing,

@@ -4,6 +4,10 @@
 //! X \[T, in\], W \[out, in\], A \[r, in\], B \[out, r\]; all but W in f32. Saved for backward:
 //! X, U = drop(X) Aᵀ \[T, r\], A and B; the dropout mask is drawn again. With dU = s · dY B:
 //! dA = dUᵀ drop(X), dB = s · dYᵀ U, dX = dY W + drop(dU A).
+//!
+//! On CUDA X, W, Y and, for the products, A and B are bf16; U is saved with s in it.
+
+mod cuda;
 
 use faer::Accum;
 use rayon::prelude::*;
@@ -37,9 +41,14 @@ pub struct Dropout {
 }
 
 impl Dropout {
+    /// An element is dropped where its random word is below this.
+    fn threshold(&self) -> u32 {
+        (f64::from(self.p) * 2f64.powi(32)) as u32
+    }
+
     fn apply(&self, device: &Device, x: &Tensor) -> Result<Tensor> {
         const CHUNK: usize = 1 << 12;
-        let threshold = (f64::from(self.p) * 2f64.powi(32)) as u32;
+        let threshold = self.threshold();
         let keep = 1.0 / (1.0 - self.p);
         let mut out = device.buffer(x.len());
         out.par_chunks_mut(CHUNK)
@@ -77,6 +86,7 @@ impl LoraLinear {
 impl Operator for LoraLinear {
     type Saved = Saved;
     const NAME: &'static str = "lora";
+    const CUDA: bool = true;
 
     fn forward(
         &self,
@@ -100,6 +110,10 @@ impl Operator for LoraLinear {
         expect_cols(Self::NAME, x, cols)?;
         expect_shape(Self::NAME, a, &[r, cols])?;
         expect_shape(Self::NAME, b, &[out, r])?;
+        if let Device::Cuda(cuda) = device {
+            let (y, saved) = self.forward_cuda(cuda, [x, a, b], residual)?;
+            return Ok((vec![y], saved));
+        }
         let mut y = affine(device, x, &self.weight, self.bias.as_ref(), residual)?;
         let mut u = device.buffer(rows * r);
         product_nt(
@@ -129,8 +143,14 @@ impl Operator for LoraLinear {
         grads: Vec<Option<Tensor>>,
         needed: &[bool],
     ) -> Result<Vec<Option<Tensor>>> {
-        let Saved { x, u, a, b } = saved;
         let dy = only_grad(Self::NAME, grads)?;
+        if let Device::Cuda(cuda) = device {
+            let (dx, da, db) = self.backward_cuda(cuda, saved, &dy, needed[0])?;
+            let mut result = vec![dx, Some(da), Some(db)];
+            result.extend(needed.get(3).map(|&needed| needed.then_some(dy)));
+            return Ok(result);
+        }
+        let Saved { x, u, a, b } = saved;
         let ((rows, _), (r, cols)) = (dy.matrix_dims(), a.matrix_dims());
         let mut du = device.buffer(rows * r);
         product_nn(device, &mut du, Accum::Replace, dy.f32s()?, &b)?;
@@ -139,6 +159,7 @@ impl Operator for LoraLinear {
 
         let mut da = device.buffer(a.len());
         product_tn(
+            device,
             &mut da,
             Accum::Replace,
             &du,
@@ -146,7 +167,7 @@ impl Operator for LoraLinear {
             1.0,
         )?;
         let mut db = device.buffer(b.len());
-        product_tn(&mut db, Accum::Replace, &dy, &u, self.scale)?;
+        product_tn(device, &mut db, Accum::Replace, &dy, &u, self.scale)?;
         let dx = match needed[0] {
             true => Some(self.input_gradient(device, &dy, &du, &a, &x)?),
             false => None,

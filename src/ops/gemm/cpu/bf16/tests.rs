@@ -1,0 +1,194 @@
+use super::*;
+use half::bf16;
+use proptest::prelude::*;
+
+/// Values that bf16 can represent.
+fn values(seed: u32, len: usize) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(2_654_435_761) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 17;
+        state ^= state << 5;
+        bf16::from_f32(state as f32 / u32::MAX as f32 - 0.5).to_f32()
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+fn transposed(matrix: &[f32], cols: usize) -> Vec<f32> {
+    let rows = matrix.len() / cols;
+    (0..cols)
+        .flat_map(|c| (0..rows).map(move |r| matrix[r * cols + c]))
+        .collect()
+}
+
+/// A product at every level of this machine, with each operand both ways round and in both
+/// types, beside its value in float64.
+fn check([m, n, k]: [usize; 3], alpha: f32, add: bool, threads: usize) {
+    let device = Device::cpu(threads).unwrap();
+    let (a, b, before) = (values(1, m * k), values(2, n * k), values(3, m * n));
+    let (a_turned, b_turned) = (transposed(&a, k), transposed(&b, k));
+    let narrow = |v: &[f32]| v.iter().map(|&v| bf16::from_f32(v)).collect::<Vec<_>>();
+    let (b16, b16_turned) = (narrow(&b), narrow(&b_turned));
+    let lefts = [
+        Operand::rows(Values::F32(&a), k),
+        Operand::columns(Values::F32(&a_turned), m),
+    ];
+    let rights = [
+        Operand::rows(Values::F32(&b), k),
+        Operand::columns(Values::F32(&b_turned), n),
+        Operand::rows(Values::Bf16(&b16), k),
+        Operand::columns(Values::Bf16(&b16_turned), n),
+    ];
+    for level in Level::available() {
+        let mut first: Option<Vec<f32>> = None;
+        for (a_operand, b_operand) in lefts
+            .iter()
+            .flat_map(|a| rights.iter().map(move |b| (a, b)))
+        {
+            let (a_operand, b_operand) = (*a_operand, *b_operand);
+            // Rows further apart than they are long: what lies between must stay as it is.
+            let stride = n + 3;
+            let mut out = vec![7.0; m * stride];
+            for (out, before) in out.chunks_mut(stride).zip(before.chunks(n)) {
+                out[..n].copy_from_slice(before);
+            }
+            let product = Product {
+                a: a_operand,
+                b: b_operand,
+                dims: [m, n, k],
+                alpha,
+                add,
+                level,
+            };
+            device.run(|| product.run(&device, &mut out, stride));
+            for (i, row) in out.chunks(stride).enumerate() {
+                assert_eq!(row[n..], [7.0; 3], "{level:?} wrote beyond a row");
+                for (j, &got) in row[..n].iter().enumerate() {
+                    let terms = a[i * k..][..k].iter().zip(&b[j * k..][..k]);
+                    let sum: f64 = terms.map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
+                    let start = if add {
+                        f64::from(before[i * n + j])
+                    } else {
+                        0.0
+                    };
+                    let want = start + f64::from(alpha) * sum;
+                    let error = (f64::from(got) - want).abs();
+                    // Operands are exact in bf16: what is left is the rounding of sums in f32.
+                    let limit = 1e-6 * (1.0 + (k as f64).sqrt());
+                    assert!(
+                        error < limit,
+                        "{level:?} {m}x{n}x{k} at {i},{j}: {got}, not {want}"
+                    );
+                }
+            }
+            let first = first.get_or_insert_with(|| out.clone());
+            assert_eq!(
+                first, &out,
+                "{level:?}: bits depend on how an operand is stored"
+            );
+        }
+    }
+}
+
+#[test]
+fn products_across_tiles_and_blocks_match_float64() {
+    for dims in [
+        [1, 1, 1],
+        [12, 32, 64],
+        [13, 33, 65],
+        [25, 70, 1700],
+        [200, 130, 31],
+    ] {
+        check(dims, 1.0, false, 2);
+        check(dims, -1.5, true, 1);
+    }
+}
+
+#[test]
+fn bits_do_not_depend_on_the_number_of_threads_or_of_other_rows() {
+    let (m, n, k) = (230, 300, 900);
+    let (a, b) = (values(4, m * k), values(5, n * k));
+    let run = |threads: usize, rows: usize| {
+        let device = Device::cpu(threads).unwrap();
+        let mut out = vec![0.0; rows * n];
+        let product = Product {
+            a: Operand::rows(Values::F32(&a), k),
+            b: Operand::rows(Values::F32(&b), k),
+            dims: [rows, n, k],
+            alpha: 1.0,
+            add: false,
+            level: Level::best(),
+        };
+        device.run(|| product.run(&device, &mut out, n));
+        out
+    };
+    let one = run(1, m);
+    assert_eq!(one, run(3, m));
+    assert_eq!(one, run(16, m));
+    assert_eq!(one[..7 * n], run(2, 7));
+}
+
+#[test]
+fn rounding_to_bf16_is_to_nearest_with_ties_to_even() {
+    let level = Level::Plain;
+    let specials = [
+        1.0f32,
+        -1.0,
+        0.0,
+        -0.0,
+        1.00390625,
+        1.01171875,
+        3.4e38,
+        f32::INFINITY,
+        1e-40,
+        0.1,
+        -2.7e-5,
+    ];
+    for value in specials {
+        let mut out = [[0u32; 1]; 1];
+        let operand = Operand::rows(Values::F32(std::slice::from_ref(&value)), 1);
+        operand.pack(level, &mut out, (0, 1), (0, 1));
+        assert_eq!(
+            out[0][0],
+            u32::from(bf16::from_f32(value).to_bits()),
+            "{value}"
+        );
+    }
+}
+
+#[test]
+fn a_value_that_is_not_a_number_reaches_its_row_alone() {
+    for level in Level::available() {
+        let device = Device::cpu(1).unwrap();
+        let (m, n, k) = (14, 40, 70);
+        let (mut a, b) = (values(6, m * k), values(7, n * k));
+        a[3 * k + 5] = f32::NAN;
+        let mut out = vec![0.0; m * n];
+        let product = Product {
+            a: Operand::rows(Values::F32(&a), k),
+            b: Operand::rows(Values::F32(&b), k),
+            dims: [m, n, k],
+            alpha: 1.0,
+            add: false,
+            level,
+        };
+        device.run(|| product.run(&device, &mut out, n));
+        for (i, row) in out.chunks(n).enumerate() {
+            assert!(
+                row.iter().all(|v| v.is_nan() == (i == 3)),
+                "{level:?}, row {i}"
+            );
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn products_of_any_shape_match_float64(
+        m in 1usize..60, n in 1usize..100, k in 1usize..150, add: bool,
+    ) {
+        check([m, n, k], 0.75, add, 2);
+    }
+}

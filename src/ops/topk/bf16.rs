@@ -1,0 +1,89 @@
+//! The encoder product in bf16, with the selection made tile by tile: a tile of pre-activations
+//! is offered while it is in the first-level cache, and exists nowhere else.
+
+use rayon::prelude::*;
+
+use super::select::RowSelection;
+use super::{Encoder, not_finite};
+use crate::device::Device;
+use crate::device::simd::vectorized;
+use crate::error::Result;
+use crate::ops::gemm::bf16::{COLS, Operand, Packed, ROWS, Values};
+
+/// Tokens of a task: their packed values stay in the second-level cache.
+const TASK_TOKENS: usize = 16 * ROWS;
+/// Latents whose weights are packed at a time, for all tokens.
+const SLAB: usize = 1 << 13;
+
+/// Selects the k largest latents of each row of `x`.
+pub(super) fn select(
+    device: &Device,
+    x: &[f32],
+    encoder: &Encoder,
+    (acts, indices): (&mut [f32], &mut [u32]),
+    k: usize,
+) -> Result<()> {
+    let d = encoder.centre.len();
+    let mut selections: Vec<_> = (0..x.len() / d).map(|_| RowSelection::new(k)).collect();
+    let slabs = encoder.w.chunks(SLAB * d).zip(encoder.b.chunks(SLAB));
+    for (slab, (w, b)) in slabs.enumerate() {
+        let latents = Packed::in_parallel(device, &Operand::rows(Values::F32(w), d), b.len(), d);
+        selections
+            .par_chunks_mut(TASK_TOKENS)
+            .zip(x.par_chunks(TASK_TOKENS * d))
+            .with_max_len(1)
+            .enumerate()
+            .try_for_each(|(task, (selections, x))| {
+                let tokens = packed_tokens(device, x, encoder.centre);
+                offer_tiles(&tokens, &latents, (slab * SLAB, b), selections)
+                    .map_err(|row| not_finite(task * TASK_TOKENS + row))
+            })?;
+    }
+    selections
+        .par_iter_mut()
+        .zip(acts.par_chunks_mut(k).zip(indices.par_chunks_mut(k)))
+        .with_min_len(ROWS)
+        .for_each(|(selection, (acts, indices))| selection.finish(acts, indices));
+    Ok(())
+}
+
+/// x − b_dec, packed.
+fn packed_tokens(device: &Device, x: &[f32], centre: &[f32]) -> Packed<ROWS> {
+    let d = centre.len();
+    let mut centred = device.buffer(x.len());
+    vectorized!({
+        for (out, row) in centred.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
+            for ((o, x), c) in out.iter_mut().zip(row).zip(centre) {
+                *o = x - c;
+            }
+        }
+    });
+    Packed::new(
+        device,
+        &Operand::rows(Values::F32(&centred), d),
+        x.len() / d,
+        d,
+    )
+}
+
+/// Offers the pre-activations of a slab, of which `first` is the first latent. The error is the
+/// row of a value that is not finite.
+fn offer_tiles(
+    tokens: &Packed<ROWS>,
+    latents: &Packed<COLS>,
+    (first, bias): (usize, &[f32]),
+    selections: &mut [RowSelection],
+) -> std::result::Result<(), usize> {
+    latents.for_each_tile(tokens, |row, col, tile| {
+        let bias = &bias[col..bias.len().min(col + COLS)];
+        vectorized!({
+            for (r, sums) in tile.iter().enumerate().take(selections.len() - row) {
+                let products = &sums[..bias.len()];
+                if !selections[row + r].offer_block((first + col) as u32, products, bias) {
+                    return Err(row + r);
+                }
+            }
+            Ok(())
+        })
+    })
+}

@@ -1,0 +1,97 @@
+//! Whole runs on CUDA: on a GPU where there is one, else on the emulator.
+
+use resa_engine::device::CudaDevice;
+use serde_json::Value;
+
+use super::support::{Left, Workshop, metrics, run};
+
+/// Five steps of each stage; the last two of Stage II take their inputs from the cache.
+const SETTINGS: &str = "max-sae-steps = 5\nmax-sft-steps = 5\nepochs = 2\nseq-len = 72\n\
+    grad-accum = 2\nlora-dropout = 0.1\nshuffle = true\ncheckpoint-every = 100";
+
+/// Whether there is something to run kernels on; says so where there is not.
+fn cuda_is_there() -> bool {
+    cuda_emulator::install().unwrap();
+    let there = CudaDevice::is_available();
+    if !there {
+        println!("skipped: built without nvcc");
+    }
+    there
+}
+
+fn on(device: &str) -> String {
+    format!("{SETTINGS}\ndevice = '{device}'")
+}
+
+/// Each step's measurements must be near each other: bf16 keeps 8 bits, and what a step reports
+/// comes after a few dozen operators that each round to them.
+fn assert_near(got: &[Value], want: &[Value], what: &str) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    for (got, want) in got.iter().zip(want) {
+        for (field, tolerance) in [
+            ("fvu", 0.01),
+            ("fvu_no_sinks", 0.01),
+            ("kl", 0.03),
+            ("sae_mse", 0.02),
+            ("grad_norm", 0.03),
+        ] {
+            let (Some(g), Some(w)) = (got[field].as_f64(), want[field].as_f64()) else {
+                assert_eq!(got[field], want[field], "{what}: {field}");
+                continue;
+            };
+            let step = &want["step"];
+            assert!(
+                (g / w - 1.0).abs() < tolerance,
+                "{what}, step {step}: {field} is {g}, on the CPU {w}"
+            );
+        }
+    }
+}
+
+#[test]
+fn five_steps_of_both_stages_on_cuda_measure_what_the_cpu_does() {
+    if !cuda_is_there() {
+        return;
+    }
+    let workshop = Workshop::new(22);
+    run(&workshop.config("cpu", &on("cpu")), false, None).unwrap();
+    run(&workshop.config("cuda", &on("cuda")), false, None).unwrap();
+    let of = |name: &str| metrics(&workshop.path(name));
+    assert_eq!(of("cpu").len(), 10);
+    assert_near(&of("cuda"), &of("cpu"), "cuda");
+}
+
+#[test]
+fn a_run_stopped_on_cuda_goes_on_to_the_same_bits() {
+    if !cuda_is_there() {
+        return;
+    }
+    let workshop = Workshop::new(22);
+    run(&workshop.config("alone", &on("cuda")), false, None).unwrap();
+    let alone = Left::by(&workshop.path("alone"));
+    for stop in [2, 5, 8] {
+        let config = workshop.config(&format!("stopped-{stop}"), &on("cuda"));
+        run(&config, false, Some(stop)).unwrap();
+        run(&config, true, None).unwrap();
+        let what = format!("stopped after step {stop}");
+        alone.assert_same(&Left::by(&config.out), &what);
+    }
+}
+
+#[test]
+fn a_run_started_on_one_device_goes_on_on_the_other() {
+    if !cuda_is_there() {
+        return;
+    }
+    let workshop = Workshop::new(22);
+    run(&workshop.config("cpu", &on("cpu")), false, None).unwrap();
+    let want = metrics(&workshop.path("cpu"));
+    for (first, second) in [("cpu", "cuda"), ("cuda", "cpu")] {
+        for stop in [3, 7] {
+            let out = format!("{first}-{second}-{stop}");
+            run(&workshop.config(&out, &on(first)), false, Some(stop)).unwrap();
+            run(&workshop.config(&out, &on(second)), true, None).unwrap();
+            assert_near(&metrics(&workshop.path(&out)), &want, &out);
+        }
+    }
+}
