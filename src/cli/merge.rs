@@ -1,19 +1,38 @@
-//! `merge`: an adapter becomes part of a model's weights.
+//! `merge`: adapters become part of a model's weights.
 
 use std::path::Path;
 
+use resa_engine::Error;
 use resa_engine::formats::{huggingface, peft};
+use resa_engine::model::Lora;
 
 use super::Failure;
 use super::args::MergeArgs;
 
 pub fn run(args: &MergeArgs) -> Result<(), Failure> {
     let model = Path::new(&args.model);
-    let lora = peft::load(
-        std::path::Path::new(&args.adapter[0]),
-        &huggingface::read_config(model)?,
-    )?;
-    huggingface::save_merged(model, &lora, &args.out)?;
+    let config = huggingface::read_config(model)?;
+    let mut loras = Vec::new();
+    for given in &args.adapter {
+        let (dir, weight) = weighted(given).map_err(|e| Failure::Usage(e.into()))?;
+        let lora: Lora = peft::load(Path::new(dir), &config)?;
+        loras.push(lora.weighted(weight));
+    }
+    huggingface::save_merged(model, &loras, &args.out)?;
     println!("{}", args.out.display());
     Ok(())
+}
+
+/// Folder and weight in DIR or DIR=WEIGHT. A folder that exists under the whole name is meant.
+fn weighted(given: &str) -> Result<(&str, f64), Error> {
+    match given.rsplit_once('=') {
+        Some((dir, weight)) if !Path::new(given).exists() => match weight.parse::<f64>() {
+            Ok(weight) if weight.is_finite() => Ok((dir, weight)),
+            _ => Err(Error::setting(
+                "--adapter",
+                format!("expected DIR or DIR=WEIGHT with a number, found {given}"),
+            )),
+        },
+        _ => Ok((given, 1.0)),
+    }
 }

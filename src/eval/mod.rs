@@ -5,6 +5,7 @@ pub mod generate;
 mod inference;
 pub mod pass;
 pub mod perplexity;
+pub mod results;
 mod sampling;
 mod text_stream;
 

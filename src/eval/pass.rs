@@ -190,6 +190,16 @@ pub struct Estimate {
     pub high: f64,
 }
 
+impl Estimate {
+    /// How the interval of [`pass_at_k`] is made for these problems.
+    pub fn interval_name(counts: &[(u64, u64)]) -> &'static str {
+        match counts.iter().all(|&(n, _)| n == 1) {
+            true => "Wilson score",
+            false => "normal approximation over problems",
+        }
+    }
+}
+
 /// Number of completions and of right ones, for each problem.
 pub fn counts<'a>(graded: impl IntoIterator<Item = &'a Graded>) -> Vec<(u64, u64)> {
     let mut counts: BTreeMap<usize, (u64, u64)> = BTreeMap::new();
@@ -235,10 +245,57 @@ pub fn pass_at_k(counts: &[(u64, u64)], k: u64) -> Option<Estimate> {
 
 /// 1 − C(n − c, k) / C(n, k).
 fn any_of(n: u64, c: u64, k: u64) -> f64 {
-    if n - c < k {
+    if n.saturating_sub(c) < k {
         return 1.0;
     }
     1.0 - (n - c + 1..=n)
         .map(|i| 1.0 - k as f64 / i as f64)
         .product::<f64>()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pass_at_k_is_the_share_of_draws_with_a_right_completion() {
+        // Against all draws of k of n completions, counted one by one.
+        for n in 1..=8u64 {
+            for c in 0..=n {
+                for k in 1..=n {
+                    let draws = (0..1u64 << n).filter(|draw| u64::from(draw.count_ones()) == k);
+                    let (mut all, mut hits) = (0.0, 0.0);
+                    for draw in draws {
+                        all += 1.0;
+                        hits += f64::from(u8::from(draw & ((1 << c) - 1) != 0));
+                    }
+                    let found = any_of(n, c, k);
+                    assert!((found - hits / all).abs() < 1e-12, "{n} {c} {k}: {found}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_interval_is_wilsons_for_one_completion_and_the_normal_one_for_several() {
+        let ones: Vec<(u64, u64)> = (0..20).map(|i| (1, u64::from(i < 15))).collect();
+        let estimate = pass_at_k(&ones, 1).unwrap();
+        // Computed in Python from the formula for 15 of 20.
+        assert_eq!(estimate.value, 0.75);
+        assert!((estimate.low - 0.531_299_2).abs() < 1e-6, "{estimate:?}");
+        assert!((estimate.high - 0.888_138_3).abs() < 1e-6, "{estimate:?}");
+
+        // Shares 0, 1/2, 1, 1/2: mean 1/2, standard error sqrt(1/6 / 4).
+        let twos = [(2, 0), (2, 1), (2, 2), (2, 1)];
+        let estimate = pass_at_k(&twos, 1).unwrap();
+        let spread = 1.959_964 * (1.0f64 / 6.0 / 4.0).sqrt();
+        assert!((estimate.low - (0.5 - spread)).abs() < 1e-6, "{estimate:?}");
+        assert!(
+            (estimate.high - (0.5 + spread)).abs() < 1e-6,
+            "{estimate:?}"
+        );
+        assert_eq!(pass_at_k(&twos, 2).unwrap().value, 0.75);
+        assert_eq!(pass_at_k(&twos, 3), None);
+        assert_eq!(pass_at_k(&[], 1), None);
+    }
 }

@@ -170,41 +170,42 @@ mod tests {
         }
     }
 
-    /// Logarithms of 4, 1, 2, 2, 1 tenths.
-    const LOGITS: [f32; 5] = [-0.916_290_7, -2.302_585, -1.609_438, -1.609_438, -2.302_585];
+    fn logits() -> [f32; 5] {
+        [0.4f32, 0.1, 0.2, 0.2, 0.1].map(f32::ln)
+    }
 
     #[test]
     fn tokens_are_drawn_with_their_probability() {
         close(
-            shares(sampling(1.0, 1.0, 0), &LOGITS),
+            shares(sampling(1.0, 1.0, 0), &logits()),
             [0.4, 0.1, 0.2, 0.2, 0.1],
         );
         // At temperature 1/2 probabilities are squared.
         let squared = [16.0 / 26.0, 1.0 / 26.0, 4.0 / 26.0, 4.0 / 26.0, 1.0 / 26.0];
-        close(shares(sampling(0.5, 1.0, 0), &LOGITS), squared);
+        close(shares(sampling(0.5, 1.0, 0), &logits()), squared);
     }
 
     #[test]
     fn top_k_and_top_p_leave_out_the_unlikely() {
         close(
-            shares(sampling(1.0, 1.0, 2), &LOGITS),
+            shares(sampling(1.0, 1.0, 2), &logits()),
             [2.0 / 3.0, 0.0, 1.0 / 3.0, 0.0, 0.0],
         );
         close(
-            shares(sampling(1.0, 0.75, 0), &LOGITS),
+            shares(sampling(1.0, 0.75, 0), &logits()),
             [0.5, 0.0, 0.25, 0.25, 0.0],
         );
         close(
-            shares(sampling(1.0, 0.39, 0), &LOGITS),
+            shares(sampling(1.0, 0.39, 0), &logits()),
             [1.0, 0.0, 0.0, 0.0, 0.0],
         );
         // Top-p counts within what top-k left: 4/6 is below 0.7, so the second is needed.
         close(
-            shares(sampling(1.0, 0.7, 2), &LOGITS),
+            shares(sampling(1.0, 0.7, 2), &logits()),
             [2.0 / 3.0, 0.0, 1.0 / 3.0, 0.0, 0.0],
         );
         close(
-            shares(sampling(1.0, 0.65, 2), &LOGITS),
+            shares(sampling(1.0, 0.65, 2), &logits()),
             [1.0, 0.0, 0.0, 0.0, 0.0],
         );
     }

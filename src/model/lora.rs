@@ -138,6 +138,12 @@ impl Lora {
         })
     }
 
+    /// The adapters with `weight` times their effect.
+    pub fn weighted(mut self, weight: f64) -> Self {
+        self.config.alpha *= weight;
+        self
+    }
+
     /// The same adapters in the host's memory.
     pub fn to_host(&self) -> Result<Self> {
         let mut host = self.clone();

@@ -6,6 +6,7 @@ mod support;
 mod bench;
 mod cuda;
 mod equivalence;
+mod evaluate;
 mod examples;
 mod faults;
 mod features;

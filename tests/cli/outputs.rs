@@ -189,7 +189,7 @@ fn greedy_answers_of_the_example_are_as_right_as_pytorch_found_them() {
     let source = fixture("example/source");
     let data = fixture("example/eval.jsonl");
     let template = fixture("example/template.jinja");
-    let mut args = vec!["eval", "--max-new-tokens", "24"];
+    let mut args = vec!["eval", "--max-new-tokens", "24", "--temperature", "0"];
     for (option, path) in [
         ("--model", &source),
         ("--data", &data),
@@ -206,7 +206,7 @@ fn greedy_answers_of_the_example_are_as_right_as_pytorch_found_them() {
     assert_eq!(json["pass_at_1"].as_f64().unwrap(), right as f64 / 200.0);
     let text = workshop.prints(&[&args[..], &["--limit", "5"]].concat());
     assert!(
-        text.starts_with("Pass@1 ") && text.ends_with("of 5)\n"),
+        text.starts_with("Pass@1 ") && text.contains(" of 5 completions right"),
         "{text}"
     );
 }

@@ -1,3 +1,6 @@
+//! The answer of a completion, and when two answers are the same.
+
+use proptest::prelude::*;
 use resa_engine::eval::answer::{equal, extract};
 
 #[test]
@@ -105,6 +108,9 @@ fn equal_answers_are_recognised() {
         ("0.1", "0.10000000000000000000"),
         ("12345678901234567890.1", "12345678901234567890.10"),
         ("100%", "1"),
+        ("5%", "5"),
+        ("5", "5 apples"),
+        ("1e3", "1000"),
     ];
     for (a, b) in pairs {
         assert!(equal(a, b) && equal(b, a), "{a:?} {b:?}");
@@ -118,7 +124,6 @@ fn different_answers_are_told_apart() {
         ("5", "-5"),
         ("0.1", "0.10000000000000000001"),
         ("1/3", "0.333"),
-        ("5%", "5"),
         ("1,23", "123"),
         ("1,2345", "12345"),
         (",123", "123"),
@@ -128,7 +133,6 @@ fn different_answers_are_told_apart() {
         ("x+1", "x-1"),
         ("yes", "no"),
         ("", "0"),
-        ("5", "5 apples"),
         ("(1,2)", "(1,3)"),
         (r"\frac{1}{23}", r"\frac{12}{3}"),
         ("1.2.3", "1.23"),
@@ -139,7 +143,6 @@ fn different_answers_are_told_apart() {
             "123456789012345678901234567890123456789013",
         ),
         ("\u{0663}", "3"),
-        ("1e3", "13"),
         ("%", "0"),
         ("/", "0"),
         (".", "0"),
@@ -171,4 +174,142 @@ fn the_largest_numbers_do_not_overflow() {
         r"\frac{17014118346046923173168730371588410572.8}{-0.1}",
         "1"
     ));
+}
+
+/// Right answer, given answer, verdict, and why math-verify's verdict is another.
+fn table() -> Vec<[String; 4]> {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/grading.tsv");
+    let text = std::fs::read_to_string(path).unwrap();
+    let rows = text.lines().skip(1).map(|line| {
+        let columns: Vec<String> = line.split('\t').map(str::to_owned).collect();
+        columns.try_into().unwrap()
+    });
+    rows.collect()
+}
+
+#[test]
+fn answers_in_the_formats_of_aime_amc_math_minerva_and_gpqa_are_graded_as_the_table_says() {
+    let table = table();
+    assert!(table.len() >= 200);
+    let mut wrong = Vec::new();
+    for [right, given, verdict, _] in &table {
+        let expected = verdict == "same";
+        assert!(expected || verdict == "different", "{verdict}");
+        for (a, b) in [(right, given), (given, right)] {
+            if equal(a, b) != expected {
+                wrong.push(format!("{a}   {b}   expected {verdict}"));
+            }
+        }
+        assert!(
+            equal(right, right) && equal(given, given),
+            "{right} {given}"
+        );
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn answers_that_would_take_long_to_compute_are_compared_as_text() {
+    let long = [
+        "9".repeat(1_000_000),
+        "(".repeat(1900),
+        "\\frac{".repeat(300),
+        "{".repeat(1000) + &"}".repeat(1000),
+        "-".repeat(1900),
+        "2^{2^{2^{2^{2^{2}}}}}".to_owned(),
+        "9^9^9^9^9".to_owned(),
+        "1e999999999999999999999".to_owned(),
+        "1e-99999".to_owned(),
+        "999999999!".to_owned(),
+        "((1000!)!)!".to_owned(),
+        "\\binom{1000}{500}^{1000}".to_owned(),
+        "\\sqrt[99999999999999999999]{2}".to_owned(),
+        "1,".repeat(900) + "1",
+        "\\{".repeat(600) + &"\\}".repeat(600),
+        "\\pm".repeat(300) + "1",
+        "1=".repeat(500) + "1",
+        "\\text{".repeat(250) + &"}".repeat(250),
+    ];
+    for answer in &long {
+        assert!(!equal(answer, "7"), "{}", &answer[..20.min(answer.len())]);
+        assert!(equal(answer, answer));
+    }
+}
+
+/// Pieces that answers are made of, to come upon each branch of the grader.
+const PIECES: [&str; 40] = [
+    "1",
+    "2",
+    "37",
+    "0",
+    ".",
+    ",",
+    "-",
+    "+",
+    "/",
+    "*",
+    "^",
+    "(",
+    ")",
+    "[",
+    "]",
+    "{",
+    "}",
+    "|",
+    "!",
+    "%",
+    "x",
+    "e",
+    "i",
+    " ",
+    "_",
+    "=",
+    "<",
+    "\\frac",
+    "\\sqrt",
+    "\\pi",
+    "\\text{",
+    "\\{",
+    "\\}",
+    "\\pm",
+    "\\cup",
+    "\\begin{pmatrix}",
+    "\\end{pmatrix}",
+    "\\\\",
+    "\u{e000}",
+    "cm",
+];
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(3000))]
+
+    #[test]
+    fn no_answer_makes_the_grader_panic(
+        a in proptest::collection::vec(proptest::sample::select(&PIECES[..]), 0..14),
+        b in proptest::collection::vec(proptest::sample::select(&PIECES[..]), 0..14),
+    ) {
+        let (a, b) = (a.concat(), b.concat());
+        prop_assert_eq!(equal(&a, &b), equal(&b, &a), "{} and {}", a, b);
+        let _ = extract(&a);
+    }
+
+    #[test]
+    fn no_text_makes_the_grader_panic(a in any::<String>(), b in any::<String>()) {
+        let _ = (equal(&a, &b), equal(&a, &a), extract(&a));
+        let _ = extract(&format!("\\boxed{{{a}}}"));
+    }
+
+    #[test]
+    fn a_fraction_is_its_decimal_and_its_percentage(n in -9999i64..9999, places in 0usize..6) {
+        let ten = 10i64.pow(places as u32);
+        let sign = if n < 0 { "-" } else { "" };
+        let decimal = format!("{sign}{}.{:0places$}", n.abs() / ten, n.abs() % ten);
+        let fraction = format!("\\frac{{{n}}}{{{ten}}}");
+        prop_assert!(equal(&fraction, &decimal), "{}", decimal);
+        let (multiple, next) = (format!("{}/{}", 3 * n, 3 * ten), format!("{}/{ten}", n + 1));
+        prop_assert!(equal(&multiple, &decimal), "{}", decimal);
+        prop_assert!(!equal(&next, &decimal), "{}", decimal);
+        let (percentage, hundredths) = (format!("{n}\\%"), format!("{n}/100"));
+        prop_assert!(equal(&percentage, &hundredths), "{}", percentage);
+    }
 }

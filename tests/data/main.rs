@@ -3,6 +3,7 @@
 
 mod answers;
 mod cache;
+mod chat;
 mod damage;
 mod pack;
 mod records;

@@ -1,6 +1,7 @@
 //! Damaged adapters.
 
 use std::fs;
+use std::slice::from_ref;
 
 use resa_engine::formats::{huggingface, peft};
 use safetensors::Dtype;
@@ -211,7 +212,7 @@ fn a_merged_model_never_replaces_files() {
     let out = fixture.root().join("out");
     fs::create_dir(&out).unwrap();
     fs::write(out.join("notes"), "mine").unwrap();
-    let error = huggingface::save_merged(&fixture.model(), &lora, &out).unwrap_err();
+    let error = huggingface::save_merged(&fixture.model(), from_ref(&lora), &out).unwrap_err();
     assert!(error.to_string().contains("out"), "{error}");
     assert_eq!(fs::read_dir(&out).unwrap().count(), 1);
     assert_eq!(fs::read_to_string(out.join("notes")).unwrap(), "mine");
@@ -234,7 +235,7 @@ fn a_merge_that_fails_leaves_nothing_behind() {
     let mut large = lora.clone();
     large.config.alpha = 1e9;
     let out = fixture.root().join("out");
-    let text = huggingface::save_merged(&fixture.model(), &large, &out)
+    let text = huggingface::save_merged(&fixture.model(), from_ref(&large), &out)
         .unwrap_err()
         .to_string();
     assert!(

@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::slice::from_ref;
 
 use half::{bf16, f16};
 use resa_engine::Tensor;
@@ -361,7 +362,7 @@ fn check_merged(model_dir: &Path, half_unit: f64) -> TempDir {
     let before = named(&in_memory);
     let parent = tempfile::tempdir().unwrap();
     let out = parent.path().join("new/merged");
-    huggingface::save_merged(model_dir, &lora, &out).unwrap();
+    huggingface::save_merged(model_dir, from_ref(&lora), &out).unwrap();
     huggingface::merge_into(&mut in_memory, &lora).unwrap();
     let (on_disk, in_memory) = (named(&huggingface::load(&out).unwrap()), named(&in_memory));
     let mut adapted = BTreeSet::new();
@@ -513,7 +514,12 @@ fn written_files_have_the_permissions_of_ordinary_ones() {
     sparsify::save(dir.path(), &sparsify::load(&golden("sae")).unwrap()).unwrap();
     assert_eq!(mode(&dir.path().join("sae.safetensors")), mode(&ordinary));
     fs::create_dir(dir.path().join("folder")).unwrap();
-    huggingface::save_merged(&golden("model"), &golden_lora(), &dir.path().join("merged")).unwrap();
+    huggingface::save_merged(
+        &golden("model"),
+        &[golden_lora()],
+        &dir.path().join("merged"),
+    )
+    .unwrap();
     assert_eq!(
         mode(&dir.path().join("merged")),
         mode(&dir.path().join("folder"))

@@ -1,6 +1,7 @@
 //! Against numbers made with PyTorch in float64.
 
 mod formats;
+mod generate;
 mod golden;
 mod model;
 mod sae;

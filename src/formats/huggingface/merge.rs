@@ -29,25 +29,25 @@ pub fn merge_into(model: &mut Qwen2, lora: &Lora) -> Result<()> {
     for (&(layer, module), pair) in &lora.pairs {
         // The layer exists: check_fit has seen to that.
         let linear = model.layers[layer].module_mut(module);
-        linear.weight = merged(&linear.weight, pair, lora.config.scale())?;
+        linear.weight = merged(&linear.weight, &[(pair, lora.config.scale())])?;
     }
     Ok(())
 }
 
-/// Writes the model in `model_dir` with an adapter merged into it to the new folder `out_dir`:
+/// Writes the model in `model_dir` with adapters merged into it to the new folder `out_dir`:
 /// weights in the dtype they are stored in (computed in f32, rounded once), in files of at most
 /// 5 GB, with `config.json` and the tokenizer's files. One tensor at a time is in memory.
 ///
 /// # Errors
-/// Where the model cannot be loaded, the adapter does not fit it, `out_dir` holds files already,
+/// Where the model cannot be loaded, an adapter does not fit it, `out_dir` holds files already,
 /// or a file cannot be written; `out_dir` is complete or not there.
-pub fn save_merged(model_dir: &Path, lora: &Lora, out_dir: &Path) -> Result<()> {
-    save_merged_in_shards(model_dir, lora, out_dir, MAX_SHARD)
+pub fn save_merged(model_dir: &Path, loras: &[Lora], out_dir: &Path) -> Result<()> {
+    save_merged_in_shards(model_dir, loras, out_dir, MAX_SHARD)
 }
 
 fn save_merged_in_shards(
     model_dir: &Path,
-    lora: &Lora,
+    loras: &[Lora],
     out_dir: &Path,
     max_shard: usize,
 ) -> Result<()> {
@@ -55,11 +55,13 @@ fn save_merged_in_shards(
     // widens norms and biases.
     let config = load(model_dir)?.config;
     let files = Checkpoint::open(model_dir)?;
-    check_fit(&config, lora)?;
+    for lora in loras {
+        check_fit(&config, lora)?;
+    }
     atomic::create_dir(out_dir, |dir| {
         copy_present(model_dir, dir, &["config.json", "generation_config.json"])?;
         copy_files(model_dir, dir)?;
-        write_weights(&files, &config, lora, dir, max_shard)
+        write_weights(&files, &config, loras, dir, max_shard)
     })
 }
 
@@ -78,11 +80,11 @@ fn copy_present(from: &Path, to: &Path, names: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// A tensor of the model to be written, with its adapter if it has one.
+/// A tensor of the model to be written, with its adapters and their scales.
 struct Part<'a> {
     name: String,
     stored: Tensor,
-    pair: Option<&'a LoraPair>,
+    pairs: Vec<(&'a LoraPair, f32)>,
 }
 
 impl Part<'_> {
@@ -94,7 +96,7 @@ impl Part<'_> {
 fn write_weights(
     files: &Checkpoint,
     config: &Qwen2Config,
-    lora: &Lora,
+    loras: &[Lora],
     dir: &Path,
     max_shard: usize,
 ) -> Result<()> {
@@ -102,9 +104,10 @@ fn write_weights(
     let mut filled = 0;
     let mut total = 0;
     for (name, place) in tensors(config) {
+        let pair = |lora| pair_of(lora, place);
         let part = Part {
             stored: files.file(&name)?.tensor(&name)?,
-            pair: place.and_then(|place| lora.pairs.get(&place)),
+            pairs: loras.iter().filter_map(pair).collect(),
             name,
         };
         total += part.bytes();
@@ -124,7 +127,7 @@ fn write_weights(
             1 => "model.safetensors".to_owned(),
             _ => format!("model-{:05}-of-{count:05}.safetensors", i + 1),
         };
-        write_shard(&dir.join(&name), shard, lora.config.scale())?;
+        write_shard(&dir.join(&name), shard)?;
         weight_map.extend(shard.iter().map(|part| (part.name.clone(), name.clone())));
     }
     if count == 1 {
@@ -137,7 +140,12 @@ fn write_weights(
     })
 }
 
-fn write_shard(path: &Path, parts: &[Part], scale: f32) -> Result<()> {
+/// The adapter's factors for a module, and their scale.
+fn pair_of(lora: &Lora, place: Option<(usize, Module)>) -> Option<(&LoraPair, f32)> {
+    Some((lora.pairs.get(&place?)?, lora.config.scale()))
+}
+
+fn write_shard(path: &Path, parts: &[Part]) -> Result<()> {
     let entries = parts
         .iter()
         .map(|part| {
@@ -146,9 +154,9 @@ fn write_shard(path: &Path, parts: &[Part], scale: f32) -> Result<()> {
                 &part.name,
                 stored.dtype(),
                 stored.shape(),
-                move || match part.pair {
-                    Some(pair) => merged(stored, pair, scale),
-                    None => Ok(stored.clone()),
+                move || match &part.pairs[..] {
+                    [] => Ok(stored.clone()),
+                    pairs => merged(stored, pairs),
                 },
             )
         })
@@ -207,26 +215,27 @@ fn check_fit(config: &Qwen2Config, lora: &Lora) -> Result<()> {
     Ok(())
 }
 
-/// W + s B A in f32; `weight` \[out, in\], A \[r, in\], B \[out, r\], shapes checked before.
-fn merged(weight: &Tensor, pair: &LoraPair, scale: f32) -> Result<Tensor> {
-    let (a, b) = (pair.a.f32s()?, pair.b.f32s()?);
+/// W + Σ s B A in f32; `weight` \[out, in\], each A \[r, in\], B \[out, r\], shapes checked before.
+fn merged(weight: &Tensor, pairs: &[(&LoraPair, f32)]) -> Result<Tensor> {
     let (rows, cols) = weight.matrix_dims();
-    let r = pair.a.matrix_dims().0;
     let mut sum = vec![0.0f32; rows * cols];
     sum.par_chunks_mut(cols)
-        .zip(b.par_chunks(r))
         .enumerate()
-        .try_for_each_init(Vec::new, |delta, (row, (out, b))| {
+        .try_for_each_init(Vec::new, |delta, (row, out)| {
             weight.read_f32(row * cols, out)?;
-            delta.clear();
-            delta.resize(cols, 0.0f32);
-            for (&b, a) in b.iter().zip(a.chunks(cols)) {
-                for (delta, &a) in delta.iter_mut().zip(a) {
-                    *delta += b * a;
+            for (pair, scale) in pairs {
+                let r = pair.a.matrix_dims().0;
+                delta.clear();
+                delta.resize(cols, 0.0f32);
+                let b = &pair.b.f32s()?[row * r..(row + 1) * r];
+                for (&b, a) in b.iter().zip(pair.a.f32s()?.chunks(cols)) {
+                    for (delta, &a) in delta.iter_mut().zip(a) {
+                        *delta += b * a;
+                    }
                 }
-            }
-            for (out, &delta) in out.iter_mut().zip(delta.iter()) {
-                *out += scale * delta;
+                for (out, &delta) in out.iter_mut().zip(delta.iter()) {
+                    *out += scale * delta;
+                }
             }
             Ok(())
         })?;
@@ -235,6 +244,8 @@ fn merged(weight: &Tensor, pair: &LoraPair, scale: f32) -> Result<Tensor> {
 
 #[cfg(test)]
 mod tests {
+    use std::slice::from_ref;
+
     use super::*;
     use crate::formats::peft;
 
@@ -245,7 +256,7 @@ mod tests {
         let lora = peft::load(&golden.join("lora"), &model.config).unwrap();
         let parent = tempfile::tempdir().unwrap();
         let out = parent.path().join("merged");
-        save_merged_in_shards(&golden.join("model"), &lora, &out, 300_000).unwrap();
+        save_merged_in_shards(&golden.join("model"), from_ref(&lora), &out, 300_000).unwrap();
         let index = fs::read(out.join("model.safetensors.index.json")).unwrap();
         let index: serde_json::Value = serde_json::from_slice(&index).unwrap();
         // 959 816 bytes in one file, less its header of 5 192 bytes.
