@@ -207,7 +207,7 @@ fn saes(args: &FeaturesArgs, model: &Qwen2) -> resa_engine::Result<Vec<(usize, S
         places.extend(hookpoints(root)?);
     }
     places.sort();
-    for pair in places.windows(2).filter(|pair| pair[0].0 == pair[1].0) {
+    if let Some(pair) = places.windows(2).find(|pair| pair[0].0 == pair[1].0) {
         let (first, second) = (pair[0].1.display(), pair[1].1.display());
         let what = format!(
             "expected one SAE for layer {}, found {first} and {second}",

@@ -58,7 +58,8 @@ impl Tile {
         let wide = |function| tile(function, 128, 256, 256, 3);
         // The wide tile needs a third less of shared memory's bandwidth, but must not pad more
         // nor leave multiprocessors without work.
-        let is_wide = (n % 256 == 0 || n % 256 > 128) && m.div_ceil(128) * n.div_ceil(256) >= 100;
+        let is_wide =
+            (n.is_multiple_of(256) || n % 256 > 128) && m.div_ceil(128) * n.div_ceil(256) >= 100;
         match layout {
             Layout::Nt if is_wide => wide("gemm_nt_128x256"),
             Layout::Nt => square("gemm_nt_128x128"),

@@ -119,7 +119,7 @@ fn add_product<const FUSED: bool>(sum: f32, a: f32, b: f32) -> f32 {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::{
-        __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_set1_epi32, _mm512_setzero_ps,
+        __m512, __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_set1_epi32, _mm512_setzero_ps,
     };
 
     use super::{COLS, ROWS, Tile};
@@ -141,7 +141,7 @@ mod x86 {
             }
         }
         // SAFETY: as above; both are 12 x 32 f32, row by row.
-        *tile = unsafe { std::mem::transmute::<_, Tile>(sums) };
+        *tile = unsafe { std::mem::transmute::<[[__m512; COLS / VECTOR]; ROWS], Tile>(sums) };
     }
 
     #[inline(always)]
