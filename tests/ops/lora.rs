@@ -89,8 +89,9 @@ impl Case<'_> {
 
 #[test]
 fn lora_matches_float64_with_and_without_dropout_and_residual() {
+    // Every tensor has so many values that its error is not one lucky or unlucky rounding.
     for (t, k, n, r) in [
-        (1, 1, 1, 1),
+        (1, 40, 24, 2),
         (7, 13, 5, 3),
         (33, 31, 65, 4),
         (19, 24, 40, 8),
