@@ -8,8 +8,7 @@ if [ -z "$(find_nvcc)" ]; then
   python3 -m venv "$venv" >&2
   "$venv/bin/pip" install --quiet --disable-pip-version-check \
     'nvidia-cuda-nvcc==13.0.*' 'nvidia-nvvm==13.0.*' 'nvidia-cuda-crt==13.0.*' \
-    'nvidia-cuda-runtime==13.0.*' 'nvidia-cuda-cccl==13.0.*' \
-    'nvidia-cuda-cuobjdump==13.0.*' 'nvidia-cuda-nvdisasm==13.0.*' >&2
+    'nvidia-cuda-runtime==13.0.*' 'nvidia-cuda-cccl==13.0.*' >&2
 fi
 nvcc="$(find_nvcc)"
 [ -n "$nvcc" ] || { echo "nvcc was not installed into $venv" >&2; exit 1; }
