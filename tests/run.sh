@@ -15,5 +15,7 @@ export NVCC
 # The whole workspace in both calls: with other features the dependencies would be built twice.
 cargo build --release --workspace
 cargo test --release --workspace
+# Once more with the emulator's warps in random order: results must not depend on it.
+CUDA_EMU_SCHEDULE=1 cargo test --release --workspace --test ops
 export RESA_VENV=${RESA_VENV:-$PWD/target/venv} RESA_ASSETS=${RESA_ASSETS:-$PWD/target/assets}
 "$RESA_VENV/bin/python" -m pytest -q -p no:cacheprovider tests/python

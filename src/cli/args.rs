@@ -265,11 +265,11 @@ pub struct TrainSettings {
     #[serde(skip_serializing_if = "Option::is_none")]
     sae_grad: Option<String>,
 
-    /// Where to compute: auto, cpu, cuda or cuda:N
+    /// Where to compute: auto (the CPU), cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", value_parser = device, help_heading = "Run")]
     #[serde(skip_serializing_if = "Option::is_none")]
     device: Option<String>,
-    /// Floating-point type of frozen weights and activations
+    /// Floating-point type of frozen weights and products; auto is f32 on the CPU, bf16 on a GPU
     #[arg(long, value_parser = ["auto", "f32", "bf16"], help_heading = "Run")]
     #[serde(skip_serializing_if = "Option::is_none")]
     dtype: Option<String>,
@@ -489,7 +489,7 @@ pub struct BenchArgs {
     /// The model whose shapes are measured; may be repeated
     #[arg(long, value_name = "MODEL", value_parser = resa_engine::bench::shapes::NAMES)]
     pub model: Vec<String>,
-    /// Where to compute: auto, cpu, cuda or cuda:N
+    /// Where to compute: auto (the CPU), cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     pub device: DeviceSetting,
     /// Worker threads; 0 is one for each core

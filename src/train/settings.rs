@@ -101,7 +101,7 @@ impl DtypeSetting {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum DeviceSetting {
-    /// The first GPU that works, else the CPU.
+    /// The CPU, as long as the kernels have run on an emulator only.
     Auto,
     /// The host's cores.
     Cpu,
