@@ -121,8 +121,8 @@ fn every_kernel_file_has_an_operator_of_its_name() {
     };
     for source in sources() {
         let stem = source.file_stem().unwrap().to_string_lossy().into_owned();
-        // A long stem has a file for each direction.
-        let directions = ["_forward", "_backward", "_hopper"];
+        // A long stem has a file for each direction, and one for an architecture.
+        let directions = ["_forward", "_backward", "_sm90a"];
         let stem = directions
             .iter()
             .find_map(|d| stem.strip_suffix(d))

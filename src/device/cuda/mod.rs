@@ -4,9 +4,11 @@
 
 mod cast;
 mod kernel;
+mod tensor_map;
 
 use std::sync::Arc;
 
+use cudarc::driver::sys::CUdevice_attribute;
 use cudarc::driver::{CudaContext, CudaStream, DriverError};
 use half::bf16;
 
@@ -33,6 +35,8 @@ pub struct CudaDevice {
     stream: Arc<CudaStream>,
     memory: Arc<Memory>,
     kernels: Arc<Kernels>,
+    capability: (i32, i32),
+    multiprocessors: usize,
     host: CpuDevice,
 }
 
@@ -78,6 +82,9 @@ impl CudaDevice {
                 ),
             ));
         }
+        let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let count = context.attribute(count);
+        let count = count.map_err(|e| failed("no count of multiprocessors", e))?;
         // SAFETY: this device uses its memory on its one stream alone, whose order is all the
         // synchronisation that memory needs.
         unsafe { context.disable_event_tracking() };
@@ -86,6 +93,8 @@ impl CudaDevice {
             memory: Arc::new(Memory::new(stream.clone())),
             kernels: Arc::new(Kernels::new(context)),
             stream,
+            capability: (major, minor),
+            multiprocessors: usize::try_from(count).unwrap_or(0),
             host: CpuDevice::new(threads)?,
         })
     }
@@ -109,6 +118,16 @@ impl CudaDevice {
     pub fn name(&self) -> Result<String> {
         let name = self.stream.context().name();
         name.map_err(|e| Error::cuda(self.ordinal(), format!("no name: {}", error_name(e))))
+    }
+
+    /// Major and minor compute capability.
+    pub(crate) fn capability(&self) -> (i32, i32) {
+        self.capability
+    }
+
+    /// How many multiprocessors there are.
+    pub(crate) fn multiprocessors(&self) -> usize {
+        self.multiprocessors
     }
 
     /// The stream that everything runs in.
