@@ -97,6 +97,14 @@ impl Tensor {
         }
     }
 
+    /// The elements on a CUDA device for writing, where nobody shares them.
+    pub(crate) fn cuda_mut(&mut self) -> Option<&mut CudaBuffer> {
+        match Arc::get_mut(&mut self.storage) {
+            Some(Storage::Cuda(buffer)) => Some(buffer),
+            _ => None,
+        }
+    }
+
     /// Whether another tensor has the same storage.
     pub(crate) fn is_shared(&mut self) -> bool {
         Arc::get_mut(&mut self.storage).is_none()
