@@ -288,9 +288,10 @@ fn differences(
     positions(inputs[input].len()).map(at).collect()
 }
 
-type Bits = Vec<Vec<u32>>;
+pub type Bits = Vec<Vec<u32>>;
 
-fn run<O: Operator>(
+/// The bits of an operator's outputs, and of its inputs' gradients for these of the outputs.
+pub fn run<O: Operator>(
     device: &Device,
     op: O,
     inputs: &[Tensor],
