@@ -2,6 +2,7 @@
 
 pub(crate) mod cuda;
 mod dtype;
+mod staging;
 mod storage;
 
 use std::sync::Arc;

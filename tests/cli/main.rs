@@ -11,6 +11,7 @@ mod examples;
 mod faults;
 mod features;
 mod folder;
+mod generation;
 mod outputs;
 mod plan;
 mod report;

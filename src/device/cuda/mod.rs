@@ -3,15 +3,17 @@
 //! the next needs no synchronisation.
 
 mod cast;
+mod graph;
 mod kernel;
 mod tensor_map;
 
 use std::sync::Arc;
 
-use cudarc::driver::sys::CUdevice_attribute;
+use cudarc::driver::sys::{CUdevice_attribute, CUresult};
 use cudarc::driver::{CudaContext, CudaStream, DriverError};
 use half::bf16;
 
+pub(crate) use graph::Recorded;
 pub(crate) use kernel::{Arg, Grid, Kernel};
 
 use super::CpuDevice;
@@ -62,7 +64,13 @@ impl CudaDevice {
         }
         let failed =
             |what: &str, e: DriverError| Error::cuda(ordinal, format!("{what}: {}", error_name(e)));
-        cudarc::driver::result::init().map_err(|e| failed("the CUDA driver did not start", e))?;
+        cudarc::driver::result::init().map_err(|e| match e.0 {
+            CUresult::CUDA_ERROR_NO_DEVICE => Error::cuda(
+                ordinal,
+                "the CUDA driver is installed but finds no GPU; see what nvidia-smi lists",
+            ),
+            _ => failed("the CUDA driver did not start", e),
+        })?;
         let count = CudaContext::device_count().map_err(|e| failed("counting devices", e))?;
         if i64::try_from(ordinal).map_or(true, |n| n >= count.into()) {
             return Err(Error::cuda(
@@ -161,7 +169,7 @@ impl CudaDevice {
     pub(crate) fn holds(&self, tensor: &Tensor) -> bool {
         tensor
             .cuda()
-            .is_some_and(|buffer| buffer.is_of(&self.memory))
+            .is_some_and(|buffer| buffer.is_of(&self.stream))
     }
 
     /// The tensor on this device in `dtype` (bf16, f32, or u32 for u32): itself where it is that

@@ -176,7 +176,7 @@ impl KvCache {
     }
 
     /// The tokens that a layer holds; an error where there is no such layer.
-    fn expect_layer(&self, layer: usize) -> Result<usize> {
+    pub(super) fn expect_layer(&self, layer: usize) -> Result<usize> {
         let layers = self.tokens.len();
         let held = self.tokens.get(layer).copied();
         let expected = || format!("a layer below {layers}");

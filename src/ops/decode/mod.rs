@@ -207,13 +207,10 @@ impl<'b, 'c> Batch<'b, 'c> {
         expect_shape(NAME, &k, &[batch, kv * dim])?;
         expect_shape(NAME, v, &[batch, kv * dim])?;
         for (cache, &position) in self.caches.iter().zip(&self.positions) {
-            if cache.tokens(layer) != position {
+            let held = cache.expect_layer(layer)?;
+            if held != position {
                 let expected = format!("{position} tokens in layer {layer}");
-                return Err(Error::operand(
-                    NAME,
-                    expected,
-                    cache.tokens(layer).to_string(),
-                ));
+                return Err(Error::operand(NAME, expected, held.to_string()));
             }
         }
         match (self.device, &self.table) {
