@@ -21,7 +21,6 @@ namespace {
 
 // Thread blocks of a cluster.
 constexpr unsigned kPair = 2;
-constexpr unsigned kWarpgroup = 128;
 // Warpgroups that multiply, before the one that copies.
 constexpr unsigned kWorkers = 2;
 // Columns that pass through a warp's part of shared memory at a time.
@@ -30,16 +29,6 @@ static_assert(kStageK == kBlock, "a stage is one block of operands deep");
 
 struct Maps {
   const TensorMap &lhs, &rhs;
-};
-
-// A place in the ring.
-template <int kStages>
-struct Turn {
-  unsigned stage = 0, parity = 0;
-
-  __device__ __forceinline__ void next() {
-    if (++stage == kStages) stage = 0, parity ^= 1;
-  }
 };
 
 // kMasked: the low-rank product passes through the mask. A kernel of its own, because ptxas makes

@@ -80,7 +80,17 @@ __device__ __forceinline__ void copy_block(uint32_t to, const TensorMap& from, u
       : "memory");
 }
 
-// The same into all blocks of the cluster in `blocks` (a bit each), at the same addresses.
+// The same from a map of several matrices, one after the other.
+__device__ __forceinline__ void copy_block(uint32_t to, const TensorMap& from, uint32_t barrier,
+                                           unsigned matrix, unsigned row, unsigned col) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to),
+      "l"(&from), "r"(barrier), "r"(col), "r"(row), "r"(matrix)
+      : "memory");
+}
+
+// As the first into all blocks of the cluster in `blocks` (a bit each), at the same addresses.
 __device__ __forceinline__ void copy_block_to(uint16_t blocks, uint32_t to, const TensorMap& from,
                                               uint32_t barrier, unsigned row, unsigned col) {
   asm volatile(
@@ -90,7 +100,12 @@ __device__ __forceinline__ void copy_block_to(uint16_t blocks, uint32_t to, cons
       : "memory");
 }
 
-// Loads the map itself ahead of its first use.
-__device__ __forceinline__ void prefetch(const TensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
+// A place in a ring of stages, and the parity of its barriers' phase.
+template <int kStages>
+struct Turn {
+  unsigned stage = 0, parity = 0;
+
+  __device__ __forceinline__ void next() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+};

