@@ -202,7 +202,14 @@ impl Tensor {
         }
         let mut data = vec![0.0; self.len()];
         self.read_f32(0, &mut data)?;
+        self.release_pages();
         Self::from_vec(data, self.shape.clone())
+    }
+
+    /// Lets the system take back the memory that holds a mapped tensor's pages of the file, as
+    /// they have been read and will not be soon again. When they are, the system brings them back.
+    pub(crate) fn release_pages(&self) {
+        self.storage.release_pages();
     }
 
     /// The tensor of integers in host memory: itself where it is there, a copy otherwise.
