@@ -44,6 +44,10 @@ fn run() -> Result<()> {
     match find_nvcc(&out)? {
         Some(nvcc) => {
             println!("cargo:rustc-env=RESA_NVCC={}", nvcc.display());
+            println!(
+                "cargo:rustc-env=RESA_BUILT_FOR={}",
+                architectures().join(",")
+            );
             images = compile_all(&nvcc, &out)?;
         }
         None => println!(
@@ -142,10 +146,15 @@ fn compile_all(nvcc: &Path, out: &Path) -> Result<Vec<(String, PathBuf)>> {
     Ok(images)
 }
 
-fn arguments() -> Vec<String> {
+fn architectures() -> Vec<String> {
     let chosen = env::var("RESA_CUDA_ARCHS").unwrap_or_else(|_| ARCHITECTURES.to_owned());
     let chosen = chosen.split(',').map(str::trim).filter(|a| !a.is_empty());
-    let code = chosen.map(|a| format!("-gencode=arch=compute_{a},code=sm_{a}"));
+    chosen.map(str::to_owned).collect()
+}
+
+fn arguments() -> Vec<String> {
+    let code = architectures().into_iter();
+    let code = code.map(|a| format!("-gencode=arch=compute_{a},code=sm_{a}"));
     NVCC_FLAGS
         .map(str::to_owned)
         .into_iter()

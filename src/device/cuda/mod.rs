@@ -3,6 +3,7 @@
 //! the next needs no synchronisation.
 
 mod cast;
+mod info;
 mod kernel;
 
 use std::sync::Arc;
