@@ -41,6 +41,10 @@ fn run() -> Result<()> {
     match find_nvcc(&out)? {
         Some(nvcc) => {
             println!("cargo:rustc-env=RESA_NVCC={}", nvcc.display());
+            println!(
+                "cargo:rustc-env=RESA_BUILT_FOR={}",
+                architectures().join(",")
+            );
             images = compile_all(&nvcc, &out)?;
         }
         None => println!(
@@ -138,13 +142,19 @@ fn compile_all(nvcc: &Path, out: &Path) -> Result<Vec<(String, PathBuf)>> {
     Ok(images)
 }
 
-/// nvcc's options for a file: PTX, and code for the chosen architectures.
-fn arguments(source: &Path) -> Vec<String> {
+/// The architectures that the build is for.
+fn architectures() -> Vec<String> {
     let chosen = env::var("RESA_CUDA_ARCHS").unwrap_or_else(|_| ARCHITECTURES.to_owned());
     let chosen = chosen.split(',').map(str::trim).filter(|a| !a.is_empty());
+    chosen.map(str::to_owned).collect()
+}
+
+/// nvcc's options for a file: PTX, and code for the chosen architectures.
+fn arguments(source: &Path) -> Vec<String> {
     let stem = source.file_stem().unwrap_or_default().to_string_lossy();
     let only = stem.ends_with(OF_ONE.0).then_some(OF_ONE.1);
-    let chosen = chosen.filter(|a| only.is_none_or(|only| only == *a));
+    let chosen = architectures().into_iter();
+    let chosen = chosen.filter(|a| only.is_none_or(|only| only == a.as_str()));
     let ptx = only.unwrap_or(OLDEST);
     let ptx = format!("-gencode=arch=compute_{ptx},code=compute_{ptx}");
     let code = chosen.map(|a| format!("-gencode=arch=compute_{a},code=sm_{a}"));

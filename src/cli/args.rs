@@ -8,6 +8,7 @@ use resa_engine::model::Module;
 use resa_engine::train::{DeviceSetting, DtypeSetting, TrainConfig, settings::parse_hookpoint};
 use serde::Serialize;
 
+use super::doctor::DoctorArgs;
 use super::features::FeaturesArgs;
 use super::report::ReportArgs;
 
@@ -35,6 +36,8 @@ pub enum Command {
     Report(ReportArgs),
     /// Measure every operator at the shapes of three models, and whole stages
     BenchKernels(BenchArgs),
+    /// Say what this machine can do, test every operator on it, and what to do next
+    Doctor(DoctorArgs),
     /// Print a completion script for a shell
     Completions(CompletionsArgs),
 }
@@ -517,7 +520,7 @@ pub struct BenchArgs {
     pub json: bool,
 }
 
-fn threads(text: &str) -> Result<usize, String> {
+pub fn threads(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(number) if number <= 4096 => Ok(number),
         _ => Err("expected a whole number of at most 4096".to_owned()),

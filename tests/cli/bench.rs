@@ -226,7 +226,7 @@ fn the_static_table_lists_kernels_without_measuring() {
 }
 
 /// The emulator's library, where Cargo has put it for the tests.
-fn emulator() -> PathBuf {
+pub fn emulator() -> PathBuf {
     let folder = Path::new(env!("CARGO_BIN_EXE_resa-engine"))
         .parent()
         .unwrap();

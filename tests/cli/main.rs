@@ -5,6 +5,7 @@ mod support;
 
 mod bench;
 mod cuda;
+mod doctor;
 mod equivalence;
 mod evaluate;
 mod examples;

@@ -4,6 +4,7 @@
 
 mod cast;
 mod graph;
+mod info;
 mod kernel;
 mod tensor_map;
 
