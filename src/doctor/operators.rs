@@ -348,9 +348,10 @@ fn decode(device: &Device) -> Result<f64> {
     let turned = turned.chain(k[last * width..].chunks_mut(heads.dim));
     turned.for_each(|head| rotate(head, last, theta));
     let group = heads.queries / heads.kv;
-    let expected = q.chunks(heads.dim).enumerate().flat_map(|(i, q)| {
-        attend(q, &k, &v, [TOKENS, i / group * heads.dim, width])
-    });
+    let expected = q
+        .chunks(heads.dim)
+        .enumerate()
+        .flat_map(|(i, q)| attend(q, &k, &v, [TOKENS, i / group * heads.dim, width]));
     let off = relative_error(&f64s(&attended)?, &expected.collect::<Vec<_>>());
     Ok(off.max(relative_error(&found, &right)))
 }
