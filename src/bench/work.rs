@@ -72,6 +72,19 @@ pub enum Work {
         width: usize,
         vocab: usize,
     },
+    /// X Wᵀ of the few rows that generation has, W \[out, inner\].
+    DecodeLinear {
+        batch: usize,
+        inner: usize,
+        out: usize,
+    },
+    /// One query of a sequence that has `tokens` keys then.
+    DecodeAttention {
+        tokens: usize,
+        heads: usize,
+        kv_heads: usize,
+        head_dim: usize,
+    },
     /// One step over so many parameters.
     AdamW { values: usize },
     /// One step over a matrix with rows of `width`, their parallel component taken out.
@@ -142,6 +155,7 @@ impl Work {
             Self::Fvu { .. } => "fvu",
             Self::KlDiv { .. } => "kl_div",
             Self::CrossEntropy { .. } => "cross_entropy",
+            Self::DecodeLinear { .. } | Self::DecodeAttention { .. } => "decode",
             Self::AdamW { .. } => "adamw",
             Self::Signum { .. } => "signum",
             Self::Clip { .. } => "clip",
@@ -153,17 +167,17 @@ impl Work {
         match self {
             Self::KlDiv { .. } | Self::CrossEntropy { .. } => &[Pass::Forward, Pass::Fused],
             Self::AdamW { .. } | Self::Signum { .. } | Self::Clip { .. } => &[Pass::Step],
+            Self::DecodeLinear { .. } | Self::DecodeAttention { .. } => &[Pass::Forward],
             _ => &[Pass::Forward, Pass::Backward],
         }
     }
 
     /// Whether it computes matrix products, which may be in f32 or in bf16.
     pub fn has_products(&self) -> bool {
-        use Work::{CrossEntropy, Gemm, KlDiv, Lora, TopK};
-        matches!(
-            self,
-            Gemm { .. } | Lora { .. } | TopK { .. } | KlDiv { .. } | CrossEntropy { .. }
-        )
+        use Work::{CrossEntropy, DecodeLinear, Gemm, KlDiv, Lora, TopK};
+        let is_head = matches!(self, KlDiv { .. } | CrossEntropy { .. });
+        let is_linear = matches!(self, Gemm { .. } | Lora { .. } | DecodeLinear { .. });
+        is_head || is_linear || matches!(self, TopK { .. })
     }
 
     /// The table: least FLOP and bytes of a pass, with stored values of these sizes. Elementwise
@@ -239,6 +253,14 @@ impl Work {
                 let products = if forward { 1 } else { 2 };
                 [2 * t * d * v * products, t * d * a * products + d * v * w]
             }
+            Self::DecodeLinear { batch: b, inner: i, out: o } => {
+                [2 * b * i * o, b * (i + o) * a + i * o * w]
+            }
+            // Keys and values once, the query in and its result out.
+            Self::DecodeAttention { tokens: t, heads, kv_heads, head_dim } => {
+                let (q, kv) = (heads * head_dim, kv_heads * head_dim);
+                [4 * t * q, 2 * (t * kv + q) * a]
+            }
             // Parameter and both moments in and out, the gradient in.
             Self::AdamW { values: n } => [14 * n, 7 * n * WORD],
             // y and z in and out, the gradient in.
@@ -289,8 +311,12 @@ impl Work {
             | Self::SparseDecode { tokens, .. }
             | Self::Fvu { tokens, .. }
             | Self::KlDiv { tokens, .. }
-            | Self::CrossEntropy { tokens, .. } => halve(tokens, FEWEST_TOKENS),
-            Self::AdamW { .. } | Self::Signum { .. } | Self::Clip { .. } => false,
+            | Self::CrossEntropy { tokens, .. }
+            | Self::DecodeAttention { tokens, .. } => halve(tokens, FEWEST_TOKENS),
+            Self::AdamW { .. }
+            | Self::Signum { .. }
+            | Self::Clip { .. }
+            | Self::DecodeLinear { .. } => false,
         }
     }
 
@@ -299,7 +325,9 @@ impl Work {
             Self::Embedding { vocab, .. }
             | Self::KlDiv { vocab, .. }
             | Self::CrossEntropy { vocab, .. } => halve(vocab, SMALLEST),
-            Self::Gemm { inner, out, .. } | Self::Lora { inner, out, .. } => {
+            Self::Gemm { inner, out, .. }
+            | Self::Lora { inner, out, .. }
+            | Self::DecodeLinear { inner, out, .. } => {
                 halve(if *inner > *out { inner } else { out }, SMALLEST)
             }
             Self::TopK { latents, .. } | Self::SparseDecode { latents, .. } => {
@@ -311,6 +339,7 @@ impl Work {
             | Self::Rope { .. }
             | Self::SwiGlu { .. }
             | Self::FlashAttention { .. }
+            | Self::DecodeAttention { .. }
             | Self::Fvu { .. } => false,
         }
     }
@@ -347,8 +376,15 @@ impl fmt::Display for Work {
                 heads,
                 kv_heads,
                 head_dim,
+            }
+            | Self::DecodeAttention {
+                tokens,
+                heads,
+                kv_heads,
+                head_dim,
             } => format!("{tokens} x {heads}/{kv_heads} x {head_dim}"),
             Self::Gemm { tokens, inner, out } => format!("{tokens} x {inner} x {out}"),
+            Self::DecodeLinear { batch, inner, out } => format!("{batch} x {inner} x {out}"),
             Self::Lora {
                 tokens,
                 inner,
@@ -385,195 +421,4 @@ impl fmt::Display for Work {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// 3 tokens, width 5, 7 of whatever is wide, everything stored in 16 bits that can be; each
-    /// operand counted by hand.
-    #[test]
-    fn least_flop_and_bytes_are_those_counted_by_hand() {
-        let (tokens, width, vocab) = (3, 5, 7);
-        let (inner, out, rank) = (5, 7, 2);
-        let (latents, k) = (7, 2);
-        let embedding = Work::Embedding {
-            tokens,
-            vocab,
-            width,
-        };
-        let rope = Work::Rope {
-            tokens,
-            heads: 2,
-            head_dim: 4,
-        };
-        let attention = Work::FlashAttention {
-            tokens,
-            heads: 4,
-            kv_heads: 2,
-            head_dim: 8,
-        };
-        let lora = Work::Lora {
-            tokens,
-            inner,
-            out,
-            rank,
-        };
-        let topk = Work::TopK {
-            tokens,
-            width,
-            latents,
-            k,
-        };
-        let decode = Work::SparseDecode {
-            tokens,
-            width,
-            latents,
-            k,
-        };
-        let table = [
-            (embedding, Pass::Forward, 0.0, 60.0),
-            (embedding, Pass::Backward, 15.0, 30.0 + 140.0),
-            (Work::RmsNorm { tokens, width }, Pass::Forward, 60.0, 60.0),
-            (Work::RmsNorm { tokens, width }, Pass::Backward, 120.0, 90.0),
-            (rope, Pass::Forward, 72.0, 96.0),
-            (rope, Pass::Backward, 72.0, 96.0),
-            (Work::SwiGlu { tokens, width }, Pass::Forward, 75.0, 90.0),
-            (Work::SwiGlu { tokens, width }, Pass::Backward, 150.0, 150.0),
-            // Q and O of 96 values, K and V of 48; 9 scores a head, half of them.
-            (attention, Pass::Forward, 576.0, 576.0),
-            (attention, Pass::Backward, 1440.0, 1152.0),
-            // X 15, Y 21, W 35.
-            (
-                Work::Gemm { tokens, inner, out },
-                Pass::Forward,
-                210.0,
-                142.0,
-            ),
-            (
-                Work::Gemm { tokens, inner, out },
-                Pass::Backward,
-                210.0,
-                142.0,
-            ),
-            // A 10 and B 14 in four bytes.
-            (lora, Pass::Forward, 210.0 + 144.0, 142.0 + 96.0),
-            (lora, Pass::Backward, 210.0 + 288.0, 102.0 + 70.0 + 192.0),
-            (topk, Pass::Forward, 210.0, 30.0 + 140.0 + 48.0),
-            (topk, Pass::Backward, 60.0 + 70.0, 60.0 + 280.0),
-            (decode, Pass::Forward, 60.0, 120.0 + 30.0 + 48.0),
-            (decode, Pass::Backward, 120.0, 60.0 + 280.0),
-            (Work::Fvu { tokens, width }, Pass::Forward, 45.0, 60.0),
-            (Work::Fvu { tokens, width }, Pass::Backward, 30.0, 90.0),
-            (
-                Work::KlDiv {
-                    tokens,
-                    width,
-                    vocab,
-                },
-                Pass::Forward,
-                420.0,
-                130.0,
-            ),
-            (
-                Work::KlDiv {
-                    tokens,
-                    width,
-                    vocab,
-                },
-                Pass::Fused,
-                630.0,
-                160.0,
-            ),
-            (
-                Work::CrossEntropy {
-                    tokens,
-                    width,
-                    vocab,
-                },
-                Pass::Forward,
-                210.0,
-                100.0,
-            ),
-            (
-                Work::CrossEntropy {
-                    tokens,
-                    width,
-                    vocab,
-                },
-                Pass::Fused,
-                420.0,
-                130.0,
-            ),
-            (Work::AdamW { values: 10 }, Pass::Step, 140.0, 280.0),
-            (Work::Signum { rows: 3, width }, Pass::Step, 180.0, 300.0),
-            (Work::Clip { values: 10 }, Pass::Step, 30.0, 120.0),
-        ];
-        let size = Bytes {
-            activation: 2,
-            weight: 2,
-        };
-        for (work, pass, flop, bytes) in table {
-            let found = work.least(pass, size);
-            assert_eq!(found, Least { flop, bytes }, "{} {pass}", work.operator());
-        }
-    }
-
-    #[test]
-    fn only_frozen_weights_take_the_size_of_a_weight() {
-        let gemm = Work::Gemm {
-            tokens: 3,
-            inner: 5,
-            out: 7,
-        };
-        let bytes = |activation, weight| {
-            gemm.least(Pass::Forward, Bytes { activation, weight })
-                .bytes
-        };
-        assert_eq!(bytes(4, 4) - bytes(4, 2), 70.0);
-        assert_eq!(bytes(4, 2) - bytes(2, 2), 72.0);
-    }
-
-    #[test]
-    fn work_is_halved_until_it_keeps_the_limits_tokens_first() {
-        let size = Bytes {
-            activation: 4,
-            weight: 4,
-        };
-        let limits = |flop| Limits {
-            flop,
-            bytes: f64::INFINITY,
-        };
-        let whole = Work::KlDiv {
-            tokens: 2048,
-            width: 64,
-            vocab: 4096,
-        };
-        let flop = whole.least(Pass::Forward, size).flop;
-        let within = |flop| whole.within(limits(flop), Pass::Forward, size);
-        assert_eq!(within(flop), whole);
-        assert_eq!(
-            within(flop / 3.0),
-            Work::KlDiv {
-                tokens: 512,
-                width: 64,
-                vocab: 4096
-            }
-        );
-        assert_eq!(
-            within(flop / 64.0),
-            Work::KlDiv {
-                tokens: 128,
-                width: 64,
-                vocab: 1024
-            }
-        );
-        // What cannot become smaller stays.
-        assert_eq!(
-            within(1.0),
-            Work::KlDiv {
-                tokens: 128,
-                width: 64,
-                vocab: 256
-            }
-        );
-    }
-}
+mod tests;

@@ -330,11 +330,19 @@ pub struct ModelArgs {
     /// Layer (0-based) whose output --sae replaces: N or model.layers.N
     #[arg(long, value_name = "N", value_parser = parse_hookpoint, requires = "sae", help_heading = "Model")]
     pub layer: Option<usize>,
+    /// Where to compute: auto (the CPU), cpu, cuda or cuda:N
+    #[arg(
+        long,
+        value_name = "DEVICE",
+        default_value = "auto",
+        help_heading = "Model"
+    )]
+    pub device: DeviceSetting,
     /// Worker threads; 0 is one for each core
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Model")]
     pub threads: usize,
     /// Floating-point type of weights in memory; auto leaves them as they are stored where text is
-    /// written
+    /// written, and is bf16 on a GPU
     #[arg(long, value_parser = dtype, default_value = "auto", help_heading = "Model")]
     pub dtype: DtypeSetting,
 }

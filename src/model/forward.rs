@@ -6,8 +6,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::model::{DecoderLayer, KvCache, Linear, Lora, LoraPair, Module, Qwen2, Qwen2Config};
+use crate::model::{DecoderLayer, Linear, Lora, LoraPair, Module, Qwen2, Qwen2Config};
 use crate::ops;
+use crate::ops::decode::KvCache;
 use crate::ops::embedding::Embedding;
 use crate::ops::flash_attention::FlashAttention;
 use crate::ops::lora::{Dropout, LoraLinear};
@@ -243,7 +244,7 @@ impl LayerPass<'_> {
         let q = tape.apply(self.rope(config.num_attention_heads), &[&q])?;
         let k = tape.apply(self.rope(config.num_key_value_heads), &[&k])?;
         if let Some(cache) = cache {
-            cache.extend(self.index, k.value().f32s()?, v.value().f32s()?)?;
+            cache.extend(tape.device(), self.index, k.value(), v.value())?;
         }
         let attention = FlashAttention {
             batch: self.layout.batch,

@@ -12,6 +12,7 @@ mod examples;
 mod faults;
 mod features;
 mod folder;
+mod generation;
 mod outputs;
 mod plan;
 mod report;

@@ -77,6 +77,10 @@ impl FlashAttention {
             return Ok(());
         };
         expect_shape(Self::NAME, starts, &[rows])?;
+        if starts.cuda().is_some() {
+            // Whoever put them there has checked them; reading them back would stop the device.
+            return Ok(());
+        }
         for (row, &start) in starts.u32s()?.iter().enumerate() {
             let position = row % self.seq_len;
             if start as usize > position {

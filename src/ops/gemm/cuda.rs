@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use bytemuck::{Pod, Zeroable};
 
+use super::hopper;
 use super::tile::Tile;
 use crate::device::CudaDevice;
 use crate::device::cuda::{Arg, Grid, Kernel, WIDE};
@@ -72,6 +73,11 @@ impl<'a> Matrix<'a> {
         self.tensor
             .cuda()
             .map_or(0, |buffer| buffer.address() + start as u64)
+    }
+
+    /// A map of it for copies of blocks; see [`CudaDevice::block_map`].
+    pub(super) fn block_map(&self, cuda: &CudaDevice) -> Result<Arg> {
+        cuda.block_map(self.address(), &[self.rows, self.cols])
     }
 
     /// Whether every row begins at a multiple of 16 bytes.
@@ -217,6 +223,11 @@ impl<'a> Product<'a> {
         if let Some(low_rank) = low_rank {
             low_rank.add_to(&mut args, self.layout)?;
         }
+        let extents = [m, n, k];
+        if let Some(tile) = hopper::Tile::choose(cuda, self.layout, extents, aligned, masked) {
+            // SAFETY: as below.
+            return unsafe { tile.launch(cuda, args, &operands) };
+        }
         let grid = Grid::of_blocks(tile.count(m, n) * splits, tile.threads, tile.shared());
         if splits > 1 {
             return Self::launch_slices(cuda, tile, grid, args);
@@ -359,10 +370,10 @@ fn operand(tensor: Option<&Tensor>, dtypes: &[DType]) -> Result<u64> {
     }
 }
 
-/// `GemmArgs` of kernels/gemm.cu.
+/// `GemmArgs` of kernels/common/gemm_args.cuh.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
-struct GemmArgs {
+pub(super) struct GemmArgs {
     out: u64,
     lhs: u64,
     rhs: u64,

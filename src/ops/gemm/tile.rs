@@ -5,12 +5,12 @@ use crate::ops::gemm::cuda::Layout;
 use crate::tensor::DType;
 
 /// K of one pipeline stage.
-const STAGE: usize = 64;
+pub(super) const STAGE: usize = 64;
 /// Blocks that fill the largest device (two for each of 128 multiprocessors). A constant, so that
 /// the order of a sum does not depend on the device.
 const BLOCKS: usize = 256;
 /// Longest side for which the tile with a short side is taken.
-const SHORT: usize = 64;
+pub(super) const SHORT: usize = 64;
 /// Stages a slice of K has at least, so that filling the pipeline is not what takes the time.
 const LEAST_STAGES: usize = 4;
 
