@@ -84,7 +84,7 @@ def main():
     a.results.mkdir(parents=True, exist_ok=True)
     (a.results / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
-    text = ["| | Pass@1 | 95 % interval | " + " | ".join(tasks) + " | gained, lost | p |",
+    text = ["| | Pass@1 | 95 % interval | " + " | ".join(tasks) + " | won, lost | p |",
             "|---|---|---|" + "---|" * len(tasks) + "---|---|"]
     for r in rows:
         by_task = " | ".join(f"{c}/{n}" for c, n in r["correct_by_task"].values())

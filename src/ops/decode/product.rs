@@ -157,17 +157,12 @@ fn columns<W: Weight, const R: usize>(rows: [&[W]; R], x: &[f32], cols: usize, o
 fn dots<W: Weight, const R: usize, const C: usize>(w: [&[W]; R], x: [&[f32]; C]) -> [[f32; C]; R] {
     let w_parts = w.map(|w| w.as_chunks::<LANES>());
     let x_parts = x.map(|x| x.as_chunks::<LANES>());
-    let steps = x_parts[0].0.len();
-    // All of one length that is known to be the loop's: with a check of bounds within the loop
-    // the sums would not stay in registers.
-    let w_steps = w_parts.map(|(chunks, _)| &chunks[..steps]);
-    let x_steps = x_parts.map(|(chunks, _)| &chunks[..steps]);
     let mut sums = [[[0.0f32; LANES]; C]; R];
-    for i in 0..steps {
+    for i in 0..x_parts[0].0.len() {
         for r in 0..R {
-            let w = w_steps[r][i].map(W::widen);
+            let w = w_parts[r].0[i].map(W::widen);
             for c in 0..C {
-                let x = x_steps[c][i];
+                let x = x_parts[c].0[i];
                 for lane in 0..LANES {
                     sums[r][c][lane] += w[lane] * x[lane];
                 }
