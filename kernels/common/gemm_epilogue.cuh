@@ -3,9 +3,11 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 #include <cuda_bf16.h>
 
+#include "async_copy.cuh"
 #include "mma.cuh"
 
 enum OutputFlags : unsigned {
@@ -78,6 +80,14 @@ struct Output {
   }
 };
 
+// Stores two floats to shared memory at once. In assembly: the compiler may split the store of a
+// float2 into two, whose lanes then meet in the same banks.
+__device__ __forceinline__ void store_pair(float* to, float a, float b) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared_address(to)),
+               "f"(a), "f"(b)
+               : "memory");
+}
+
 // Writes a warp's accumulators, which belong to the tile at (row, col). They pass through the
 // warp's own part of shared memory, 16 rows at a time, so that whole sectors of a row are written
 // together. `shared` holds 16 x (T::kWarpN + 8) floats a warp.
@@ -98,8 +108,8 @@ __device__ __forceinline__ void write_tile(
 #pragma unroll
     for (int j = 0; j < T::kFragmentsN; ++j) {
       float* to = slab + lane / 4 * kStride + j * kMmaN + lane % 4 * 2;
-      *reinterpret_cast<float2*>(to) = make_float2(acc[i][j][0], acc[i][j][1]);
-      *reinterpret_cast<float2*>(to + 8 * kStride) = make_float2(acc[i][j][2], acc[i][j][3]);
+      store_pair(to, acc[i][j][0], acc[i][j][1]);
+      store_pair(to + 8 * kStride, acc[i][j][2], acc[i][j][3]);
     }
     __syncwarp();
 #pragma unroll

@@ -184,8 +184,9 @@ impl Work {
                 false => [8 * t * d, 3 * t * d * a],
             },
             Self::Rope { tokens: t, heads, head_dim } => {
+                // A row of the table for each token.
                 let n = heads * head_dim;
-                [3 * t * n, 2 * t * n * a]
+                [3 * t * n, 2 * t * n * a + t * head_dim * WORD]
             }
             Self::SwiGlu { tokens: t, width: d } => match forward {
                 true => [5 * t * d, 3 * t * d * a],
@@ -434,8 +435,8 @@ mod tests {
             (embedding, Pass::Backward, 15.0, 30.0 + 140.0),
             (Work::RmsNorm { tokens, width }, Pass::Forward, 60.0, 60.0),
             (Work::RmsNorm { tokens, width }, Pass::Backward, 120.0, 90.0),
-            (rope, Pass::Forward, 72.0, 96.0),
-            (rope, Pass::Backward, 72.0, 96.0),
+            (rope, Pass::Forward, 72.0, 96.0 + 48.0),
+            (rope, Pass::Backward, 72.0, 96.0 + 48.0),
             (Work::SwiGlu { tokens, width }, Pass::Forward, 75.0, 90.0),
             (Work::SwiGlu { tokens, width }, Pass::Backward, 150.0, 150.0),
             // Q and O of 96 values, K and V of 48; 9 scores a head, half of them.

@@ -27,7 +27,7 @@ impl Case {
             heads: self.heads,
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
-            doc_starts: doc_starts.cloned(),
+            doc_starts: doc_starts.cloned().map(Into::into),
         }
     }
 

@@ -18,3 +18,4 @@ mod signum;
 mod sparse_decode;
 mod swiglu;
 mod topk;
+mod traffic;

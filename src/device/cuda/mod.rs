@@ -7,6 +7,7 @@ mod kernel;
 
 use std::sync::Arc;
 
+use cudarc::driver::sys::CUdevice_attribute;
 use cudarc::driver::{CudaContext, CudaStream, DriverError};
 use half::bf16;
 
@@ -34,6 +35,7 @@ pub struct CudaDevice {
     memory: Arc<Memory>,
     kernels: Arc<Kernels>,
     host: CpuDevice,
+    most_shared: usize,
 }
 
 impl CudaDevice {
@@ -78,6 +80,9 @@ impl CudaDevice {
                 ),
             ));
         }
+        let opt_in = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+        let most_shared = context.attribute(opt_in);
+        let most_shared = most_shared.map_err(|e| failed("no limit of shared memory", e))?;
         // SAFETY: this device uses its memory on its one stream alone, whose order is all the
         // synchronisation that memory needs.
         unsafe { context.disable_event_tracking() };
@@ -87,6 +92,7 @@ impl CudaDevice {
             kernels: Arc::new(Kernels::new(context)),
             stream,
             host: CpuDevice::new(threads)?,
+            most_shared: usize::try_from(most_shared).unwrap_or(0),
         })
     }
 
@@ -109,6 +115,11 @@ impl CudaDevice {
     pub fn name(&self) -> Result<String> {
         let name = self.stream.context().name();
         name.map_err(|e| Error::cuda(self.ordinal(), format!("no name: {}", error_name(e))))
+    }
+
+    /// Bytes of shared memory that a block may have.
+    pub(crate) fn most_shared(&self) -> usize {
+        self.most_shared
     }
 
     /// The stream that everything runs in.

@@ -116,7 +116,7 @@ impl FlashAttention {
 
     fn resident_starts(&self, cuda: &CudaDevice) -> Result<Option<Tensor>> {
         let starts = self.doc_starts.as_ref();
-        starts.map(|s| cuda.resident(s, DType::U32)).transpose()
+        starts.map(|s| s.resident(cuda)).transpose()
     }
 
     /// The caller has checked shapes and document starts.
