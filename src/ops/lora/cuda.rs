@@ -377,7 +377,7 @@ const THREADS: u32 = 256;
 const SHARED: usize = (3 * (128 + RANKS) * 64 + ROWS * RANKS) * 2;
 
 /// Columns of dY for a block: as many blocks as keep a device busy, unless the shares of dU would
-/// cost more than a quarter of reading dY again.
+/// cost more than half of reading dY again (at rank 32).
 fn span(row_blocks: usize, out: usize) -> usize {
     const BLOCKS: usize = 64;
     const LEAST: usize = 256;
