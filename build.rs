@@ -3,7 +3,7 @@
 //! nvcc is searched in `NVCC`, `CUDA_HOME/bin`, `PATH`, `nvcc` beside the build's output (where
 //! a set-up script may install it) and the Python package `nvidia-cuda-nvcc`. Each file becomes
 //! one image that holds code for the architectures in `RESA_CUDA_ARCHS` (default: all released
-//! since 2020) and PTX for those that come later.
+//! since 2020) and PTX for those that come later; of a file `*_sm90a.cu`, code for 90a alone.
 
 use std::collections::hash_map::DefaultHasher;
 use std::ffi::OsString;
@@ -15,14 +15,11 @@ use std::sync::Mutex;
 use std::{env, fs, io, thread};
 
 const ARCHITECTURES: &str = "80,86,89,90a,100a,120";
-const NVCC_FLAGS: [&str; 5] = [
-    "-fatbin",
-    "-O3",
-    "-std=c++17",
-    "-lineinfo",
-    // The oldest architecture's PTX runs on every newer device.
-    "-gencode=arch=compute_80,code=compute_80",
-];
+const NVCC_FLAGS: [&str; 4] = ["-fatbin", "-O3", "-std=c++17", "-lineinfo"];
+/// The oldest architecture, whose PTX runs on every newer device.
+const OLDEST: &str = "80";
+/// Files whose names end so hold instructions of this architecture alone; their PTX runs on no other.
+const OF_ONE: (&str, &str) = ("_sm90a", "90a");
 
 type Result<T> = std::result::Result<T, String>;
 
@@ -44,6 +41,10 @@ fn run() -> Result<()> {
     match find_nvcc(&out)? {
         Some(nvcc) => {
             println!("cargo:rustc-env=RESA_NVCC={}", nvcc.display());
+            println!(
+                "cargo:rustc-env=RESA_BUILT_FOR={}",
+                architectures().join(",")
+            );
             images = compile_all(&nvcc, &out)?;
         }
         None => println!(
@@ -103,9 +104,8 @@ fn python_package() -> Option<PathBuf> {
 fn compile_all(nvcc: &Path, out: &Path) -> Result<Vec<(String, PathBuf)>> {
     let mut sources = files_of(Path::new("kernels"), "cu")?;
     sources.sort();
-    let arguments = arguments();
     let mut common = DefaultHasher::new();
-    (nvcc, &arguments).hash(&mut common);
+    nvcc.hash(&mut common);
     let mut headers = files_of(Path::new("kernels/common"), "cuh")?;
     headers.sort();
     for header in headers {
@@ -127,7 +127,7 @@ fn compile_all(nvcc: &Path, out: &Path) -> Result<Vec<(String, PathBuf)>> {
             let Some((source, (_, image))) = next else {
                 return Ok(());
             };
-            compile(nvcc, &arguments, source, image, common.clone())?;
+            compile(nvcc, &arguments(source), source, image, common.clone())?;
         }
     };
     thread::scope(|scope| {
@@ -142,15 +142,24 @@ fn compile_all(nvcc: &Path, out: &Path) -> Result<Vec<(String, PathBuf)>> {
     Ok(images)
 }
 
-fn arguments() -> Vec<String> {
+/// The architectures that the build is for.
+fn architectures() -> Vec<String> {
     let chosen = env::var("RESA_CUDA_ARCHS").unwrap_or_else(|_| ARCHITECTURES.to_owned());
     let chosen = chosen.split(',').map(str::trim).filter(|a| !a.is_empty());
+    chosen.map(str::to_owned).collect()
+}
+
+/// nvcc's options for a file: PTX, and code for the chosen architectures.
+fn arguments(source: &Path) -> Vec<String> {
+    let stem = source.file_stem().unwrap_or_default().to_string_lossy();
+    let only = stem.ends_with(OF_ONE.0).then_some(OF_ONE.1);
+    let chosen = architectures().into_iter();
+    let chosen = chosen.filter(|a| only.is_none_or(|only| only == a.as_str()));
+    let ptx = only.unwrap_or(OLDEST);
+    let ptx = format!("-gencode=arch=compute_{ptx},code=compute_{ptx}");
     let code = chosen.map(|a| format!("-gencode=arch=compute_{a},code=sm_{a}"));
-    NVCC_FLAGS
-        .map(str::to_owned)
-        .into_iter()
-        .chain(code)
-        .collect()
+    let flags = NVCC_FLAGS.map(str::to_owned).into_iter();
+    flags.chain([ptx]).chain(code).collect()
 }
 
 /// Runs nvcc unless the image was made from the same source, headers and arguments.
@@ -161,6 +170,7 @@ fn compile(
     image: &Path,
     mut hasher: DefaultHasher,
 ) -> Result<()> {
+    arguments.hash(&mut hasher);
     read(source)?.hash(&mut hasher);
     let stamp = hasher.finish().to_string();
     let stamp_path = image.with_extension("stamp");

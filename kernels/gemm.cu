@@ -14,32 +14,11 @@
 // Method: multistage tiles as in CUTLASS (cp.async ring, ldmatrix from permuted shared memory).
 // Least work: 2 m n (k + low_k) FLOP; least traffic: each operand once, out once.
 
+#include "common/gemm_args.cuh"
 #include "common/gemm_epilogue.cuh"
 #include "common/gemm_tile.cuh"
 
-// One launch's operands; src/ops/gemm/cuda.rs fills it.
-struct GemmArgs {
-  void* out;
-  const __nv_bfloat16* lhs;
-  const __nv_bfloat16* rhs;
-  const __nv_bfloat16* low_lhs;
-  const __nv_bfloat16* low_rhs;
-  const void* bias;
-  const __nv_bfloat16* residual;
-  const uint8_t* mask;
-  unsigned lhs_stride, rhs_stride, low_lhs_stride, low_rhs_stride;
-  unsigned m, n, k, low_k;
-  float alpha, keep;
-  unsigned flags, splits;
-  unsigned unused[4];
-};
-static_assert(sizeof(GemmArgs) == 128, "as the launcher has it");
-
 namespace {
-
-// Tiles are visited in bands of this many rows of tiles, so that the blocks that run at one time
-// share operands in L2.
-constexpr unsigned kBand = 8;
 
 struct Place {
   unsigned row, col, split;
@@ -48,10 +27,8 @@ struct Place {
 template <class T>
 __device__ __forceinline__ Place place(const GemmArgs& g) {
   const unsigned rows = (g.m + T::kM - 1) / T::kM, cols = (g.n + T::kN - 1) / T::kN;
-  const unsigned tile = blockIdx.x % (rows * cols);
-  const unsigned band = tile / (kBand * cols) * kBand, within = tile % (kBand * cols);
-  const unsigned height = min(rows - band, kBand);
-  return {(band + within % height) * T::kM, within / height * T::kN, blockIdx.x / (rows * cols)};
+  const TilePlace at = place_tile(blockIdx.x % (rows * cols), rows, cols, kBand);
+  return {at.row * T::kM, at.col * T::kN, blockIdx.x / (rows * cols)};
 }
 
 template <Layout kLayout>
@@ -64,34 +41,6 @@ template <Layout kLayout>
 __device__ __forceinline__ Operand right(const __nv_bfloat16* data, unsigned n, unsigned k,
                                          unsigned stride) {
   return kLayout == Layout::kNt ? Operand{data, n, k, stride} : Operand{data, k, n, stride};
-}
-
-// acc = keep acc where the mask has a one, else 0, for the tile at (row, col). With kWide n is a
-// multiple of 8, so that the columns of a fragment share a byte.
-template <class T, bool kWide>
-__device__ __forceinline__ void drop(float (&acc)[T::kFragmentsM][T::kFragmentsN][4],
-                                     const GemmArgs& g, unsigned row, unsigned col) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  row += warp / T::kWarpsN * T::kWarpM + lane / 4;
-  col += warp % T::kWarpsN * T::kWarpN;
-#pragma unroll
-  for (int half = 0; half < 2 * T::kFragmentsM; ++half) {
-    const size_t first = size_t(min(row + half * 8, g.m - 1)) * g.n;
-#pragma unroll
-    for (int j = 0; j < T::kFragmentsN; ++j) {
-      const unsigned at_col = col + j * kMmaN + lane % 4 * 2;
-      uint32_t bits;
-      if constexpr (kWide) {
-        bits = g.mask[(first + min(at_col, g.n - 1)) / 8] >> at_col % 8;
-      } else {
-        const size_t a = first + min(at_col, g.n - 1), b = first + min(at_col + 1, g.n - 1);
-        bits = (g.mask[a / 8] >> a % 8 & 1) | (g.mask[b / 8] >> b % 8 & 1) << 1;
-      }
-      float* pair = &acc[half / 2][j][half % 2 * 2];
-      pair[0] = bits & 1 ? pair[0] * g.keep : 0.0f;
-      pair[1] = bits & 2 ? pair[1] * g.keep : 0.0f;
-    }
-  }
 }
 
 template <class T, Layout kLayout, bool kWide>

@@ -6,6 +6,7 @@ pub mod analysis;
 pub mod bench;
 pub mod data;
 pub mod device;
+pub mod doctor;
 pub mod error;
 pub mod eval;
 pub mod formats;

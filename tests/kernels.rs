@@ -46,14 +46,23 @@ const LOCAL: usize = 6;
 const THREADS: u32 = 256;
 
 /// Dynamic shared memory of a block, by the beginning of the kernel's name.
-const DYNAMIC_SHARED: [(&str, u32); 17] = [
+const DYNAMIC_SHARED: [(&str, u32); 26] = [
     ("flash_attention_backward_kv_bf16_d128", 99_360),
     ("flash_attention_backward_kv_bf16_d64", 50_208),
     ("flash_attention_backward_q_bf16_d128", 99_360),
     ("flash_attention_backward_q_bf16_d64", 50_208),
     ("flash_attention_forward_bf16_d128", 66_080),
     ("flash_attention_forward_bf16_d64", 49_696),
-    // Stages of (m + n) x 64 bf16.
+    ("flash_attention_forward_wgmma_bf16_d128", 164_456),
+    ("flash_attention_forward_wgmma_bf16_d64", 148_104),
+    // Stages of (m + n) x 64 bf16; with barriers and slabs of the result on Hopper.
+    ("gemm_nn_masked_wgmma_128x128", 217_184),
+    ("gemm_nn_wgmma_128x128", 217_184),
+    ("gemm_nn_wgmma_128x256", 217_152),
+    ("gemm_nt_wgmma_128x128", 217_184),
+    ("gemm_nt_wgmma_128x256", 217_152),
+    ("gemm_tn_wgmma_128x128", 217_184),
+    ("gemm_tn_wgmma_128x256", 217_152),
     ("gemm_nn_128x128", 3 * 256 * 128),
     ("gemm_nn_128x256", 3 * 384 * 128),
     ("gemm_nt_128x128", 3 * 256 * 128),
@@ -325,7 +334,7 @@ fn check((name, architecture): &(String, String), kernel: &Kernel) {
         kernel.local == 0 && !has(LOCAL),
         "{name} on {architecture} uses local memory: {kernel:?}"
     );
-    if name.ends_with("_sm90a") {
+    if name.contains("_wgmma_") {
         assert!(
             has(HGMMA) && has(UTMALDG),
             "{name} on {architecture}: {kernel:?}"

@@ -1,19 +1,24 @@
 #!/usr/bin/env python3
-"""Time one-token decoding of the engine and of transformers, in turns, and print a Markdown table.
+"""Time one-token decoding of the engine, of transformers and of llama.cpp, in turns, and print a Markdown table.
 
 Model SmolLM2-135M-Instruct, one prompt, greedy, the same number of new tokens, key/value cache on both sides, the
 first token (the prompt) not counted. Every turn is one generation of each program; transformers stays loaded, the
 engine is a process of its own each time and counts without its start. Beside tokens/s stands the share of the memory
 bandwidth's floor: bytes of the weights that a token needs (each once), over the bandwidth at which this machine
-sums up an array of that size with as many threads.
+sums up an array of that size with as many threads. llama.cpp runs the same weights, where the Python of a virtual
+environment that has it as a wheel is named (at batch 1 alone; it counts as the engine does, without its start):
 
-    python decode.py --repeat 5 --batch 1      # or run.sh first, which builds
+    python decode.py --repeat 5 --batch 1      # run.sh first, which builds
+    python3 -m venv target/llama && target/llama/bin/pip install --only-binary :all: xllamacpp==2026.10.11549
+    python decode.py --llama target/llama/bin/python
 """
 import argparse
 import json
 import os
 import statistics
 import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -23,7 +28,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-REPO = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+REPO = HERE.parents[1]
 PROMPT = "Write a long story about a lighthouse keeper and the sea."
 SIZES = {"f32": 4, "bf16": 2}
 
@@ -34,7 +40,8 @@ class Torch:
         self.lm = AutoModelForCausalLM.from_pretrained(folder, dtype=kind).eval()
         tok = PreTrainedTokenizerFast.from_pretrained(folder)
         text = tok.apply_chat_template([{"role": "user", "content": PROMPT}], tokenize=False, add_generation_prompt=True)
-        self.ids = torch.tensor([tok(text, add_special_tokens=False)["input_ids"]] * a.batch)
+        self.prompt = tok(text, add_special_tokens=False)["input_ids"]
+        self.ids = torch.tensor([self.prompt] * a.batch)
         self.a = a
 
     @torch.inference_mode()
@@ -60,6 +67,13 @@ def engine(dtype, a):
     return first["decode_tokens_per_s"]
 
 
+def llama(model, prompt, a):
+    out = subprocess.run([str(part) for part in (
+        a.llama, HERE / "llama_decode.py", "--model", model, "--prompt", prompt, "--tokens", a.tokens,
+        "--threads", a.threads)], capture_output=True, text=True, check=True).stdout
+    return json.loads(out.splitlines()[-1])["tokens_per_s"]
+
+
 def bandwidth(size, threads):
     """Bytes/s of the fastest of several sums over an array of `size` bytes."""
     data = torch.ones(size // 4)
@@ -77,30 +91,35 @@ def main():
     ap.add_argument("--tokens", type=int, default=128, help="new tokens of a generation")
     ap.add_argument("--batch", type=int, default=1, help="sequences at a time")
     ap.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    ap.add_argument("--llama", type=Path, help="Python that has xllamacpp")
     ap.add_argument("--bin", type=Path, default=Path(os.environ.get("RESA_BIN", REPO / "target/release/resa-engine")))
     ap.add_argument("--assets", type=Path, default=Path(os.environ.get("RESA_ASSETS", REPO / "target/assets")))
     a = ap.parse_args()
     torch.set_num_threads(a.threads)
     print(f"{a.threads} threads, batch {a.batch}, {a.tokens} tokens, {a.repeat} turns; "
           f"load before {os.getloadavg()[0]:.2f}\n")
-    print("| weights | program | tokens/s, median (min–max) | engine ÷ this | share of the bandwidth floor |")
+    print("| weights | program | tokens/s, median (min–max) | engine ÷ this, of the turns | share of the bandwidth floor |")
     print("|---|---|---|---|---|")
     for dtype, size in SIZES.items():
         peer = Torch(a.assets / "smollm2", dtype, a)
         # The embedding is tied to the head, so every weight is read once a step, whatever the batch.
         weights = size * sum(p.numel() for p in peer.lm.parameters())
         speed = bandwidth(weights, a.threads)
-        found = {"engine": [], "transformers": []}
-        for _ in range(a.repeat):
-            found["engine"].append(engine(dtype, a))
-            found["transformers"].append(peer.rate())
-        ours = statistics.median(found["engine"])
-        for program, rates in found.items():
-            mid = statistics.median(rates)
-            ratio = "" if program == "engine" else f"{ours / mid:.2f}"
-            share = mid / a.batch * weights / speed
-            print(f"| {dtype} | {program} | {mid:.1f} ({min(rates):.1f}–{max(rates):.1f}) | {ratio} | {share:.2f} "
-                  f"of {speed / 1e9:.1f} GB/s |", flush=True)
+        programs = {"engine": lambda: engine(dtype, a), "transformers": peer.rate}
+        with tempfile.TemporaryDirectory() as folder:
+            if a.llama and a.batch == 1:
+                model = Path(folder) / "model.gguf"
+                subprocess.run([sys.executable, HERE / "to_gguf.py", "--model", a.assets / "smollm2", "--out", model,
+                                "--dtype", dtype], check=True)
+                programs["llama.cpp"] = lambda: llama(model, peer.prompt, a)
+            turns = [{name: rate() for name, rate in programs.items()} for _ in range(a.repeat)]
+        for program in programs:
+            rates = [turn[program] for turn in turns]
+            ratios = sorted(turn["engine"] / turn[program] for turn in turns)
+            share = statistics.median(rates) / a.batch * weights / speed
+            ratio = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f})" if program != "engine" else ""
+            print(f"| {dtype} | {program} | {statistics.median(rates):.1f} ({min(rates):.1f}–{max(rates):.1f}) | {ratio} | "
+                  f"{share:.2f} of {speed / 1e9:.1f} GB/s |", flush=True)
 
 
 if __name__ == "__main__":

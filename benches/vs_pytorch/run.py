@@ -2,16 +2,16 @@
 """Time the engine and PyTorch on both stages of SAE-Tuning, in turns, and print a Markdown table.
 
 Model SmolLM2-135M-Instruct, hookpoint model.layers.12, SAE of 8192 (or 18432)
-latents with k = 32, the same data and template.  The engine runs in bf16 and in
-f32; PyTorch is baseline.py in bf16, its fastest type on CPUs that multiply it,
+latents with k = 32, the same data and template.  The engine runs as it does by
+default; PyTorch is baseline.py in the faster of bf16 and f32 on this machine,
 with glibc's allocator as it is and with settings that keep freed memory
 ("kept"), which is its best.  Every program is a process of its own; the
 programs take turns within each repetition, so that a slow minute of the machine
 hits all of them.  Tokens/s are those of single steps, the first (warm-up) step
 of each run left out; peak memory is the process's, as the kernel counted it.
-Below each case stands how far the engine's losses in bf16 are from those in f32.
+The default settings take about a quarter of an hour on two cores.
 
-    python run.py --repeat 3              # or run.sh, which builds first
+    python run.py --repeat 2              # or run.sh, which builds first
 
 Nothing else heavy may run meanwhile.
 """
@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -36,6 +37,8 @@ CASES = {  # name: (stage, rows a step, tokens a row, latents)
     "sft-1x512": ("sft", 1, 512, 8192),
     "sft-1x2048": ("sft", 1, 2048, 8192),
 }
+FIRST = {"sae": "sae-4x512", "sft": "sft-1x512"}  # by which PyTorch's type is chosen
+LIMIT = 120  # seconds; CPUs that do not multiply bf16 take far longer for it
 DTYPES = {"bf16": "bfloat16", "f32": "float32"}  # the engine's names and PyTorch's
 
 
@@ -46,6 +49,7 @@ class Bench:
         self.lines = problems.read_text().splitlines(keepends=True)
         self.template = HERE / "template.jinja"
         self.n = 0
+        self.chosen = {}  # stage: (PyTorch's fastest type, what that rests on)
 
     def data(self, rows, seq_len):
         """A file with just enough problems for `rows` rows, so that an epoch has that many."""
@@ -66,20 +70,27 @@ class Bench:
             out.write_text("".join(self.lines[:n]))
         return out
 
-    def measured(self, call, env=()):
-        """Run to the end; peak resident memory of the process in MiB."""
+    def measured(self, call, env=(), limit=None):
+        """Run to the end; peak resident memory of the process in MiB, None where it took longer than `limit` seconds."""
         self.n += 1
         log = self.work / f"{self.n}.log"
         with log.open("w") as f:
             p = subprocess.Popen([str(c) for c in call], stdout=f, stderr=subprocess.STDOUT,
                                  env={**os.environ, "HF_HUB_OFFLINE": "1", **dict(env)})
+            timer = threading.Timer(limit or threading.TIMEOUT_MAX, p.kill)
+            timer.daemon = True
+            timer.start()
+            began = time.monotonic()
             _, status, usage = os.wait4(p.pid, 0)
+            timer.cancel()
+        if status != 0 and limit and time.monotonic() - began >= limit:
+            return None
         if status != 0:
             raise SystemExit(f"{' '.join(map(str, call))}\nfailed with status {status}:\n{log.read_text()[-3000:]}")
         return usage.ru_maxrss / 1024
 
     def engine(self, case, steps, dtype, epochs=1, sae=None, layer=LAYER):
-        """Tokens/s and loss of each step, and the peak memory."""
+        """Tokens/s of each step, and the peak memory."""
         stage, rows, seq_len, latents = case
         out = self.work / f"run{self.n}"
         per = ["--sae-batch", rows, "--sae-epochs", epochs] if stage == "sae" else ["--sft-batch", rows, "--epochs", epochs]
@@ -93,10 +104,24 @@ class Bench:
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         lines = [m for m in lines if m["stage"] == stage]
         assert len(lines) == steps * epochs, f"{len(lines)} steps, expected {steps * epochs}"
-        return [m["tokens_per_s"] for m in lines], [m["fvu" if stage == "sae" else "kl"] for m in lines], rss
+        return [m["tokens_per_s"] for m in lines], rss
 
-    def torch(self, case, steps, dtype, kept, truncated=False, sae=None, save=None):
-        """Tokens/s of each step, and the peak memory."""
+    def fastest_dtype(self, stage, sae):
+        """PyTorch's fastest type for a stage, by two steps of the stage's smallest case in each (of Stage I the
+        model cut after the layer), the second of which counts."""
+        if stage not in self.chosen:
+            case, speeds = CASES[FIRST[stage]], {}
+            for dtype in sorted(self.a.torch_dtypes, reverse=True):  # f32 first, which needs no limit
+                limit = LIMIT if speeds else None
+                found = self.torch(case, 2, dtype, kept=True, truncated=stage == "sae", sae=sae, limit=limit)
+                speeds[dtype] = found[0][1] if found else 0.0
+            best = max(speeds, key=speeds.get)
+            text = ", ".join(f"{d} {s:.0f} tokens/s" if s else f"{d} not done in {LIMIT} s" for d, s in speeds.items())
+            self.chosen[stage] = best, f"{best}, of {text} (two steps{', cut after the layer' if stage == 'sae' else ''})"
+        return self.chosen[stage][0]
+
+    def torch(self, case, steps, dtype, kept, truncated=False, sae=None, save=None, limit=None):
+        """Tokens/s of each step, and the peak memory; None where it took longer than `limit` seconds."""
         stage, rows, seq_len, latents = case
         out = self.work / f"torch{self.n}.json"
         if stage == "sae":
@@ -108,66 +133,91 @@ class Bench:
             "--layer", LAYER, "--num-latents", latents, "--k", K, "--dtype", DTYPES[dtype], "--threads", self.a.threads,
             "--stage1-forward", "truncated" if truncated else "full", "--out", out, *more,
             *(["--save-sae", save] if save else []),
-        ], KEPT if kept else {})
+        ], KEPT if kept else {}, limit)
+        if rss is None:
+            return None
         r = json.loads(out.read_text())["stage1" if stage == "sae" else "stage2"]
         return [r["tokens_per_step"] / s for s in r["seconds_per_step"]], rss
 
 
-def opponents(stage, dtypes):
-    whole = "PyTorch, whole LM" if stage == "sae" else "PyTorch"
-    for dtype in dtypes:
-        yield f"{whole}, {dtype}, default malloc", dict(dtype=dtype, kept=False)
-        yield f"{whole}, {dtype}, kept malloc", dict(dtype=dtype, kept=True)
-        if stage == "sae":
-            cut = f"PyTorch, LM cut after the layer, {dtype}, kept malloc"
-            yield cut, dict(dtype=dtype, kept=True, truncated=True)
+def opponents(bench, name, sae):
+    """Programs to compare with: PyTorch in its fastest type for the stage, with both allocator settings."""
+    stage = CASES[name][0]
+    dtype = bench.fastest_dtype(stage, sae)
+    for kept in (False, True):
+        if kept or name in FIRST.values():
+            yield f"PyTorch, {dtype}, {'kept' if kept else 'default'} malloc", dict(dtype=dtype, kept=kept)
+    if stage == "sae":
+        yield f"PyTorch cut after the layer, {dtype}, kept malloc", dict(dtype=dtype, kept=True, truncated=True)
 
 
 def compare(bench, name, sae):
-    """{program: ([tokens/s of each step], [peak MiB of each run])} over all repetitions, and the
-    engine's losses by dtype."""
+    """{program: ([tokens/s of each step], [peak MiB of each run])} over all repetitions."""
     case, a = CASES[name], bench.a
-    found, losses = {}, {}
+    found = {}
 
     def add(program, speeds, rss):
         s, m = found.setdefault(program, ([], []))
         s += speeds
         m.append(rss)
 
+    programs = list(opponents(bench, name, sae))
     for _ in range(a.repeat):
-        for dtype in DTYPES:
+        for dtype in a.dtypes:
             if case[0] == "sae":
-                speeds, losses[dtype], rss = bench.engine(case, a.steps, dtype)
+                speeds, rss = bench.engine(case, a.steps, dtype)
                 add(f"engine, {dtype}", speeds[1:], rss)
             else:
-                speeds, losses[dtype], rss = bench.engine(case, a.steps, dtype, epochs=2, sae=sae)
+                speeds, rss = bench.engine(case, a.steps, dtype, epochs=2, sae=sae)
                 add(f"engine, {dtype}, first epoch", speeds[1 : a.steps], rss)
-                add(f"engine, {dtype}, from cache", speeds[a.steps :], rss)
-        for program, how in opponents(case[0], a.torch_dtypes.split(",")):
+                add(f"engine, {dtype}, from the cache", speeds[a.steps :], rss)
+        for program, how in programs:
             speeds, rss = bench.torch(case, a.steps, sae=sae, **how)
             add(program, speeds[1:], rss)
         print(f"{name}: {found}", file=sys.stderr, flush=True)
-    return found, losses
+    return found
 
 
-def table(name, found, losses):
-    """One case's rows. A ratio is that of the medians; its spread goes from the engine's slowest
-    step beside PyTorch's fastest to the reverse."""
+def spread(speeds):
+    return f"{statistics.median(speeds):.0f} ({min(speeds):.0f}–{max(speeds):.0f})"
+
+
+def rows_of(name, found):
+    """One case's rows of the table: the engine beside PyTorch at its best. Of PyTorch's settings
+    the fastest counts for the speed and the smallest for the memory."""
+    stage, rows, seq_len, latents = CASES[name]
     others = {p: v for p, v in found.items() if not p.startswith("engine")}
-    print(f"\n### {name}\n\n| program | tokens/s, median (min–max) | peak memory, MiB |", end="")
-    print("".join(f" ÷ {p} |" for p in others) + " memory ÷ " + ", ÷ ".join(others) + " |")
-    print("|---" * (4 + len(others)) + "|")
-    for program, (s, m) in found.items():
-        row = f"| {program} | {statistics.median(s):.0f} ({min(s):.0f}–{max(s):.0f}) | {max(m):.0f} |"
+    cut = {p: v for p, v in others.items() if "cut" in p}
+    whole = {p: v for p, v in others.items() if p not in cut}
+    label = f"Stage {'I' if stage == 'sae' else 'II'}, {rows} x {seq_len}" + (f", {latents} latents" if latents != 8192 else "")
+    for program, (speeds, memory) in found.items():
         if program in others:
-            print(row + " |" * (len(others) + 1))
             continue
-        for t, _ in others.values():
-            ratio = statistics.median(s) / statistics.median(t)
-            row += f" **{ratio:.2f}** ({min(s) / max(t):.2f}–{max(s) / min(t):.2f}) |"
-        print(row + " " + ", ".join(f"{max(m) / max(n):.2f}" for _, n in others.values()) + " |")
-    worst = max(abs(n - w) / w for n, w in zip(losses["bf16"], losses["f32"]))
-    print(f"\nLosses of the engine in bf16 within {100 * worst:.2f} % of those in f32 over {len(losses['f32'])} steps.")
+        for group, note in ((whole, ""), (cut, ", PyTorch cut after the layer")):
+            if not group:
+                continue
+            best, (other, _) = max(group.items(), key=lambda item: statistics.median(item[1][0]))
+            least = min(max(m) for _, m in group.values())
+            ratio = statistics.median(speeds) / statistics.median(other)
+            yield (f"| {label}{program.removeprefix('engine')}{note} | {spread(speeds)} | {spread(other)} "
+                   f"({best.split(', ', 1)[1]}) | **{ratio:.1f}** ({min(speeds) / max(other):.1f}–{max(speeds) / min(other):.1f}) "
+                   f"| {max(memory):.0f} | {least:.0f} | {max(memory) / least:.2f} |")
+
+
+def table(bench, sae):
+    print("| | tokens/s | PyTorch's, at its best | times as fast | peak memory, MiB | PyTorch's, least | share |\n" + "|---" * 7 + "|", flush=True)
+    measured = {}
+    for name in bench.a.cases.split(","):
+        measured[name] = compare(bench, name, sae)
+        print("\n".join(rows_of(name, measured[name])), flush=True)
+    print("\nMedian (least to most) of the steps; the ratio's range is from the engine's slowest step beside PyTorch's "
+          "fastest to the reverse.\nPyTorch:")
+    for stage, text in sorted(bench.chosen.items()):
+        print(f"- Stage {'I' if stage == 'sae' else 'II'}: {text[1]}")
+    for name, found in measured.items():
+        for program, (speeds, memory) in found.items():
+            if not program.startswith("engine"):
+                print(f"- {name}, {program}: {spread(speeds)} tokens/s, {max(memory):.0f} MiB")
     sys.stdout.flush()
 
 
@@ -175,13 +225,13 @@ def scaling(bench, sae):
     print("\n| tokens a step | Stage I, ms a token | Stage II first epoch, ms a token | Stage II from cache, ms a token |")
     print("|---|---|---|---|")
     for seq_len in (256, 512, 1024, 2048):
-        one, _, _ = bench.engine(("sae", 1, seq_len, 8192), bench.a.steps, "auto")
-        two, _, _ = bench.engine(("sft", 1, seq_len, 8192), bench.a.steps, "auto", epochs=2, sae=sae)
+        one, _ = bench.engine(("sae", 1, seq_len, 8192), bench.a.steps, "auto")
+        two, _ = bench.engine(("sft", 1, seq_len, 8192), bench.a.steps, "auto", epochs=2, sae=sae)
         parts = [one[1:], two[1 : bench.a.steps], two[bench.a.steps :]]
         print(f"| {seq_len} | " + " | ".join(f"{1e3 / statistics.median(p):.2f}" for p in parts) + " |", flush=True)
     print("\n| layers of the model | Stage I, ms a token |\n|---|---|")
     for layers in (4, 8, 16, 24):
-        speeds, _, _ = bench.engine(("sae", 1, 1024, 8192), bench.a.steps, "auto", layer=layers - 1)
+        speeds, _ = bench.engine(("sae", 1, 1024, 8192), bench.a.steps, "auto", layer=layers - 1)
         print(f"| {layers} | {1e3 / statistics.median(speeds[1:]):.3f} |", flush=True)
 
 
@@ -195,13 +245,24 @@ def machine():
             f"{transformers.__version__}; {time.strftime('%Y-%m-%d')}; load before {os.getloadavg()[0]:.2f}")
 
 
+def types(known):
+    def parse(text):
+        found = text.split(",")
+        if set(found) - known:
+            raise argparse.ArgumentTypeError(f"expected some of {', '.join(sorted(known))}, found {text}")
+        return found
+
+    return parse
+
+
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     env = os.environ.get
-    ap.add_argument("--repeat", type=int, default=3)
-    ap.add_argument("--steps", type=int, default=6, help="steps of a run, the first of them warm-up")
-    ap.add_argument("--cases", default=",".join(CASES), help=f"default: {','.join(CASES)}")
-    ap.add_argument("--torch-dtypes", default="bf16", help="PyTorch's types: bf16, f32 or both, with a comma (default: bf16)")
+    ap.add_argument("--repeat", type=int, default=2)
+    ap.add_argument("--steps", type=int, default=4, help="steps of a run, the first of them warm-up")
+    ap.add_argument("--cases", default="sae-4x512,sft-1x512,sft-1x2048", help=f"of {','.join(CASES)} (default: all but 18432 latents)")
+    ap.add_argument("--dtypes", type=types({"auto", *DTYPES}), default=["auto"], help="the engine's types: auto, bf16, f32, with commas")
+    ap.add_argument("--torch-dtypes", type=types(set(DTYPES)), default=["bf16", "f32"], help="PyTorch's types that the fastest is taken from")
     ap.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     ap.add_argument("--scaling", action="store_true", help="also time the engine for 256 to 2048 tokens a step and 4 to 24 layers")
     ap.add_argument("--bin", type=Path, default=Path(env("RESA_BIN", REPO / "target/release/resa-engine")))
@@ -210,8 +271,6 @@ def main():
     unknown = set(a.cases.split(",")) - set(CASES)
     if unknown:
         ap.error(f"unknown case {', '.join(sorted(unknown))}; known: {', '.join(CASES)}")
-    if set(a.torch_dtypes.split(",")) - set(DTYPES):
-        ap.error(f"--torch-dtypes: expected {' or '.join(DTYPES)}, found {a.torch_dtypes}")
     if a.steps < 2 or a.repeat < 1:
         ap.error("--steps must be at least 2 and --repeat at least 1")
     print(f"{machine()}; {a.threads} threads; {a.repeat} x {a.steps - 1} timed steps\n", flush=True)
@@ -219,8 +278,7 @@ def main():
         bench = Bench(a, work)
         sae = Path(work) / "sae"
         bench.torch(CASES["sae-4x512"], 2, "f32", kept=True, truncated=True, save=sae)
-        for name in a.cases.split(","):
-            table(name, *compare(bench, name, sae))
+        table(bench, sae)
         if a.scaling:
             scaling(bench, sae)
 

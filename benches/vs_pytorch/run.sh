@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds the engine, brings PyTorch and the model, times both beside each other and prints a table.
-# Options go to run.py (--repeat, --steps, --cases, --threads, --scaling). Timings need a quiet machine.
+# Options go to run.py (--repeat, --steps, --cases, --dtypes, --threads, --scaling). Timings need a quiet machine;
+# once all is built and there, the default takes about a quarter of an hour.
 set -euo pipefail
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 (cd "$repo" && cargo build --release)

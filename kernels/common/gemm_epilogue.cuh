@@ -80,50 +80,51 @@ struct Output {
   }
 };
 
-// Stores two floats to shared memory at once. In assembly: the compiler may split the store of a
-// float2 into two, whose lanes then meet in the same banks.
-__device__ __forceinline__ void store_pair(float* to, float a, float b) {
-  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared_address(to)),
-               "f"(a), "f"(b)
-               : "memory");
+// Writes two neighbours at once. An instruction of its own, because nvcc splits some such stores.
+__device__ __forceinline__ void store_pair(uint32_t to, float a, float b) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(a), "f"(b) : "memory");
 }
 
 // Writes a warp's accumulators, which belong to the tile at (row, col). They pass through the
-// warp's own part of shared memory, 16 rows at a time, so that whole sectors of a row are written
-// together. `shared` holds 16 x (T::kWarpN + 8) floats a warp.
-template <class T>
+// warp's own part of shared memory, 16 rows of kSlab columns at a time, so that whole sectors of a
+// row are written together. `shared` holds 16 x (kSlab + 8) floats a warp.
+template <class T, int kSlab = T::kWarpN>
 __device__ __forceinline__ void write_tile(
     const float (&acc)[T::kFragmentsM][T::kFragmentsN][4], const Output& out, unsigned row,
     unsigned col, float* shared) {
   // Eight floats of padding put the four rows of a store's phase into distinct banks.
-  constexpr int kStride = T::kWarpN + 8;
-  constexpr int kLanes = T::kWarpN / 4;
+  constexpr int kStride = kSlab + 8;
+  constexpr int kLanes = kSlab / 4;
+  constexpr int kSlabs = T::kWarpN / kSlab;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   float* slab = shared + warp * kMmaM * kStride;
+  const uint32_t to = shared_address(slab + lane / 4 * kStride + lane % 4 * 2);
   row += warp / T::kWarpsN * T::kWarpM;
   col += warp % T::kWarpsN * T::kWarpN + lane % kLanes * 4;
 #pragma unroll
-  for (int i = 0; i < T::kFragmentsM; ++i) {
+  for (int i = 0; i < T::kFragmentsM * kSlabs; ++i) {
+    const unsigned at_col = col + i % kSlabs * kSlab;
     __syncwarp();
 #pragma unroll
-    for (int j = 0; j < T::kFragmentsN; ++j) {
-      float* to = slab + lane / 4 * kStride + j * kMmaN + lane % 4 * 2;
-      store_pair(to, acc[i][j][0], acc[i][j][1]);
-      store_pair(to + 8 * kStride, acc[i][j][2], acc[i][j][3]);
+    for (int j = 0; j < kSlab / kMmaN; ++j) {
+      const float(&v)[4] = acc[i / kSlabs][i % kSlabs * (kSlab / kMmaN) + j];
+      const uint32_t at = to + j * kMmaN * 4;
+      store_pair(at, v[0], v[1]);
+      store_pair(at + 8 * kStride * 4, v[2], v[3]);
     }
     __syncwarp();
 #pragma unroll
     for (int r = lane / kLanes; r < kMmaM; r += 32 / kLanes) {
       const float4 v = *reinterpret_cast<const float4*>(slab + r * kStride + lane % kLanes * 4);
-      const unsigned at_row = row + i * kMmaM + r;
+      const unsigned at_row = row + i / kSlabs * kMmaM + r;
       if (at_row >= out.m) continue;
       if (out.flags & kVector) {
-        if (col < out.n) out.put4(at_row, col, v);
+        if (at_col < out.n) out.put4(at_row, at_col, v);
       } else {
         const float values[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-          if (col + c < out.n) out.put(at_row, col + c, values[c]);
+          if (at_col + c < out.n) out.put(at_row, at_col + c, values[c]);
         }
       }
     }

@@ -1,8 +1,10 @@
 //! Operators with operands at a shape.
 
-use crate::error::Result;
+use crate::device::Device;
+use crate::error::{Error, Result};
 use crate::ops::Operator;
 use crate::ops::cross_entropy::CrossEntropy;
+use crate::ops::decode::{self, Batch, Heads, KvCache, Map};
 use crate::ops::embedding::Embedding;
 use crate::ops::flash_attention::FlashAttention;
 use crate::ops::fvu::Fvu;
@@ -18,7 +20,7 @@ use crate::optim::signum::Signum;
 use crate::tensor::Tensor;
 
 use super::data::Data;
-use super::runs::{InTurn, OperatorRun, Optimizer, OptimizerRun, Run, Set};
+use super::runs::{Calls, InTurn, OperatorRun, Optimizer, OptimizerRun, Run, Set};
 use super::work::{Pass, Work};
 
 /// Values of a parameter of an optimizer's row: about a factor of an adapter.
@@ -76,6 +78,13 @@ pub(super) fn build(work: Work, pass: Pass, data: &mut Data, count: usize) -> Re
             width,
             vocab,
         } => builder.cross_entropy(tokens, width, vocab),
+        Work::DecodeLinear { batch, inner, out } => builder.decode_linear(batch, inner, out),
+        Work::DecodeAttention {
+            tokens,
+            heads: queries,
+            kv_heads: kv,
+            head_dim: dim,
+        } => builder.decode_attention(tokens, Heads { queries, kv, dim }),
         Work::AdamW { values } => builder.optimizer(|builder| {
             let [values, grads] = builder.parameters(values)?;
             OptimizerRun::adamw(values, grads)
@@ -320,6 +329,46 @@ impl Builder<'_, '_> {
             },
             |fixed| Fvu::with_variance(fixed[0].clone(), 1.0),
         )
+    }
+
+    fn decode_linear(&mut self, batch: usize, inner: usize, out: usize) -> Result<Box<dyn Run>> {
+        let mut calls = Vec::with_capacity(self.count);
+        for _ in 0..self.count {
+            let weight = self.data.weight(&[out, inner])?;
+            let x = self.data.activation(&[batch, inner], 1.0)?;
+            calls.push(Box::new(move |device: &Device| {
+                let map = Map {
+                    weight: &weight,
+                    bias: None,
+                };
+                let outputs = decode::linear(device, &x, &[map])?;
+                let missing = || Error::operand("decode", "one output", "none");
+                outputs.into_iter().next().ok_or_else(missing)
+            }) as _);
+        }
+        Ok(Box::new(Calls::new(calls)))
+    }
+
+    fn decode_attention(&mut self, tokens: usize, heads: Heads) -> Result<Box<dyn Run>> {
+        let width = heads.kv * heads.dim;
+        let mut calls = Vec::with_capacity(self.count);
+        for _ in 0..self.count {
+            let held = tokens.saturating_sub(1);
+            let [keys, values] = self.data.activations([held, width], 2.0)?;
+            let q = self.data.activation(&[1, heads.queries * heads.dim], 2.0)?;
+            let [k, v] = self.data.activations([1, width], 2.0)?;
+            let mut cache = KvCache::new(self.data.device(), 1, width);
+            cache.extend(self.data.device(), 0, &keys, &values)?;
+            let rope = RopeTable::new(tokens, heads.dim, 10_000.0)?;
+            calls.push(Box::new(move |device: &Device| {
+                // What the last call added.
+                cache.truncate(held);
+                let mut caches = [&mut cache];
+                let mut batch = Batch::new(device, heads, &rope, &mut caches, 0)?;
+                batch.attention(0, q.clone(), k.clone(), &v)
+            }) as _);
+        }
+        Ok(Box::new(Calls::new(calls)))
     }
 
     fn kl_div(&mut self, tokens: usize, width: usize, vocab: usize) -> Result<Box<dyn Run>> {

@@ -159,6 +159,21 @@ fn works(model: &ModelShape) -> Vec<(Option<&'static str>, Work)> {
             },
         ));
     }
+    let (out, inner) = config.module_dims(Module::Gate);
+    let batch = 1;
+    works.push((
+        Some(Module::Gate.name()),
+        Work::DecodeLinear { batch, inner, out },
+    ));
+    works.push((
+        Some("attention"),
+        Work::DecodeAttention {
+            tokens,
+            heads,
+            kv_heads,
+            head_dim,
+        },
+    ));
     let rest = [
         Work::TopK {
             tokens,

@@ -41,6 +41,11 @@ impl<'a> Data<'a> {
         }
     }
 
+    /// Where the operands are.
+    pub(super) fn device(&self) -> &Device {
+        self.device
+    }
+
     /// Frozen weights are of this type from here on.
     pub(super) fn set_weight(&mut self, weight: Precision) {
         self.weight = weight;

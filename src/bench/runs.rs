@@ -196,6 +196,42 @@ impl Run for OptimizerRun {
     }
 }
 
+/// Something that computes a tensor.
+type Call = Box<dyn FnMut(&Device) -> Result<Tensor> + Send>;
+
+/// Calls that take turns, each with operands of its own, whose results are kept for a round.
+pub(super) struct Calls {
+    calls: Vec<Call>,
+    next: usize,
+    results: VecDeque<Tensor>,
+}
+
+impl Calls {
+    pub(super) fn new(calls: Vec<Call>) -> Self {
+        Self {
+            calls,
+            next: 0,
+            results: VecDeque::new(),
+        }
+    }
+}
+
+impl Run for Calls {
+    fn prepare(&mut self, _: &Device) -> Result<()> {
+        self.next = (self.next + 1) % self.calls.len();
+        while self.results.len() >= self.calls.len() {
+            self.results.pop_front();
+        }
+        Ok(())
+    }
+
+    fn run(&mut self, device: &Device) -> Result<()> {
+        let result = (self.calls[self.next])(device)?;
+        self.results.push_back(result);
+        Ok(())
+    }
+}
+
 /// Runs that take turns, each with operands of its own.
 pub(super) struct InTurn {
     runs: Vec<OptimizerRun>,

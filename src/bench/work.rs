@@ -72,6 +72,19 @@ pub enum Work {
         width: usize,
         vocab: usize,
     },
+    /// X Wᵀ of the few rows that generation has, W \[out, inner\].
+    DecodeLinear {
+        batch: usize,
+        inner: usize,
+        out: usize,
+    },
+    /// One query of a sequence that has `tokens` keys then.
+    DecodeAttention {
+        tokens: usize,
+        heads: usize,
+        kv_heads: usize,
+        head_dim: usize,
+    },
     /// One step over so many parameters.
     AdamW { values: usize },
     /// One step over a matrix with rows of `width`, their parallel component taken out.
@@ -142,6 +155,7 @@ impl Work {
             Self::Fvu { .. } => "fvu",
             Self::KlDiv { .. } => "kl_div",
             Self::CrossEntropy { .. } => "cross_entropy",
+            Self::DecodeLinear { .. } | Self::DecodeAttention { .. } => "decode",
             Self::AdamW { .. } => "adamw",
             Self::Signum { .. } => "signum",
             Self::Clip { .. } => "clip",
@@ -153,17 +167,17 @@ impl Work {
         match self {
             Self::KlDiv { .. } | Self::CrossEntropy { .. } => &[Pass::Forward, Pass::Fused],
             Self::AdamW { .. } | Self::Signum { .. } | Self::Clip { .. } => &[Pass::Step],
+            Self::DecodeLinear { .. } | Self::DecodeAttention { .. } => &[Pass::Forward],
             _ => &[Pass::Forward, Pass::Backward],
         }
     }
 
     /// Whether it computes matrix products, which may be in f32 or in bf16.
     pub fn has_products(&self) -> bool {
-        use Work::{CrossEntropy, Gemm, KlDiv, Lora, TopK};
-        matches!(
-            self,
-            Gemm { .. } | Lora { .. } | TopK { .. } | KlDiv { .. } | CrossEntropy { .. }
-        )
+        use Work::{CrossEntropy, DecodeLinear, Gemm, KlDiv, Lora, TopK};
+        let is_head = matches!(self, KlDiv { .. } | CrossEntropy { .. });
+        let is_linear = matches!(self, Gemm { .. } | Lora { .. } | DecodeLinear { .. });
+        is_head || is_linear || matches!(self, TopK { .. })
     }
 
     /// The table: least FLOP and bytes of a pass, with stored values of these sizes. Elementwise
@@ -240,6 +254,14 @@ impl Work {
                 let products = if forward { 1 } else { 2 };
                 [2 * t * d * v * products, t * d * a * products + d * v * w]
             }
+            Self::DecodeLinear { batch: b, inner: i, out: o } => {
+                [2 * b * i * o, b * (i + o) * a + i * o * w]
+            }
+            // Keys and values once, the query in and its result out.
+            Self::DecodeAttention { tokens: t, heads, kv_heads, head_dim } => {
+                let (q, kv) = (heads * head_dim, kv_heads * head_dim);
+                [4 * t * q, 2 * (t * kv + q) * a]
+            }
             // Parameter and both moments in and out, the gradient in.
             Self::AdamW { values: n } => [14 * n, 7 * n * WORD],
             // y and z in and out, the gradient in.
@@ -290,8 +312,12 @@ impl Work {
             | Self::SparseDecode { tokens, .. }
             | Self::Fvu { tokens, .. }
             | Self::KlDiv { tokens, .. }
-            | Self::CrossEntropy { tokens, .. } => halve(tokens, FEWEST_TOKENS),
-            Self::AdamW { .. } | Self::Signum { .. } | Self::Clip { .. } => false,
+            | Self::CrossEntropy { tokens, .. }
+            | Self::DecodeAttention { tokens, .. } => halve(tokens, FEWEST_TOKENS),
+            Self::AdamW { .. }
+            | Self::Signum { .. }
+            | Self::Clip { .. }
+            | Self::DecodeLinear { .. } => false,
         }
     }
 
@@ -300,7 +326,9 @@ impl Work {
             Self::Embedding { vocab, .. }
             | Self::KlDiv { vocab, .. }
             | Self::CrossEntropy { vocab, .. } => halve(vocab, SMALLEST),
-            Self::Gemm { inner, out, .. } | Self::Lora { inner, out, .. } => {
+            Self::Gemm { inner, out, .. }
+            | Self::Lora { inner, out, .. }
+            | Self::DecodeLinear { inner, out, .. } => {
                 halve(if *inner > *out { inner } else { out }, SMALLEST)
             }
             Self::TopK { latents, .. } | Self::SparseDecode { latents, .. } => {
@@ -312,6 +340,7 @@ impl Work {
             | Self::Rope { .. }
             | Self::SwiGlu { .. }
             | Self::FlashAttention { .. }
+            | Self::DecodeAttention { .. }
             | Self::Fvu { .. } => false,
         }
     }
@@ -348,8 +377,15 @@ impl fmt::Display for Work {
                 heads,
                 kv_heads,
                 head_dim,
+            }
+            | Self::DecodeAttention {
+                tokens,
+                heads,
+                kv_heads,
+                head_dim,
             } => format!("{tokens} x {heads}/{kv_heads} x {head_dim}"),
             Self::Gemm { tokens, inner, out } => format!("{tokens} x {inner} x {out}"),
+            Self::DecodeLinear { batch, inner, out } => format!("{batch} x {inner} x {out}"),
             Self::Lora {
                 tokens,
                 inner,
@@ -503,6 +539,29 @@ mod tests {
                 Pass::Fused,
                 420.0,
                 130.0,
+            ),
+            // X 15, Y 21, W 35.
+            (
+                Work::DecodeLinear {
+                    batch: 3,
+                    inner,
+                    out,
+                },
+                Pass::Forward,
+                210.0,
+                142.0,
+            ),
+            // 3 scores and 3 weights of 4 heads of 8; K and V of 48, q and o of 32.
+            (
+                Work::DecodeAttention {
+                    tokens,
+                    heads: 4,
+                    kv_heads: 2,
+                    head_dim: 8,
+                },
+                Pass::Forward,
+                384.0,
+                320.0,
             ),
             (Work::AdamW { values: 10 }, Pass::Step, 140.0, 280.0),
             (Work::Signum { rows: 3, width }, Pass::Step, 180.0, 300.0),

@@ -8,6 +8,7 @@ use resa_engine::model::Module;
 use resa_engine::train::{DeviceSetting, DtypeSetting, TrainConfig, settings::parse_hookpoint};
 use serde::Serialize;
 
+use super::doctor::DoctorArgs;
 use super::features::FeaturesArgs;
 use super::report::ReportArgs;
 
@@ -35,6 +36,8 @@ pub enum Command {
     Report(ReportArgs),
     /// Measure every operator at the shapes of three models, and whole stages
     BenchKernels(BenchArgs),
+    /// Say what this machine can do, test every operator on it, and what to do next
+    Doctor(DoctorArgs),
     /// Print a completion script for a shell
     Completions(CompletionsArgs),
 }
@@ -327,11 +330,19 @@ pub struct ModelArgs {
     /// Layer (0-based) whose output --sae replaces: N or model.layers.N
     #[arg(long, value_name = "N", value_parser = parse_hookpoint, requires = "sae", help_heading = "Model")]
     pub layer: Option<usize>,
+    /// Where to compute: auto (the CPU), cpu, cuda or cuda:N
+    #[arg(
+        long,
+        value_name = "DEVICE",
+        default_value = "auto",
+        help_heading = "Model"
+    )]
+    pub device: DeviceSetting,
     /// Worker threads; 0 is one for each core
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Model")]
     pub threads: usize,
     /// Floating-point type of weights in memory; auto leaves them as they are stored where text is
-    /// written
+    /// written, and is bf16 on a GPU
     #[arg(long, value_parser = dtype, default_value = "auto", help_heading = "Model")]
     pub dtype: DtypeSetting,
 }
@@ -509,7 +520,7 @@ pub struct BenchArgs {
     pub json: bool,
 }
 
-fn threads(text: &str) -> Result<usize, String> {
+pub fn threads(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(number) if number <= 4096 => Ok(number),
         _ => Err("expected a whole number of at most 4096".to_owned()),

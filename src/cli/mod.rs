@@ -4,6 +4,7 @@ mod args;
 mod bench_kernels;
 mod completions;
 mod config_file;
+mod doctor;
 mod eval;
 mod features;
 mod generate;
@@ -47,6 +48,7 @@ pub fn main() -> ExitCode {
         Command::Features(args) => features::run(&args),
         Command::Report(args) => report::run(&args),
         Command::BenchKernels(args) => bench_kernels::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
         Command::Completions(args) => completions::run(&args),
     };
     let (error, code) = match result {

@@ -7,7 +7,7 @@ use resa_engine::eval::{GenerateOptions, Inference, Sampling};
 use resa_engine::formats::{huggingface, peft, sparsify};
 use resa_engine::model::{Lora, Qwen2, Sae};
 use resa_engine::train::DtypeSetting;
-use resa_engine::train::inputs::prepare;
+use resa_engine::train::inputs;
 use resa_engine::{Device, Error, Result};
 
 use super::args::{ModelArgs, SamplingArgs};
@@ -26,6 +26,7 @@ impl Loaded {
     /// Loads the model in folder `dir`. Where text is written (`is_decoding`) weights stay as
     /// they are stored unless f32 is asked for: the fewer bytes, the faster a token comes.
     pub fn new(dir: &str, with: &ModelArgs, is_decoding: bool) -> Result<Self> {
+        let device = inputs::device(with.device, with.dtype, with.threads)?;
         let dir = PathBuf::from(dir);
         let mut model = huggingface::load(&dir)?;
         let layers = 0..model.layers.len();
@@ -33,16 +34,20 @@ impl Loaded {
             (DtypeSetting::Auto, true) => DtypeSetting::Bf16,
             (dtype, _) => dtype,
         };
-        let device = Device::cpu(with.threads)?.with_precision(with.dtype.precision());
-        device.run(|| prepare(&device, &mut model, dtype, layers, true))?;
+        device.run(|| inputs::prepare(&device, &mut model, dtype, layers, true))?;
         let lora = with.adapter.as_ref();
-        let lora = lora.map(|dir| peft::load(dir, &model.config)).transpose()?;
+        let mut lora = lora.map(|dir| peft::load(dir, &model.config)).transpose()?;
         let sae = match (&with.sae, with.layer) {
             (Some(root), Some(layer)) => {
-                Some((sparsify::load_at(root, layer, &model.config)?, layer))
+                let mut sae = sparsify::load_at(root, layer, &model.config)?;
+                sae.move_to(&device)?;
+                Some((sae, layer))
             }
             _ => None,
         };
+        if let (Device::Cuda(cuda), Some(lora)) = (&device, &mut lora) {
+            lora.upload(cuda)?;
+        }
         let tokenizer = Tokenizer::from_dir(&dir)?;
         Ok(Self {
             dir,

@@ -8,7 +8,7 @@ use crate::data::Tokenizer;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::eval::{Inference, Sampling, TextStream};
-use crate::model::KvCache;
+use crate::ops::decode::KvCache;
 use crate::ops::rope::RopeTable;
 use crate::tensor::Tensor;
 

@@ -3,9 +3,10 @@
 use std::ops::Range;
 
 use crate::device::Device;
-use crate::error::{Error, Result};
-use crate::model::{Adapters, KvCache, Layout, Lora, Qwen2, Sae};
-use crate::ops::decode::{Map, linear};
+use crate::error::Result;
+use crate::model::{Adapters, Layout, Lora, Qwen2, Sae};
+use crate::ops::decode::{self, KvCache};
+use crate::ops::embedding::Embedding;
 use crate::ops::rope::RopeTable;
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
@@ -63,6 +64,7 @@ impl<'a> Inference<'a> {
         }
         Ok(self.model.final_norm(&mut tape, &x)?.into_value())
     }
+
     /// Runs the first tokens \[n\] of one sequence: their cache, and the hidden state \[1, d\]
     /// of the last of them after the final norm.
     pub fn prefill(&self, device: &Device, ids: &[u32]) -> Result<(KvCache, Tensor)> {
@@ -70,7 +72,8 @@ impl<'a> Inference<'a> {
         let mut tape = Tape::new(device);
         let adapters = self.adapters.map(Adapters::frozen);
         let adapters = adapters.as_ref();
-        let mut cache = KvCache::new(&self.model.config);
+        let mut cache = self.model.cache(device);
+        let last = Tensor::from_u32(vec![ids.len().saturating_sub(1) as u32], [1])?;
         let ids = Tensor::from_u32(ids.to_vec(), [ids.len()])?;
         let mut x = self.model.embed(&mut tape, ids)?;
         for (layers, sae) in self.parts() {
@@ -79,10 +82,7 @@ impl<'a> Inference<'a> {
                 x = Var::constant(sae.reconstruct(device, x.value())?);
             }
         }
-        let d = self.model.config.hidden_size;
-        let x = x.value().f32s()?;
-        let last = x[x.len().saturating_sub(d)..].to_vec();
-        let last = Var::constant(Tensor::from_vec(last, [1, d])?);
+        let last = tape.apply(Embedding { ids: last }, &[&x])?;
         let hidden = self.model.final_norm(&mut tape, &last)?;
         Ok((cache, hidden.into_value()))
     }
@@ -110,12 +110,9 @@ impl<'a> Inference<'a> {
         Ok(hidden.into_value())
     }
 
-    /// The logits \[B, V\] of hidden states \[B, d\] after the final norm, for a few tokens.
+    /// The logits \[B, V\], in host memory, of hidden states \[B, d\] after the final norm, for a few tokens.
     pub fn logits(&self, device: &Device, hidden: &Tensor) -> Result<Tensor> {
-        let weight = &self.model.lm_head;
-        let logits = linear(device, hidden, &[Map { weight, bias: None }])?;
-        let missing = || Error::operand("decode", "logits", "none");
-        logits.into_iter().next().ok_or_else(missing)
+        decode::logits(device, hidden, &self.model.lm_head)
     }
 
     /// The layers up to where the SAE is inserted, with it, and the others.

@@ -5,18 +5,20 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::model::{DecoderLayer, KvCache, Linear, Lora, LoraPair, Module, Qwen2, Qwen2Config};
+use crate::model::{DecoderLayer, Linear, Lora, LoraPair, Module, Qwen2, Qwen2Config};
 use crate::ops;
+use crate::ops::decode::KvCache;
 use crate::ops::embedding::Embedding;
-use crate::ops::flash_attention::{DocStarts, FlashAttention};
+use crate::ops::flash_attention::FlashAttention;
 use crate::ops::lora::{Dropout, Frozen, LoraLinear};
 use crate::ops::rmsnorm::RmsNorm;
 use crate::ops::rope::{Rope, RopeTable};
 use crate::ops::swiglu::SwiGlu;
 use crate::rng::{Purpose, Stream};
 use crate::tape::{Tape, Var};
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 /// How the tokens of a step lie: `batch` sequences of `seq_len`, one after another.
 #[derive(Clone, Debug)]
@@ -27,7 +29,7 @@ pub struct Layout {
     pub seq_len: usize,
     /// \[batch x seq_len\] u32: for each token the index within its sequence where its document
     /// begins; attention does not look further back.
-    pub doc_starts: Option<DocStarts>,
+    pub doc_starts: Option<Tensor>,
     rope: Arc<RopeTable>,
 }
 
@@ -47,9 +49,20 @@ impl Layout {
     pub fn with_batch(&self, batch: usize, doc_starts: Option<Tensor>) -> Self {
         Self {
             batch,
-            doc_starts: doc_starts.map(DocStarts::from),
+            doc_starts,
             ..self.clone()
         }
+    }
+
+    /// With the documents in the memory of `device`, once for all layers.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn on(mut self, device: &Device) -> Result<Self> {
+        if let (Device::Cuda(cuda), Some(starts)) = (device, &self.doc_starts) {
+            self.doc_starts = Some(cuda.resident(starts, DType::U32)?);
+        }
+        Ok(self)
     }
 
     /// Number of tokens.
@@ -245,7 +258,7 @@ impl LayerPass<'_> {
         let q = tape.apply(self.rope(config.num_attention_heads), &[&q])?;
         let k = tape.apply(self.rope(config.num_key_value_heads), &[&k])?;
         if let Some(cache) = cache {
-            cache.extend(self.index, k.value().f32s()?, v.value().f32s()?)?;
+            cache.extend(tape.device(), self.index, k.value(), v.value())?;
         }
         let attention = FlashAttention {
             batch: self.layout.batch,

@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+use crate::device::CudaDevice;
 use crate::error::Result;
 use crate::model::Qwen2Config;
 use crate::rng::{Purpose, Stream};
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 /// The linear modules of a decoder layer that an adapter can sit on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -142,6 +143,19 @@ impl Lora {
     pub fn weighted(mut self, weight: f64) -> Self {
         self.config.alpha *= weight;
         self
+    }
+
+    /// Brings the adapters to a GPU in bf16, for use without training.
+    ///
+    /// # Errors
+    /// Out of device memory.
+    pub fn upload(&mut self, cuda: &CudaDevice) -> Result<()> {
+        for pair in self.pairs.values_mut() {
+            for factor in [&mut pair.a, &mut pair.b] {
+                *factor = cuda.resident(factor, DType::Bf16)?;
+            }
+        }
+        Ok(())
     }
 
     /// The same adapters in the host's memory.

@@ -7,7 +7,6 @@ mod lora;
 mod qwen2;
 mod sae;
 
-pub use cache::KvCache;
 pub use config::Qwen2Config;
 pub use forward::{Adapters, Layout, StepDropout};
 pub use lora::{Lora, LoraConfig, LoraPair, Module};

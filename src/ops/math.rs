@@ -44,11 +44,13 @@ pub(crate) fn add_scaled(out: &mut [f32], scale: f32, row: &[f32]) {
     }
 }
 
-/// The sum of the lanes, by halves. As arrays of half the length, and not as a loop, so that the
-/// compiler keeps the lanes in the widest vectors up to here.
+/// The sum of the lanes, by halves. The halves pass through memory once: from the narrow vectors
+/// of the last additions the compiler otherwise concludes that the whole loop before them, which
+/// is where the time goes, should use such vectors too.
 #[inline(always)]
 pub(crate) fn add_up(lanes: [f32; LANES]) -> f32 {
     let sixteen: [f32; 16] = std::array::from_fn(|i| lanes[i] + lanes[i + 16]);
+    let sixteen = std::hint::black_box(sixteen);
     let eight: [f32; 8] = std::array::from_fn(|i| sixteen[i] + sixteen[i + 8]);
     let four: [f32; 4] = std::array::from_fn(|i| eight[i] + eight[i + 4]);
     (four[0] + four[2]) + (four[1] + four[3])

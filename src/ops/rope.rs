@@ -59,7 +59,7 @@ impl RopeTable {
     }
 
     /// The values on a CUDA device, \[positions, head_dim\] f32.
-    fn resident(&self, cuda: &CudaDevice) -> Result<Tensor> {
+    pub(super) fn resident(&self, cuda: &CudaDevice) -> Result<Tensor> {
         if let Some(table) = self.on_device.get().filter(|t| cuda.holds(t)) {
             return Ok(table.clone());
         }

@@ -5,10 +5,11 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use cudarc::driver::sys::CUresult;
+use cudarc::driver::sys::{CUresult, CUstreamCaptureStatus};
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DriverError};
 
 use super::DType;
+use super::staging::Staging;
 use crate::error::{Error, Result};
 
 /// The smallest block: also the alignment of every block.
@@ -21,8 +22,9 @@ const SMALLEST: usize = 512;
 pub(crate) struct Memory {
     stream: Arc<CudaStream>,
     free: Mutex<HashMap<usize, Vec<CudaSlice<u8>>>>,
-    /// Bytes of all blocks, in use or free.
-    reserved: AtomicUsize,
+    /// Bytes of all blocks, in use or free, of all memories of the stream.
+    reserved: Arc<AtomicUsize>,
+    staging: Arc<Mutex<Staging>>,
 }
 
 impl Memory {
@@ -30,7 +32,18 @@ impl Memory {
         Self {
             stream,
             free: Mutex::default(),
-            reserved: AtomicUsize::new(0),
+            reserved: Arc::default(),
+            staging: Arc::default(),
+        }
+    }
+
+    /// Other memory of the same stream, which shares no blocks with this.
+    pub(crate) fn beside(&self) -> Self {
+        Self {
+            stream: self.stream.clone(),
+            free: Mutex::default(),
+            reserved: self.reserved.clone(),
+            staging: self.staging.clone(),
         }
     }
 
@@ -45,6 +58,7 @@ impl Memory {
         if let Some(block) = self.lock().get_mut(&size).and_then(Vec::pop) {
             return Ok(block);
         }
+        self.expect_unrecorded("more memory than the first time")?;
         self.allocate(size).or_else(|error| {
             if error.0 != CUresult::CUDA_ERROR_OUT_OF_MEMORY {
                 return Err(self.failed("allocating memory", error));
@@ -81,10 +95,24 @@ impl Memory {
         let (free, total) = self.stream.context().mem_get_info().unwrap_or((0, 0));
         let what = format!(
             "out of memory: asked for {asked} bytes, {free} of {total} bytes are free and {} \
-             are in use here; a smaller --sae-batch, --sft-batch or --seq-len needs less",
+             are in use here; a smaller --sae-batch, --sft-batch or --seq-len needs less, a \
+             smaller --batch where text is written",
             self.reserved()
         );
         Error::cuda(self.stream.context().ordinal(), what)
+    }
+
+    /// An error where the stream is recorded as a graph: a graph would repeat the copy of the same
+    /// host memory, which may be gone, and own what it allocates.
+    fn expect_unrecorded(&self, what: &str) -> Result<()> {
+        let status = self.stream.capture_status();
+        match status.map_err(|e| self.failed("asking for the stream's state", e))? {
+            CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE => Ok(()),
+            _ => {
+                let what = format!("work that is recorded as a graph asks for {what}");
+                Err(Error::cuda(self.stream.context().ordinal(), what))
+            }
+        }
     }
 
     fn failed(&self, what: &str, error: DriverError) -> Error {
@@ -151,8 +179,9 @@ impl CudaBuffer {
         self.memory.stream.context().ordinal()
     }
 
-    pub(crate) fn is_of(&self, memory: &Arc<Memory>) -> bool {
-        Arc::ptr_eq(&self.memory, memory)
+    /// Whether a stream's work may use it without more ado.
+    pub(crate) fn is_of(&self, stream: &Arc<CudaStream>) -> bool {
+        Arc::ptr_eq(&self.memory.stream, stream)
     }
 
     /// The device address, aligned to 512 bytes.
@@ -164,8 +193,13 @@ impl CudaBuffer {
 
     /// Copies the bytes of all elements to the device.
     pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        if let Some(block) = self.block.as_mut().filter(|b| b.len() >= bytes.len()) {
-            let copied = self.memory.stream.memcpy_htod(bytes, block);
+        if self.block.as_ref().is_some_and(|b| b.len() >= bytes.len()) {
+            self.memory.expect_unrecorded("a copy from the host")?;
+            let staging = self.memory.staging.lock();
+            // A panic elsewhere leaves buffers that are filled anew.
+            let mut staging = staging.unwrap_or_else(PoisonError::into_inner);
+            // SAFETY: the block is at the address and has as many bytes.
+            let copied = unsafe { staging.copy(&self.memory.stream, self.address(), bytes) };
             return copied.map_err(|e| self.memory.failed("copying to the device", e));
         }
         let found = format!("{} bytes", bytes.len());
@@ -232,6 +266,7 @@ impl CudaBuffer {
                 format!("{start}..{start}+{len}"),
             ));
         };
+        self.memory.expect_unrecorded("a copy to the host")?;
         let stream = &self.memory.stream;
         let mut bytes = vec![0; len * size];
         stream
@@ -249,6 +284,12 @@ impl Drop for CudaBuffer {
             let size = block.len();
             self.memory.lock().entry(size).or_default().push(block);
         }
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        self.release();
     }
 }
 

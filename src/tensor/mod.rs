@@ -2,6 +2,7 @@
 
 pub(crate) mod cuda;
 mod dtype;
+mod staging;
 mod storage;
 
 use std::sync::Arc;
@@ -93,6 +94,14 @@ impl Tensor {
     pub(crate) fn cuda(&self) -> Option<&CudaBuffer> {
         match &*self.storage {
             Storage::Cuda(buffer) => Some(buffer),
+            _ => None,
+        }
+    }
+
+    /// The elements on a CUDA device for writing, where nobody shares them.
+    pub(crate) fn cuda_mut(&mut self) -> Option<&mut CudaBuffer> {
+        match Arc::get_mut(&mut self.storage) {
+            Some(Storage::Cuda(buffer)) => Some(buffer),
             _ => None,
         }
     }
@@ -193,7 +202,14 @@ impl Tensor {
         }
         let mut data = vec![0.0; self.len()];
         self.read_f32(0, &mut data)?;
+        self.release_pages();
         Self::from_vec(data, self.shape.clone())
+    }
+
+    /// Lets the system take back the memory that holds a mapped tensor's pages of the file, as
+    /// they have been read and will not be soon again. When they are, the system brings them back.
+    pub(crate) fn release_pages(&self) {
+        self.storage.release_pages();
     }
 
     /// The tensor of integers in host memory: itself where it is there, a copy otherwise.

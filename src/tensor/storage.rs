@@ -74,6 +74,13 @@ impl Storage {
         self.read_f32(0, &mut copy).is_ok().then_some(copy)
     }
 
+    /// Where the elements are in a mapped file, lets the system take its memory back.
+    pub(super) fn release_pages(&self) {
+        if let Self::Mapped(map) = self {
+            map.release();
+        }
+    }
+
     /// Widens elements from `start` into `out`; the caller has checked the range.
     ///
     /// # Errors
@@ -117,6 +124,22 @@ impl MappedBytes {
 
     fn bytes(&self) -> &[u8] {
         &self.map[self.range.clone()]
+    }
+
+    /// Lets the system take back the memory that holds these pages of the file.
+    fn release(&self) {
+        #[cfg(unix)]
+        {
+            let (advice, len) = (memmap2::UncheckedAdvice::DontNeed, self.range.len());
+            // SAFETY: the map is a read-only one of a file: what is taken away is read from there
+            // again when it is used next.
+            let advised = unsafe {
+                self.map
+                    .unchecked_advise_range(advice, self.range.start, len)
+            };
+            // Where the system does not take advice, the memory stays in use.
+            advised.unwrap_or_default();
+        }
     }
 
     fn read_f32(&self, start: usize, out: &mut [f32]) {

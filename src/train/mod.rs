@@ -4,6 +4,7 @@ pub mod checkpoint;
 pub mod config;
 pub mod example;
 pub mod flop;
+mod frozen;
 pub mod inputs;
 pub mod metrics;
 pub mod observer;

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 
-use super::inputs::batch;
+use super::frozen::Frozen;
 use super::metrics::{StepMetrics, StepStage};
 use super::row_cache::RowCache;
 use super::sae_trainer::{SaeTrainOptions, SaeTrainer};
@@ -18,7 +18,6 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::formats::sparsify;
 use crate::model::{Layout, Qwen2, Sae, SaeConfig};
-use crate::tape::Tape;
 use crate::tensor::Tensor;
 
 pub(super) struct StageOne<'a> {
@@ -64,6 +63,12 @@ impl StageOne<'_> {
             done: start,
         });
         let layout = Layout::new(&self.model.config, config.sae_batch, self.packed.seq_len)?;
+        let mut frozen = Frozen::new(
+            self.device,
+            self.model,
+            self.packed,
+            self.hookpoints.to_vec(),
+        );
         let seed = config.shuffle.then_some(config.seed);
         let (mut epoch, mut rows) = (u64::MAX, Vec::new());
         let mut fvu = Vec::new();
@@ -77,7 +82,7 @@ impl StageOne<'_> {
             let rows = self.schedule.rows_of(step, &rows);
             let outputs = self
                 .device
-                .run(|| activations.get(rows, |rows| self.layer_outputs(rows, &layout)))?;
+                .run(|| activations.get(rows, |rows| frozen.outputs(rows, &layout)))?;
             let mut measured = Vec::new();
             for (hook, x) in hooks.iter_mut().zip(&outputs) {
                 let metrics = hook.trainer.step(self.device, x)?;
@@ -116,18 +121,6 @@ impl StageOne<'_> {
         Ok(Trained { saes, fvu })
     }
 
-    /// The outputs of the hookpoints' layers for rows of tokens, \[rows x seq_len, d\] each.
-    pub fn layer_outputs(&self, rows: &[usize], layout: &Layout) -> Result<Vec<Tensor>> {
-        layer_outputs(
-            self.device,
-            self.model,
-            self.packed,
-            self.hookpoints,
-            rows,
-            layout,
-        )
-    }
-
     fn hooks(&self, config: &TrainConfig) -> Result<Vec<Hook>> {
         let hooks = self.hookpoints.iter().map(|&layer| {
             let sae = start_sae(self.device, config, &self.model.config, layer)?;
@@ -161,27 +154,6 @@ impl StageOne<'_> {
         }
         Ok(saes)
     }
-}
-
-/// The outputs of `layers` (ascending) for rows of tokens, in one pass that ends at the last.
-pub(super) fn layer_outputs(
-    device: &Device,
-    model: &Qwen2,
-    packed: &Packed,
-    layers: &[usize],
-    rows: &[usize],
-    layout: &Layout,
-) -> Result<Vec<Tensor>> {
-    let (ids, layout) = batch(packed, rows, layout)?;
-    let mut tape = Tape::new(device);
-    let mut x = model.embed(&mut tape, ids)?;
-    let (mut next, mut outputs) = (0, Vec::new());
-    for &layer in layers {
-        x = model.decode(&mut tape, x, next..layer + 1, &layout, None)?;
-        next = layer + 1;
-        outputs.push(x.value().clone());
-    }
-    Ok(outputs)
 }
 
 /// The SAE that a stage starts from.

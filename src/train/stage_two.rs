@@ -6,13 +6,13 @@
 
 use std::time::Instant;
 
+use super::frozen::Frozen;
 use super::inputs::batch;
 use super::metrics::{StepMetrics, StepStage};
 use super::row_cache::{CacheSpace, RowCache};
 use super::schedule::Schedule;
 use super::session::{Session, StageState};
 use super::sft_trainer::{MicroBatch, SftOptions, SftStep, SftTrainer, Student, Target};
-use super::stage_one::layer_outputs;
 use super::{Event, Method, SaeGrad, TrainConfig};
 use crate::data::{Packed, order};
 use crate::device::Device;
@@ -45,6 +45,8 @@ pub(super) struct Tuned {
 /// it), the teacher's final hidden state, and how well the SAE reconstructs.
 struct Teacher<'a> {
     stage: &'a StageTwo<'a>,
+    /// The model up to the SAE's layer.
+    frozen: Frozen<'a>,
     sae: &'a Sae,
     layer: usize,
     /// Adapters of the layers up to the SAE's, where the start adapter has some that act.
@@ -187,6 +189,7 @@ impl StageTwo<'_> {
         let mse = vec![f64::NAN; self.packed.rows()];
         Ok(Some(Teacher {
             stage: self,
+            frozen: Frozen::new(self.device, self.model, self.packed, vec![layer]),
             sae,
             layer,
             prefix,
@@ -209,6 +212,7 @@ impl StageTwo<'_> {
 
     fn supervised(&self, rows: &[usize], layout: &Layout) -> Result<MicroBatch<'static>> {
         let (ids, layout) = batch(self.packed, rows, layout)?;
+        let layout = layout.on(self.device)?;
         let mut targets = Vec::with_capacity(ids.len());
         for &row in rows {
             let (ids, in_answer) = (self.packed.row(row), self.packed.row_answer_mask(row));
@@ -268,6 +272,7 @@ impl<'a> Teacher<'a> {
     ) -> Result<MicroBatch<'a>> {
         let Self {
             stage,
+            frozen,
             sae,
             layer,
             prefix,
@@ -279,20 +284,9 @@ impl<'a> Teacher<'a> {
         let (sae, layer, through) = (*sae, *layer, *through);
         let mut activations = activations;
         let mut parts = cache.get(rows, |rows| {
-            let hooks = [layer];
-            let outputs = |rows: &[usize], layout: &Layout| {
-                layer_outputs(
-                    stage.device,
-                    stage.model,
-                    stage.packed,
-                    &hooks,
-                    rows,
-                    layout,
-                )
-            };
             let x = match activations.as_deref_mut() {
-                Some(stage_one) => stage_one.get(rows, |rows| outputs(rows, layout))?,
-                None => outputs(rows, layout)?,
+                Some(stage_one) => stage_one.get(rows, |rows| frozen.outputs(rows, layout))?,
+                None => frozen.outputs(rows, layout)?,
             }
             .swap_remove(0);
             let reconstruction = sae.reconstruct(stage.device, &x)?;
@@ -301,6 +295,7 @@ impl<'a> Teacher<'a> {
                 mse[row] = error;
             }
             let (ids, layout) = batch(stage.packed, rows, layout)?;
+            let layout = layout.on(stage.device)?;
             let student = match prefix {
                 Some(adapters) if !through => {
                     let mut tape = Tape::new(stage.device);
@@ -326,6 +321,7 @@ impl<'a> Teacher<'a> {
             })
         })?;
         let (ids, layout) = batch(stage.packed, rows, layout)?;
+        let layout = layout.on(stage.device)?;
         let student = match through {
             true => Student::ThroughSae { ids, sae, layer },
             false => Student::Reconstruction {

@@ -39,6 +39,8 @@ fn every_operator_is_measured_in_every_pass() {
             wanted.push(format!("topk {pass} example {precision}"));
         }
     }
+    wanted.push("decode forward example gate_proj bf16".to_owned());
+    wanted.push("decode forward example attention".to_owned());
     for loss in ["kl_div", "cross_entropy"] {
         wanted.push(format!("{loss} forward example f32"));
         wanted.push(format!("{loss} fused example bf16"));
@@ -224,7 +226,7 @@ fn the_static_table_lists_kernels_without_measuring() {
 }
 
 /// The emulator's library, where Cargo has put it for the tests.
-fn emulator() -> PathBuf {
+pub fn emulator() -> PathBuf {
     let folder = Path::new(env!("CARGO_BIN_EXE_resa-engine"))
         .parent()
         .unwrap();

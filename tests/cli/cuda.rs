@@ -12,7 +12,7 @@ const SETTINGS: &str = "sae-lr = 0.0005\nlr = 0.0001\nmax-sae-steps = 5\nmax-sft
     grad-accum = 2\nlora-dropout = 0.1\nshuffle = true\ncheckpoint-every = 100";
 
 /// Whether there is something to run kernels on; says so where there is not.
-fn cuda_is_there() -> bool {
+pub fn cuda_is_there() -> bool {
     cuda_emulator::install().unwrap();
     let there = CudaDevice::is_available();
     if !there {

@@ -5,12 +5,14 @@ mod support;
 
 mod bench;
 mod cuda;
+mod doctor;
 mod equivalence;
 mod evaluate;
 mod examples;
 mod faults;
 mod features;
 mod folder;
+mod generation;
 mod outputs;
 mod plan;
 mod report;

@@ -55,6 +55,38 @@ fn copies_to_the_gpu_and_back_keep_every_value() {
 }
 
 #[test]
+fn large_copies_arrive_whole_whatever_becomes_of_the_hosts_memory() {
+    let Some(gpu) = gpu() else { return };
+    // Bytes: what the driver takes at once and one value more; a buffer of page-locked memory and
+    // one value more; so much that both buffers are used again.
+    let sizes = [
+        64 << 10,
+        (64 << 10) + 4,
+        4 << 20,
+        (4 << 20) + 4,
+        (17 << 20) + 12,
+    ];
+    let there: Vec<Tensor> = sizes
+        .iter()
+        .map(|bytes| {
+            let values = random(*bytes as u64, &[bytes / 4], 3.0);
+            let there = gpu.resident(&values, DType::F32).unwrap();
+            let mut values = values;
+            values.f32s_mut().unwrap().fill(f32::NAN);
+            there
+        })
+        .collect();
+    for (bytes, there) in sizes.iter().zip(there) {
+        let there = there.to_f32().unwrap();
+        let want = random(*bytes as u64, &[bytes / 4], 3.0);
+        assert!(
+            there.f32s().unwrap() == want.f32s().unwrap(),
+            "{bytes} bytes"
+        );
+    }
+}
+
+#[test]
 fn part_of_a_tensor_is_read_and_a_range_beyond_it_is_an_error() {
     let Some(gpu) = gpu() else { return };
     let values = random(1, &[100], 3.0);

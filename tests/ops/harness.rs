@@ -15,7 +15,7 @@ use resa_engine::tape::{Tape, Var};
 use resa_engine::tensor::{DType, MappedBytes, Tensor};
 
 /// Operators and optimizers that have no CUDA kernel yet: tested on the CPU alone.
-const WITHOUT_CUDA: [&str; 1] = ["decode"];
+const WITHOUT_CUDA: [&str; 0] = [];
 
 /// Every device that `stem` runs on: the CPU with different thread counts and, where the build
 /// has kernels, a GPU or the emulator in its place. Says so where `stem` cannot use it.
@@ -284,7 +284,8 @@ fn check_all<O: Operator>(
     }
 }
 
-fn rounded(values: &[f64]) -> Vec<f64> {
+/// The values rounded to bf16.
+pub fn rounded(values: &[f64]) -> Vec<f64> {
     values.iter().map(|&v| bf16::from_f64(v).to_f64()).collect()
 }
 
@@ -326,9 +327,10 @@ fn differences(
     positions(inputs[input].len()).map(at).collect()
 }
 
-type Bits = Vec<Vec<u32>>;
+pub type Bits = Vec<Vec<u32>>;
 
-fn run<O: Operator>(
+/// The bits of an operator's outputs, and of its inputs' gradients for these of the outputs.
+pub fn run<O: Operator>(
     device: &Device,
     op: O,
     inputs: &[Tensor],

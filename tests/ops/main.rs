@@ -10,6 +10,7 @@ mod flash_attention;
 mod fvu;
 mod gemm;
 mod harness;
+mod hopper;
 mod kl_div;
 mod lora;
 mod rmsnorm;

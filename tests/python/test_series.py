@@ -1,10 +1,12 @@
 """Step by step the same numbers as plain PyTorch on a real model, from the same start, in float32; and
-in bf16 the same to 2 %."""
+what bf16 does to them."""
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from support import PROBLEMS, SMOLLM2, TEMPLATE, VS_PYTORCH, engine, head_of, metrics
 
@@ -58,15 +60,31 @@ def test_stage_two_gives_pytorchs_kl_gradient_norm_and_error_for_five_steps(pyto
     check("reconstruction error", [m["sae_mse"] for m in found], want["recon_mse"])
 
 
-def test_fvu_in_bf16_is_within_one_percent_of_that_in_f32_for_eight_steps(data, tmp_path):
-    """Later, at an FVU of a few percent, the sign steps oscillate and bf16 takes another course: FVU was then up to
-    22 % apart at single steps within 20. Stage II has been seen 10 % apart within 8 steps and is not compared."""
-    options = ["--latents", 4096, "--k", 32, "--sae-batch", 1, "--sae-epochs", 2, "--max-sae-steps", 8]
-    series = {}
-    for dtype in ("bf16", "f32"):
-        run = tmp_path / dtype
-        engine("train", "--stage", "sae", *options, *common(data, run, dtype))
-        series[dtype] = [m["fvu"] for m in metrics(run, "sae")]
-    assert len(series["f32"]) == 8
-    worst = max(abs(n - w) / w for n, w in zip(series["bf16"], series["f32"]))
-    assert 0 < worst < 0.01, series
+def test_reconstruction_in_bf16_is_within_two_percent_of_that_in_f32_for_twenty_steps(pytorch, data, tmp_path):
+    """Of the tokens that are no sinks. The FVU of all tokens is that of the sinks (the first token of each row, with a
+    norm hundreds of times that of others) and cannot be held to this: once it is small, the sign steps overshoot, and
+    what was a small difference grows, in whatever type. Starting in float32 from weights rounded to bf16 shows by how
+    much, and is what bf16 is measured by there."""
+    start, _ = pytorch
+    sae = load_file(start / "init_sae" / "sae.safetensors")
+    rounded = tmp_path / "rounded"
+    rounded.mkdir()
+    shutil.copy(start / "init_sae" / "cfg.json", rounded)
+    save_file({name: t.bfloat16().float() for name, t in sae.items()}, rounded / "sae.safetensors")
+
+    def series(name, dtype, init):
+        engine("train", "--stage", "sae", "--sae-init", "finetune", "--sae", init, "--sae-batch", 2, "--sae-epochs", 2,
+               "--max-sae-steps", 20, *common(data, tmp_path / name, dtype))
+        return metrics(tmp_path / name, "sae")
+
+    exact = series("f32", "f32", start / "init_sae")
+    narrow, nudged = series("bf16", "bf16", start / "init_sae"), series("nudged", "f32", rounded)
+    assert len(exact) == len(narrow) == 20
+
+    def apart(found, field):
+        return max(abs(m[field] / e[field] - 1) for m, e in zip(found, exact))
+
+    assert 0 < apart(narrow, "fvu_no_sinks") < 0.02
+    large = [i for i, m in enumerate(exact) if m["fvu"] > 0.1]
+    assert max(abs(narrow[i]["fvu"] / exact[i]["fvu"] - 1) for i in large) < 0.02
+    assert apart(nudged, "fvu") > 0.02, "float32 holds its course: then bf16 should be asked to as well"

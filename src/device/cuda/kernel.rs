@@ -224,3 +224,39 @@ impl CudaDevice {
         launched.map(drop).map_err(|e| failed(&error_name(e)))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_launch_that_the_driver_refuses_names_kernel_arguments_and_grid() {
+        cuda_emulator::install().unwrap();
+        if !CudaDevice::is_available() {
+            println!("skipped: built without nvcc");
+            return;
+        }
+        let cuda = CudaDevice::new(0, 1).unwrap();
+        let kernel = |function| Kernel {
+            stem: "add",
+            function,
+        };
+        let args = [Arg::Pointer(0x400), Arg::Pointer(0x800), Arg::U64(77)];
+        for (grid, what) in [
+            (Grid::of_blocks(1, 4096, 0), "1 blocks of 4096 threads"),
+            (Grid::of_blocks(1, 32, 1 << 30), "1073741824 bytes shared"),
+            (Grid::of_blocks(1 << 40, 32, 0), "the grid is too large"),
+        ] {
+            // SAFETY: the arguments are of the kernel's types; no launch takes place.
+            let error = unsafe { cuda.launch(kernel("add_f32"), grid, &args) };
+            let error = error.unwrap_err().to_string();
+            for part in ["cuda:0", "launching add_f32(0x400, 0x800, 77)", what] {
+                assert!(error.contains(part), "{error}");
+            }
+        }
+        // SAFETY: there is no such kernel.
+        let error = unsafe { cuda.launch(kernel("none"), Grid::over(1), &[]) };
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("loading none"), "{error}");
+    }
+}

@@ -3,14 +3,18 @@
 //! the next needs no synchronisation.
 
 mod cast;
+mod graph;
+mod info;
 mod kernel;
+mod tensor_map;
 
 use std::sync::Arc;
 
-use cudarc::driver::sys::CUdevice_attribute;
+use cudarc::driver::sys::{CUdevice_attribute, CUresult};
 use cudarc::driver::{CudaContext, CudaStream, DriverError};
 use half::bf16;
 
+pub(crate) use graph::Recorded;
 pub(crate) use kernel::{Arg, Grid, Kernel};
 
 use super::CpuDevice;
@@ -34,6 +38,8 @@ pub struct CudaDevice {
     stream: Arc<CudaStream>,
     memory: Arc<Memory>,
     kernels: Arc<Kernels>,
+    capability: (i32, i32),
+    multiprocessors: usize,
     host: CpuDevice,
     most_shared: usize,
 }
@@ -60,7 +66,13 @@ impl CudaDevice {
         }
         let failed =
             |what: &str, e: DriverError| Error::cuda(ordinal, format!("{what}: {}", error_name(e)));
-        cudarc::driver::result::init().map_err(|e| failed("the CUDA driver did not start", e))?;
+        cudarc::driver::result::init().map_err(|e| match e.0 {
+            CUresult::CUDA_ERROR_NO_DEVICE => Error::cuda(
+                ordinal,
+                "the CUDA driver is installed but finds no GPU; see what nvidia-smi lists",
+            ),
+            _ => failed("the CUDA driver did not start", e),
+        })?;
         let count = CudaContext::device_count().map_err(|e| failed("counting devices", e))?;
         if i64::try_from(ordinal).map_or(true, |n| n >= count.into()) {
             return Err(Error::cuda(
@@ -80,9 +92,15 @@ impl CudaDevice {
                 ),
             ));
         }
-        let opt_in = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
-        let most_shared = context.attribute(opt_in);
-        let most_shared = most_shared.map_err(|e| failed("no limit of shared memory", e))?;
+        let attribute = |attribute, what| context.attribute(attribute).map_err(|e| failed(what, e));
+        let count = attribute(
+            CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+            "no count of multiprocessors",
+        )?;
+        let most_shared = attribute(
+            CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+            "no limit of shared memory",
+        )?;
         // SAFETY: this device uses its memory on its one stream alone, whose order is all the
         // synchronisation that memory needs.
         unsafe { context.disable_event_tracking() };
@@ -91,6 +109,8 @@ impl CudaDevice {
             memory: Arc::new(Memory::new(stream.clone())),
             kernels: Arc::new(Kernels::new(context)),
             stream,
+            capability: (major, minor),
+            multiprocessors: usize::try_from(count).unwrap_or(0),
             host: CpuDevice::new(threads)?,
             most_shared: usize::try_from(most_shared).unwrap_or(0),
         })
@@ -120,6 +140,16 @@ impl CudaDevice {
     /// Bytes of shared memory that a block may have.
     pub(crate) fn most_shared(&self) -> usize {
         self.most_shared
+    }
+
+    /// Major and minor compute capability.
+    pub(crate) fn capability(&self) -> (i32, i32) {
+        self.capability
+    }
+
+    /// How many multiprocessors there are.
+    pub(crate) fn multiprocessors(&self) -> usize {
+        self.multiprocessors
     }
 
     /// The stream that everything runs in.
@@ -153,7 +183,7 @@ impl CudaDevice {
     pub(crate) fn holds(&self, tensor: &Tensor) -> bool {
         tensor
             .cuda()
-            .is_some_and(|buffer| buffer.is_of(&self.memory))
+            .is_some_and(|buffer| buffer.is_of(&self.stream))
     }
 
     /// The tensor on this device in `dtype` (bf16, f32, or u32 for u32): itself where it is that

@@ -104,6 +104,7 @@ impl Reader {
         }
         check_shape(file.path(), name, &tensor, shape)?;
         check_finite(file.path(), name, &tensor)?;
+        tensor.release_pages();
         Ok(tensor)
     }
 

@@ -8,13 +8,13 @@ use rayon::prelude::*;
 
 use super::Map;
 use crate::device::Device;
-use crate::device::simd::vectorized;
+use crate::device::simd::{Simd, level, vectorized};
 use crate::error::Result;
 use crate::tensor::{Buffer, DType, Tensor};
 
 /// Partial sums of a product: one vector register of 512 bits.
 const LANES: usize = 16;
-/// Rows of W and rows of X that are multiplied at a time: as many sums as stay in registers.
+/// Rows of X that are multiplied at a time, and rows of W where X has one.
 const TILE: usize = 4;
 /// Weights in the block of one task.
 const BLOCK: usize = 1 << 15;
@@ -68,19 +68,24 @@ fn transposed(device: &Device, columns: &[f32], batch: usize) -> Buffer {
 fn product(weight: &Tensor, start: usize, x: &[f32], cols: usize, out: &mut [f32]) -> Result<()> {
     let range = start * cols..(start + out.len() * cols / x.len()) * cols;
     match weight.dtype() {
-        DType::F32 if let Ok(data) = weight.f32s() => {
-            vectorized!(block(&data[range], x, cols, out));
-        }
-        DType::Bf16 if let Some(data) = weight.bf16s() => {
-            vectorized!(block(&data[range], x, cols, out));
-        }
+        DType::F32 if let Ok(data) = weight.f32s() => at_level(&data[range], x, cols, out),
+        DType::Bf16 if let Some(data) = weight.bf16s() => at_level(&data[range], x, cols, out),
         _ => {
             let mut data = vec![0.0; range.len()];
             weight.read_f32(range.start, &mut data)?;
-            vectorized!(block(&data, x, cols, out));
+            at_level(&data, x, cols, out);
         }
     }
     Ok(())
+}
+
+/// Of the rows of W that are multiplied with several of X, as many at a time as there are vector
+/// registers for the sums: 32 of 512 bits, else 16 of 256, of which a sum takes two.
+fn at_level<W: Weight>(weights: &[W], x: &[f32], cols: usize, out: &mut [f32]) {
+    match level() {
+        Simd::Avx512 => vectorized!(block::<W, TILE>(weights, x, cols, out)),
+        _ => vectorized!(block::<W, 1>(weights, x, cols, out)),
+    }
 }
 
 /// A weight that becomes an f32 in a register.
@@ -102,9 +107,16 @@ impl Weight for bf16 {
     }
 }
 
+/// Rows of W times each row of X, `R` of W at a time where X has as many as a tile.
 #[inline(always)]
-fn block<W: Weight>(weights: &[W], x: &[f32], cols: usize, out: &mut [f32]) {
+fn block<W: Weight, const R: usize>(weights: &[W], x: &[f32], cols: usize, out: &mut [f32]) {
     let batch = x.len() / cols;
+    if R < TILE && batch >= TILE {
+        for (weights, out) in weights.chunks(cols).zip(out.chunks_mut(batch)) {
+            columns([weights], x, cols, out);
+        }
+        return;
+    }
     let quads = weights
         .chunks(TILE * cols)
         .zip(out.chunks_mut(TILE * batch));
@@ -145,12 +157,17 @@ fn columns<W: Weight, const R: usize>(rows: [&[W]; R], x: &[f32], cols: usize, o
 fn dots<W: Weight, const R: usize, const C: usize>(w: [&[W]; R], x: [&[f32]; C]) -> [[f32; C]; R] {
     let w_parts = w.map(|w| w.as_chunks::<LANES>());
     let x_parts = x.map(|x| x.as_chunks::<LANES>());
+    let steps = x_parts[0].0.len();
+    // All of one length that is known to be the loop's: with a check of bounds within the loop
+    // the sums would not stay in registers.
+    let w_steps = w_parts.map(|(chunks, _)| &chunks[..steps]);
+    let x_steps = x_parts.map(|(chunks, _)| &chunks[..steps]);
     let mut sums = [[[0.0f32; LANES]; C]; R];
-    for i in 0..x_parts[0].0.len() {
+    for i in 0..steps {
         for r in 0..R {
-            let w = w_parts[r].0[i].map(W::widen);
+            let w = w_steps[r][i].map(W::widen);
             for c in 0..C {
-                let x = x_parts[c].0[i];
+                let x = x_steps[c][i];
                 for lane in 0..LANES {
                     sums[r][c][lane] += w[lane] * x[lane];
                 }

@@ -50,7 +50,7 @@ impl<'a> Operands<'a> {
             q: q.f32s()?,
             k: k.f32s()?,
             v: v.f32s()?,
-            doc_starts: op.doc_starts.as_ref().map(|s| s.host.u32s()).transpose()?,
+            doc_starts: op.doc_starts.as_ref().map(Tensor::u32s).transpose()?,
         })
     }
 

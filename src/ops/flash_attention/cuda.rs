@@ -1,4 +1,5 @@
-//! The launches of `kernels/flash_attention_forward.cu` and `flash_attention_backward.cu`.
+//! The launches of `kernels/flash_attention_forward.cu`, of its variant for Hopper and of
+//! `flash_attention_backward.cu`.
 
 use std::f32::consts::LOG2_E;
 
@@ -7,7 +8,7 @@ use crate::device::CudaDevice;
 use crate::device::cuda::{Arg, Grid, Kernel, WIDE};
 use crate::error::{Error, Result};
 use crate::ops::Operator;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{CudaBuffer, DType, Tensor};
 
 /// Rows that a block owns.
 const ROWS: usize = 128;
@@ -27,6 +28,48 @@ const fn backward(function: &'static str) -> Kernel {
     Kernel {
         stem: "flash_attention_backward",
         function,
+    }
+}
+
+/// The forward pass on compute capability 9.0, for heads of exactly this size
+/// (`kernels/flash_attention_forward_sm90a.cu`).
+struct Hopper {
+    head_dim: usize,
+    function: &'static str,
+    /// Pairs of tiles of keys and values in shared memory.
+    stages: usize,
+}
+
+const HOPPER: [Hopper; 2] = [
+    Hopper {
+        head_dim: 64,
+        function: "flash_attention_forward_wgmma_bf16_d64",
+        stages: 4,
+    },
+    Hopper {
+        head_dim: 128,
+        function: "flash_attention_forward_wgmma_bf16_d128",
+        stages: 2,
+    },
+];
+
+impl Hopper {
+    const THREADS: u32 = 384;
+    /// Document starts, and a number for each warp.
+    const STARTS: usize = (ROWS + 16) * size_of::<u32>();
+
+    fn kernel(&self) -> Kernel {
+        Kernel {
+            stem: "flash_attention_forward_sm90a",
+            function: self.function,
+        }
+    }
+
+    /// Queries, the tiles of keys and values, document starts, a barrier for the queries and two
+    /// for each stage.
+    fn shared(&self) -> usize {
+        let tile = ROWS * self.head_dim * DType::Bf16.size();
+        (1 + 2 * self.stages) * tile + Self::STARTS + 8 * (1 + 2 * self.stages)
     }
 }
 
@@ -116,7 +159,14 @@ impl FlashAttention {
 
     fn resident_starts(&self, cuda: &CudaDevice) -> Result<Option<Tensor>> {
         let starts = self.doc_starts.as_ref();
-        starts.map(|s| s.resident(cuda)).transpose()
+        starts.map(|s| cuda.resident(s, DType::U32)).transpose()
+    }
+
+    /// A map of the rows of `heads` heads, a matrix for each sequence.
+    fn map(&self, cuda: &CudaDevice, tensor: &Tensor, heads: usize) -> Result<Arg> {
+        let address = tensor.cuda().map_or(0, CudaBuffer::address);
+        let row = heads * self.head_dim;
+        cuda.block_map(address, &[self.batch, self.seq_len, row], row)
     }
 
     /// The caller has checked shapes and document starts.
@@ -133,20 +183,29 @@ impl FlashAttention {
         let starts = self.resident_starts(cuda)?;
         let o = cuda.alloc(DType::Bf16, q.len())?;
         let log_sum = cuda.alloc(DType::F32, self.batch * self.heads * self.seq_len)?;
-        let mut args = vec![
-            Arg::from(&o),
-            Arg::from(&log_sum),
-            q.arg()?,
-            k.arg()?,
-            v.arg()?,
-        ];
+        let hopper = HOPPER.iter().find(|h| h.head_dim == self.head_dim);
+        let hopper = hopper.filter(|_| cuda.capability() == (9, 0) && o.len() > 0);
+        let operands = [(&q, self.heads), (&k, self.kv_heads), (&v, self.kv_heads)];
+        let operands = operands.map(|(tensor, heads)| match hopper {
+            Some(_) => self.map(cuda, tensor, heads),
+            None => tensor.arg(),
+        });
+        let mut args = vec![Arg::from(&o), Arg::from(&log_sum)];
+        args.extend(operands.into_iter().collect::<Result<Vec<Arg>>>()?);
         args.extend(self.shape_args(starts.as_ref())?);
-        let shared = kernels.forward_shared();
-        let grid = self.grid(self.heads, kernels.forward_threads, shared);
+        let (kernel, threads, shared) = match hopper {
+            Some(hopper) => (hopper.kernel(), Hopper::THREADS, hopper.shared()),
+            None => (
+                kernels.forward,
+                kernels.forward_threads,
+                kernels.forward_shared(),
+            ),
+        };
+        let grid = self.grid(self.heads, threads, shared);
         // SAFETY: q and o are [T, heads * D], k and v [T, kv_heads * D], bf16; log_sum has one
         // f32 for each row and head; starts is null or [T] u32, none after its row. Shared memory
-        // holds the kernel's tiles.
-        unsafe { cuda.launch(kernels.forward, grid, &args) }?;
+        // holds the kernel's tiles. The kernels of `hopper` take maps of q, k and v.
+        unsafe { cuda.launch(kernel, grid, &args) }?;
         let o = Tensor::from_cuda(o, q.shape())?;
         let log_sum = Tensor::from_cuda(log_sum, [self.batch * self.heads, self.seq_len])?;
         let saved = Saved {

@@ -16,12 +16,10 @@ mod cpu;
 mod cuda;
 mod softmax;
 
-use std::sync::{Arc, OnceLock};
-
 use super::{Operator, expect_inputs, expect_shape, only_grad};
-use crate::device::{CudaDevice, Device};
+use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// Causal attention within sequences of `seq_len` rows: inputs q, k and v, one output.
 pub struct FlashAttention {
@@ -37,7 +35,7 @@ pub struct FlashAttention {
     pub head_dim: usize,
     /// \[T\] u32: for each row the position within its sequence where its document starts; a row
     /// sees nothing before it. Without it a row sees its whole past.
-    pub doc_starts: Option<DocStarts>,
+    pub doc_starts: Option<Tensor>,
 }
 
 /// What [`FlashAttention`] keeps for backward.
@@ -78,8 +76,12 @@ impl FlashAttention {
         let Some(starts) = &self.doc_starts else {
             return Ok(());
         };
-        expect_shape(Self::NAME, &starts.host, &[rows])?;
-        for (row, &start) in starts.host.u32s()?.iter().enumerate() {
+        expect_shape(Self::NAME, starts, &[rows])?;
+        if starts.cuda().is_some() {
+            // Whoever put them there has checked them; reading them back would stop the device.
+            return Ok(());
+        }
+        for (row, &start) in starts.u32s()?.iter().enumerate() {
             let position = row % self.seq_len;
             if start as usize > position {
                 return Err(Error::operand(
@@ -94,35 +96,6 @@ impl FlashAttention {
 
     fn group(&self) -> usize {
         self.heads / self.kv_heads
-    }
-}
-
-/// For each row the index within its sequence where its document begins, \[T\] u32 in the host's
-/// memory. Clones share the copy on a GPU, so that all layers of a step make one.
-#[derive(Clone, Debug)]
-pub struct DocStarts {
-    host: Tensor,
-    on_device: Arc<OnceLock<Tensor>>,
-}
-
-impl From<Tensor> for DocStarts {
-    fn from(host: Tensor) -> Self {
-        Self {
-            host,
-            on_device: Arc::default(),
-        }
-    }
-}
-
-impl DocStarts {
-    fn resident(&self, cuda: &CudaDevice) -> Result<Tensor> {
-        if let Some(starts) = self.on_device.get().filter(|t| cuda.holds(t)) {
-            return Ok(starts.clone());
-        }
-        let starts = cuda.resident(&self.host, DType::U32)?;
-        // A second device goes without: it keeps no copy of its own.
-        self.on_device.get_or_init(|| starts.clone());
-        Ok(starts)
     }
 }
 

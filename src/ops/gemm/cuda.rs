@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use bytemuck::{Pod, Zeroable};
 
+use super::hopper;
 use super::tile::Tile;
 use crate::device::CudaDevice;
 use crate::device::cuda::{Arg, Grid, Kernel, WIDE};
@@ -95,6 +96,11 @@ impl<'a> Matrix<'a> {
     /// Values from one row to the next.
     pub(crate) fn stride(&self) -> usize {
         self.tensor.matrix_dims().1
+    }
+
+    /// A map of it for copies of blocks; see [`CudaDevice::block_map`].
+    pub(super) fn block_map(&self, cuda: &CudaDevice) -> Result<Arg> {
+        cuda.block_map(self.address(), &[self.rows, self.cols], self.stride())
     }
 
     /// Whether every row begins at a multiple of 16 bytes.
@@ -240,6 +246,11 @@ impl<'a> Product<'a> {
         if let Some(low_rank) = low_rank {
             low_rank.add_to(&mut args, self.layout)?;
         }
+        let extents = [m, n, k];
+        if let Some(tile) = hopper::Tile::choose(cuda, self.layout, extents, aligned, masked) {
+            // SAFETY: as below.
+            return unsafe { tile.launch(cuda, args, &operands) };
+        }
         let grid = Grid::of_blocks(tile.count(m, n) * splits, tile.threads, tile.shared());
         if splits > 1 {
             return Self::launch_slices(cuda, tile, grid, args);
@@ -382,10 +393,10 @@ fn operand(tensor: Option<&Tensor>, dtypes: &[DType]) -> Result<u64> {
     }
 }
 
-/// `GemmArgs` of kernels/gemm.cu.
+/// `GemmArgs` of kernels/common/gemm_args.cuh.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
-struct GemmArgs {
+pub(super) struct GemmArgs {
     out: u64,
     lhs: u64,
     rhs: u64,

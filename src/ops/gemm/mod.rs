@@ -9,6 +9,7 @@
 
 mod cpu;
 pub(crate) mod cuda;
+mod hopper;
 #[cfg(test)]
 mod tests;
 mod tile;

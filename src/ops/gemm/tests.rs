@@ -1,7 +1,11 @@
 //! Products on the GPU that no operator needs in all combinations: layouts, dtypes, row ranges,
 //! accumulation, slices of K.
 
-use super::cuda::{Layout, Matrix, Product};
+use std::process::Command;
+
+use cuda_emulator::{Backend, Counters};
+
+use super::cuda::{Kept, Layout, LowRank, Matrix, Product};
 use crate::device::{CudaDevice, Device};
 use crate::rng::{Purpose, Stream};
 use crate::tensor::{DType, Tensor};
@@ -90,6 +94,10 @@ fn every_layout_and_shape_agrees_with_float64() {
         [32, 200, 1000],
         [200, 32, 1032],
         [13, 1, 1031],
+        // Rows enough for Hopper's kernels: K in a ring more than once around, and in part.
+        [264, 200, 65],
+        [400, 72, 648],
+        [136, 328, 24],
     ];
     for layout in LAYOUTS {
         for shape @ [m, n, k] in shapes {
@@ -120,16 +128,145 @@ fn every_layout_and_shape_agrees_with_float64() {
 #[test]
 fn the_widest_tile_agrees_with_float64() {
     let Some(cuda) = gpu() else { return };
-    // More than a hundred tiles of 128 x 256, the last of them in part.
-    let shape @ [m, n, k] = [1, 100 * 256 - 56, 8];
-    for layout in [Layout::Nt, Layout::Nn] {
+    // More than a hundred tiles of 128 x 256, the last of them in part; on Hopper two for each
+    // block, and the ring more than once around.
+    let shapes = [
+        ([1, 100 * 256 - 56, 8], &[Layout::Nt, Layout::Nn][..]),
+        ([264, 66 * 256 - 8, 24], &LAYOUTS),
+        ([136, 34 * 256 - 8, 264], &[Layout::Nt]),
+    ];
+    for (shape @ [m, n, k], layouts) in shapes {
+        for &layout in layouts {
+            let [(lr, lc), (rr, rc)] = dims(layout, shape);
+            let (lhs, rhs) = (random(&cuda, 1, lr, lc), random(&cuda, 2, rr, rc));
+            let want = reference(layout, &host(&lhs), &host(&rhs), shape);
+            let (l, r) = (Matrix::of(&lhs).unwrap(), Matrix::of(&rhs).unwrap());
+            let out = Product::new(layout, l, r).run(&cuda, DType::F32).unwrap();
+            let got = host(&Tensor::from_cuda(out, [m, n]).unwrap());
+            assert_close(&format!("{layout:?} {shape:?}"), &got, &want, k, 0.0);
+        }
+    }
+}
+
+#[test]
+fn a_low_rank_product_is_added_and_dropped_where_the_mask_says() {
+    let Some(cuda) = gpu() else { return };
+    let cases = [
+        ([9, 16, 24], 8),
+        ([13, 11, 10], 3),
+        ([136, 264, 72], 8),
+        ([264, 72, 200], 136),
+        // On Hopper more tiles than blocks.
+        ([136, 8720, 16], 16),
+    ];
+    let scale = 1.25;
+    for (layout, masked) in [
+        (Layout::Nt, false),
+        (Layout::Nn, false),
+        (Layout::Nn, true),
+        (Layout::Tn, false),
+    ] {
+        for (shape @ [m, n, k], r) in cases {
+            let operands = |seed, shape| {
+                let [(lr, lc), (rr, rc)] = dims(layout, shape);
+                (random(&cuda, seed, lr, lc), random(&cuda, seed + 1, rr, rc))
+            };
+            let (lhs, rhs) = operands(1, shape);
+            let (low_lhs, low_rhs) = operands(3, [m, n, r]);
+            let stream = Stream::new(5, Purpose::Dropout, 0, 0);
+            let kept: Vec<bool> = (0..(m * n) as u64)
+                .map(|i| stream.uniform(i) < 0.6)
+                .collect();
+            let bytes = kept.chunks(8);
+            let bytes = bytes.map(|b| (0..b.len()).map(|i| u8::from(b[i]) << i).sum());
+            let mut bytes: Vec<u8> = bytes.collect();
+            bytes.resize(bytes.len().next_multiple_of(4), 0);
+            let mut mask = cuda.alloc(DType::U32, bytes.len() / 4).unwrap();
+            mask.write(&bytes).unwrap();
+            let low_rank = LowRank {
+                lhs: Matrix::of(&low_lhs).unwrap(),
+                rhs: Matrix::of(&low_rhs).unwrap(),
+                dropout: masked.then_some(Kept { mask: &mask, scale }),
+            };
+            let (l, r_) = (Matrix::of(&lhs).unwrap(), Matrix::of(&rhs).unwrap());
+            let product = Product::new(layout, l, r_);
+            let out = product.run_with(&cuda, DType::F32, &low_rank).unwrap();
+            let got = host(&Tensor::from_cuda(out, [m, n]).unwrap());
+            let whole = reference(layout, &host(&lhs), &host(&rhs), shape);
+            let low = reference(layout, &host(&low_lhs), &host(&low_rhs), [m, n, r]);
+            let factors = kept.iter().map(|&kept| match (masked, kept) {
+                (false, _) => 1.0,
+                (true, false) => 0.0,
+                (true, true) => f64::from(scale),
+            });
+            let want: Vec<(f64, f64)> = whole
+                .iter()
+                .zip(&low)
+                .zip(factors)
+                .map(|((w, l), f)| (w.0 + f * l.0, w.1 + f * l.1))
+                .collect();
+            let what = format!("{layout:?} {shape:?} {r} masked: {masked}");
+            assert_close(&what, &got, &want, k + r, 0.0);
+        }
+    }
+}
+
+/// What the last kernel did, and the totals of all kernels; `None` on a real GPU.
+fn counted() -> Option<(Counters, String)> {
+    let on_emulator = cuda_emulator::install() == Ok(Backend::Emulator);
+    let emulator = on_emulator.then(|| cuda_emulator::emulator().unwrap())?;
+    Some((emulator.last_counters().unwrap(), emulator.totals()))
+}
+
+#[test]
+fn on_hopper_wgmma_does_what_is_useful_and_a_pair_of_blocks_loads_the_right_operand_once() {
+    let Some(cuda) = gpu().filter(|cuda| cuda.capability() == (9, 0)) else {
+        return;
+    };
+    // Two by three tiles.
+    let shape @ [m, n, k] = [256, 384, 544];
+    for (layout, kernel) in [
+        (Layout::Nt, "gemm_nt_wgmma_128x128"),
+        (Layout::Nn, "gemm_nn_wgmma_128x128"),
+        (Layout::Tn, "gemm_tn_wgmma_128x128"),
+    ] {
         let [(lr, lc), (rr, rc)] = dims(layout, shape);
         let (lhs, rhs) = (random(&cuda, 1, lr, lc), random(&cuda, 2, rr, rc));
-        let want = reference(layout, &host(&lhs), &host(&rhs), shape);
         let (l, r) = (Matrix::of(&lhs).unwrap(), Matrix::of(&rhs).unwrap());
-        let out = Product::new(layout, l, r).run(&cuda, DType::F32).unwrap();
-        let got = host(&Tensor::from_cuda(out, [m, n]).unwrap());
-        assert_close(&format!("{layout:?}"), &got, &want, k, 0.0);
+        let out = Product::new(layout, l, r).run(&cuda, DType::Bf16);
+        drop(out.unwrap());
+        let Some((last, totals)) = counted() else {
+            return;
+        };
+        assert!(totals.contains(kernel), "{kernel} was not launched");
+        assert_eq!(last.mma_flop, 2 * (m * n * k) as u64, "{kernel}");
+        assert_eq!(last.shared_bank_conflicts, 0, "{kernel}");
+        let loaded = 2 * (m * k * 3 + n * k) as u64;
+        assert_eq!(last.global_load_bytes, loaded, "{kernel}");
+        assert_eq!(32 * last.global_load_sectors, loaded, "{kernel}");
+        assert_eq!(32 * last.global_store_sectors, 2 * (m * n) as u64);
+    }
+}
+
+/// The tests of this file once more in a process that emulates a Hopper, also with its warps in
+/// random order.
+#[test]
+fn all_of_this_holds_on_hopper() {
+    let emulated = gpu().is_some() && cuda_emulator::install() == Ok(Backend::Emulator);
+    if !emulated || std::env::var_os("CUDA_EMU_DEVICE").is_some() {
+        return;
+    }
+    // The widest tiles take too long for every schedule.
+    for (schedule, skipped, tests) in [(None, "all_of_this", 7), (Some("1"), "widest", 7)] {
+        let mut child = Command::new(std::env::current_exe().unwrap());
+        child.args(["ops::gemm::tests", "--skip", skipped]);
+        child.env("CUDA_EMU_DEVICE", "h100");
+        child.envs(schedule.map(|seed| ("CUDA_EMU_SCHEDULE", seed)));
+        let output = child.output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "schedule {schedule:?}:\n{text}");
+        // Without its tests the child would end well too.
+        assert!(text.contains(&format!("{tests} passed")), "{text}");
     }
 }
 

@@ -5,7 +5,7 @@ use crate::ops::gemm::cuda::Layout;
 use crate::tensor::DType;
 
 /// K of one pipeline stage.
-const STAGE: usize = 64;
+pub(super) const STAGE: usize = 64;
 /// Blocks that fill the largest device (two for each of 128 multiprocessors). A constant, so that
 /// the order of a sum does not depend on the device.
 const BLOCKS: usize = 256;
@@ -13,7 +13,7 @@ const BLOCKS: usize = 256;
 /// operand is read once.
 const NARROW: usize = 32;
 /// Longest side of a result whose product is cut along K: the ranks of three adapters.
-const SHORT: usize = 96;
+pub(super) const SHORT: usize = 96;
 /// Stages a slice of K has at least, so that filling the pipeline is not what takes the time.
 const LEAST_STAGES: usize = 4;
 

@@ -9,10 +9,16 @@ use cuda_emulator::emulator;
 use cudarc::driver::{CudaContext, CudaStream, LaunchConfig, PushKernelArg};
 use cudarc::nvrtc::Ptx;
 
+/// Bytes of shared memory: a tile of 64 and one of 128 rows of 128 bytes.
+const TILE: u32 = (64 + 128) * 128;
 /// Copies of the measured instruction in a loop, warps of a block, runs of which the best counts.
 const UNROLL: usize = 32;
 const WARPS: u32 = 4;
 const RUNS: usize = 3;
+
+/// `wgmma` on bf16 with both operands in shared memory; its accumulators stand for `ACC`.
+const WGMMA: &str =
+    "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {ACC}, %da, %db, 1, 1, 1, 0, 0;";
 
 /// An instruction to measure and what one execution by a warp counts for.
 struct Case {
@@ -24,7 +30,7 @@ struct Case {
     unit: &'static str,
 }
 
-const CASES: [Case; 7] = [
+const CASES: [Case; 8] = [
     Case {
         name: "fma.rn.f32",
         instruction: "fma.rn.f32 %f0, %f0, %f1, %f2;",
@@ -44,6 +50,14 @@ const CASES: [Case; 7] = [
         instruction: "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f0, %f1, %f2, %f3}, {%r4, %r5, %r6, %r7}, {%r8, %r9}, {%f0, %f1, %f2, %f3};",
         work: 4096.0,
         iterations: 10_000,
+        unit: "GFLOP/s",
+    },
+    Case {
+        name: "wgmma.m64n128k16",
+        instruction: WGMMA,
+        // A warp computes 16 of the 64 rows.
+        work: 65_536.0,
+        iterations: 200,
         unit: "GFLOP/s",
     },
     Case {
@@ -77,18 +91,30 @@ const CASES: [Case; 7] = [
 ];
 
 fn ptx(case: &Case) -> String {
-    let body = format!("    {}\n", case.instruction).repeat(UNROLL);
+    let list = |name: &str| -> Vec<String> { (0..64).map(|i| format!("%{name}{i}")).collect() };
+    let accumulators = list("w").join(", ");
+    let instruction = case.instruction.replace("ACC", &accumulators);
+    let mut body = format!("    {instruction}\n").repeat(UNROLL);
+    if case.instruction == WGMMA {
+        body = format!(
+            "    wgmma.fence.sync.aligned;\n{body}    wgmma.commit_group.sync.aligned;\n    wgmma.wait_group.sync.aligned 0;"
+        );
+    }
+    let zeros: String = list("w")
+        .iter()
+        .map(|w| format!("    mov.f32 {w}, 0f00000000;\n"))
+        .collect();
     format!(
         ".version 8.0
-.target sm_80
+.target sm_90a
 .address_size 64
 .visible .entry bench(.param .u64 data)
 {{
-    .reg .b64 %data, %lane, %lane4;
-    .reg .f32 %f<4>;
+    .reg .b64 %data, %lane, %lane4, %da, %db;
+    .reg .f32 %f<4>, %w<64>;
     .reg .b32 %r<10>, %i, %t, %l, %sh, %sh4;
     .reg .pred %p;
-    .shared .align 16 .b8 tile[{}];
+    .shared .align 1024 .b8 tile[{TILE}];
     ld.param.u64 %data, [data];
     mov.u32 %t, %tid.x;
     mov.u32 %l, %laneid;
@@ -98,9 +124,18 @@ fn ptx(case: &Case) -> String {
     mad.lo.u32 %sh, %t, 4, %sh4;
     mad.lo.u32 %sh4, %t, 16, %sh4;
     mov.b32 %r0, 0;
-    st.shared.v4.b32 [%sh4], {{%r0, %r0, %r0, %r0}};
+    mov.u32 %i, %sh4;
+FILL:
+    st.shared.v4.b32 [%i], {{%r0, %r0, %r0, %r0}};
+    add.u32 %i, %i, {};
+    setp.lt.u32 %p, %i, {TILE};
+    @%p bra FILL;
+    fence.proxy.async.shared::cta;
     bar.sync 0;
-    ld.global.v4.b32 {{%r4, %r5, %r6, %r7}}, [%lane4];
+    // Rows of 128 bytes with the 128-byte swizzle: A's 64, then B's 128.
+    mov.b64 %da, 0x4000004000010000;
+    add.u64 %db, %da, 512;
+{zeros}    ld.global.v4.b32 {{%r4, %r5, %r6, %r7}}, [%lane4];
     ld.global.v2.b32 {{%r8, %r9}}, [%lane4];
     mov.f32 %f0, 0f3F800000;
     mov.f32 %f1, 0f3F7FFF00;
@@ -117,7 +152,7 @@ LOOP:
 }}
 ",
         WARPS * 32 * 16,
-        case.iterations
+        case.iterations,
     )
 }
 
@@ -166,6 +201,8 @@ fn measure(stream: &Arc<CudaStream>, case: &Case, blocks: u32) -> f64 {
 }
 
 fn main() {
+    // SAFETY: no other thread runs yet. wgmma needs a Hopper.
+    unsafe { std::env::set_var("CUDA_EMU_DEVICE", "h100") };
     emulator().expect("the emulator");
     let stream = CudaContext::new(0).expect("a context").default_stream();
     let cores = std::thread::available_parallelism().map_or(1, usize::from);

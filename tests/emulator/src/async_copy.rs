@@ -45,6 +45,9 @@ pub fn execute(warp: &mut Warp, ctx: &mut Context<'_>, op: &Op, exec: u32) -> Ch
         Op::CopyWait { pending, all } => wait(warp, ctx, *pending, *all, exec)?,
         Op::Mbarrier { op, address, .. } => mbarrier::execute(warp, ctx, op, address, exec)?,
         Op::BulkCopy(copy) => bulk_copy::execute(warp, ctx, copy, exec)?,
+        Op::StoreAsync { access, barrier } => {
+            bulk_copy::store_async(warp, ctx, access, barrier, exec)?;
+        }
         Op::Wgmma(w) => wgmma::execute(warp, ctx, w)?,
         Op::MapCluster { d, a, b, generic } => {
             map_cluster(warp, ctx, *d, (*a, *b), *generic, exec)?

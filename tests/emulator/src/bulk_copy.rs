@@ -8,11 +8,12 @@ use crate::bulk_store::{self, little_endian};
 use crate::machine::atomic::apply;
 use crate::machine::block::Context;
 use crate::machine::checks::{lanes, shared_conflict};
+use crate::machine::registers::LANES;
 use crate::machine::shared::Place;
 use crate::machine::warp::Warp;
 use crate::mbarrier::{self, complete_bytes};
 use crate::ptx::ast::Type;
-use crate::ptx::ops::{AtomicOp, BulkCopy, BulkKind};
+use crate::ptx::ops::{Access, Address, AtomicOp, BulkCopy, BulkKind};
 use crate::sanitize::global::Touch;
 use crate::sanitize::{Checked, Fault, Kind, shared};
 use crate::tensor_map::{self, TensorMap};
@@ -61,6 +62,44 @@ pub fn execute(warp: &mut Warp, ctx: &mut Context<'_>, copy: &BulkCopy, exec: u3
                 count(ctx, &plan, false);
             }
         }
+    }
+    Ok(())
+}
+
+/// `st.async`: as a bulk copy of each lane's vector.
+pub fn store_async(
+    warp: &mut Warp,
+    ctx: &mut Context<'_>,
+    access: &Access,
+    barrier: &Address,
+    exec: u32,
+) -> Checked<()> {
+    let (to, barriers) = (warp.addresses(&access.address), warp.addresses(barrier));
+    let (size, count) = (usize::from(access.size), usize::from(access.count));
+    let values: Vec<_> = access.regs[..count]
+        .iter()
+        .map(|&reg| warp.regs.read_any(reg))
+        .collect();
+    for lane in lanes(exec) {
+        let at = ctx.place(to[lane], lane)?;
+        let barrier = mbarrier::location(ctx, barriers[lane], lane)?;
+        let element = |value: &[u64; LANES]| value[lane].to_le_bytes()[..size].to_vec();
+        let data: Vec<u8> = values.iter().flat_map(element).collect();
+        let bytes = data.len() as u32;
+        if !at.offset.is_multiple_of(bytes) {
+            let message = format!("st.async of {bytes} bytes to shared offset {}", at.offset);
+            return Err(misaligned(lane, message));
+        }
+        check_owner(at, barrier, lane)?;
+        check_range(ctx, at, bytes.into(), lane)?;
+        let pending = Pending {
+            pieces: vec![(at.offset, data)],
+            mbarrier: barrier.offset,
+            bytes,
+            reduce: None,
+        };
+        begin(warp.index, ctx, at.rank, pending, lane)?;
+        ctx.counters.remote_access(bytes.into(), 1 << lane);
     }
     Ok(())
 }
@@ -158,6 +197,18 @@ fn tiled(
     })
 }
 
+/// A copy reports to an mbarrier beside its destination.
+fn check_owner(at: Place, barrier: Place, lane: usize) -> Checked<()> {
+    if at.rank == barrier.rank {
+        return Ok(());
+    }
+    let message = format!(
+        "asynchronous copy into block {} of the cluster with an mbarrier of block {}",
+        at.rank, barrier.rank
+    );
+    Err(Fault::new(Kind::IllegalInstruction, lane as u32, message))
+}
+
 fn check_range(ctx: &mut Context<'_>, at: Place, bytes: u64, lane: usize) -> Checked<()> {
     if at.rank != ctx.rank {
         return ctx.check_peer(at, bytes, "bulk copy", lane);
@@ -183,13 +234,7 @@ fn load(
     blocks: u32,
     lane: usize,
 ) -> Checked<()> {
-    if at.rank != barrier.rank {
-        let message = format!(
-            "bulk copy into block {} of the cluster with an mbarrier of block {}",
-            at.rank, barrier.rank
-        );
-        return Err(Fault::new(Kind::IllegalInstruction, lane as u32, message));
-    }
+    check_owner(at, barrier, lane)?;
     let outside = blocks >> ctx.cluster_size();
     if outside != 0 || blocks == 0 {
         let size = ctx.cluster_size();

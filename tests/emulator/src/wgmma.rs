@@ -72,6 +72,8 @@ pub struct Products {
     batches: Vec<Batch>,
     /// Chunks of shared memory that they read, with the group.
     reads: Vec<(u32, u32)>,
+    /// Registers that they read, with the group and the frame.
+    sources: Vec<(u32, Base, Reg)>,
     committed: u32,
 }
 
@@ -107,6 +109,7 @@ pub fn wait(warp: &mut Warp, ctx: &mut Context<'_>, pending: u32) {
         }
         !complete(group)
     });
+    products.sources.retain(|&(group, ..)| !complete(group));
     let current = warp.regs.base();
     products.batches.retain(|batch| {
         if complete(batch.group) {
@@ -120,7 +123,8 @@ pub fn wait(warp: &mut Warp, ctx: &mut Context<'_>, pending: u32) {
     warp.regs.select(current);
 }
 
-/// Reports an instruction, other than a product, that names accumulators under way.
+/// Reports an instruction, other than a product, that names accumulators under way or writes
+/// registers that a product reads.
 pub fn check_registers(warp: &Warp, inst: &Inst, function: &Function) -> Checked<()> {
     if matches!(inst.op, Op::Wgmma(_)) {
         return Ok(());
@@ -130,10 +134,18 @@ pub fn check_registers(warp: &Warp, inst: &Inst, function: &Function) -> Checked
     let base = warp.regs.base();
     let under_way = |batch: &&Batch| batch.base == base;
     for batch in warp.products.batches.iter().filter(under_way) {
-        if named.iter().any(|reg| batch.regs.contains(reg)) {
+        if named.iter().any(|(reg, _)| batch.regs.contains(reg)) {
             let message = "accumulators of a wgmma that has not been waited for";
             return Err(Fault::new(Kind::AsyncCopy, None, message));
         }
+    }
+    let read = |reg: Reg| {
+        let sources = &warp.products.sources;
+        sources.iter().any(|&(_, b, r)| (b, r) == (base, reg))
+    };
+    if named.iter().any(|&(reg, written)| written && read(reg)) {
+        let message = "write to registers of A that a wgmma not waited for reads";
+        return Err(Fault::new(Kind::AsyncCopy, None, message));
     }
     Ok(())
 }
@@ -141,7 +153,21 @@ pub fn check_registers(warp: &Warp, inst: &Inst, function: &Function) -> Checked
 /// Bytes of an operand that lie together whatever the layout.
 const CHUNK: u64 = 16;
 
-/// Reads `outer.len()` rows (or columns) of an operand in shared memory, 16 bytes at a time.
+/// The elements in a chunk: eight, or four of tf32.
+#[inline(always)]
+fn elements(ty: MmaType, chunk: [u8; CHUNK as usize]) -> [f32; 8] {
+    let half = |i: usize| u32::from(u16::from_le_bytes([chunk[2 * i], chunk[2 * i + 1]]));
+    match ty {
+        MmaType::Bf16 => std::array::from_fn(|i| element16(MmaType::Bf16, half(i))),
+        MmaType::F16 => std::array::from_fn(|i| element16(MmaType::F16, half(i))),
+        MmaType::Tf32 => std::array::from_fn(|i| {
+            let word = |i: usize| half(2 * i) | half(2 * i + 1) << 16;
+            if i < 4 { element_tf32(word(i)) } else { 0.0 }
+        }),
+    }
+}
+
+/// Reads `count` rows (or columns) of an operand in shared memory, 16 bytes at a time.
 fn load_operand(
     warp: &mut Warp,
     ctx: &mut Context<'_>,
@@ -168,18 +194,12 @@ fn load_operand(
                 let group = warp.products.committed;
                 warp.products.reads.push((group, at as u32));
             }
-            for i in 0..per_chunk {
-                let (outer, k) = if major {
-                    (outer + i, k)
-                } else {
-                    (outer, k + i)
-                };
-                let bits = ctx.shared_read((at + i * size) as usize, size as usize) as u32;
-                let value = match ty {
-                    MmaType::Tf32 => element_tf32(bits),
-                    _ => element16(ty, bits),
-                };
-                set(outer as usize, k as usize, value);
+            let values = elements(ty, ctx.memory.array(at as usize));
+            for (i, &value) in (0..per_chunk).zip(&values) {
+                match major {
+                    true => set((outer + i) as usize, k as usize, value),
+                    false => set(outer as usize, (k + i) as usize, value),
+                }
             }
         }
     }
@@ -199,9 +219,15 @@ pub fn execute(warp: &mut Warp, ctx: &mut Context<'_>, w: &Wgmma) -> Checked<()>
                 a[row][k] = value;
             })?;
         }
-        None => register_rows(warp, w, &mut a),
+        None => {
+            register_rows(warp, w, &mut a);
+            let (group, base) = (warp.products.committed, warp.regs.base());
+            let read = w.a.iter().map(|&reg| (group, base, reg));
+            warp.products.sources.extend(read);
+        }
     }
-    if w.negate_a {
+    // The sign of a product is that of either factor.
+    if w.negate_a != w.negate_b {
         a.iter_mut().flatten().for_each(|x| *x = -*x);
     }
     let keep = match w.scale_d {
@@ -218,7 +244,7 @@ pub fn execute(warp: &mut Warp, ctx: &mut Context<'_>, w: &Wgmma) -> Checked<()>
         w.ty,
         (0, w.n.into()),
         |column, k, value| {
-            b[column / 8][k][column % 8] = if w.negate_b { -value } else { value };
+            b[column / 8][k][column % 8] = value;
         },
     )?;
     let batch = batch(warp, w)?;

@@ -1,25 +1,16 @@
-//! Clusters: places of blocks, distributed shared memory, barriers across blocks, multicast, and
-//! the faults that they make possible. Run as the tests of Hopper's instructions are.
+//! Clusters: places of blocks, distributed shared memory, barriers across blocks and multicast. Run
+//! as the tests of Hopper's instructions are.
 
 mod common;
 
 use std::ffi::c_void;
 use std::sync::Arc;
 
-use common::hopper::{SWIZZLE_128, map, on_hopper};
-use common::{compile, config, counters, emulated, finding, function, module, noise};
+use common::clusters::{gemm, kernel};
+use common::hopper::on_hopper;
+use common::{compile, config, counters, emulated, function, module};
 use cudarc::driver::sys::{self, CUresult};
-use cudarc::driver::{
-    CudaFunction, CudaSlice, CudaStream, DevicePtr, DriverError, LaunchConfig, PushKernelArg,
-};
-use half::bf16;
-
-fn kernel(stream: &Arc<CudaStream>, name: &str) -> CudaFunction {
-    function(
-        &module(stream.context(), &compile("clusters", "compute_90a")),
-        name,
-    )
-}
+use cudarc::driver::{CudaStream, DevicePtr, PushKernelArg};
 
 /// The driver's own handle of a kernel, for calls that cudarc does not wrap.
 fn raw_kernel(name: &str) -> sys::CUfunction {
@@ -177,75 +168,54 @@ fn launch_named(
 }
 
 #[test]
+fn cluster_barrier_orders_global_memory_too() {
+    on_hopper("cluster_barrier_orders_global_memory_too", |stream| {
+        let mut x = stream.alloc_zeros::<i32>(4 * 32).unwrap();
+        let mut y = stream.alloc_zeros::<i32>(4 * 32).unwrap();
+        let exchange = kernel(stream, "exchange_through_global_memory");
+        let mut launch = stream.launch_builder(&exchange);
+        launch.arg(&mut x).arg(&mut y);
+        // SAFETY: the arguments match the kernel's parameters.
+        unsafe { launch.launch(config(4, 32)) }
+            .unwrap_or_else(|e| panic!("{e:?}: {}", common::emu().last_finding()));
+        let expected: Vec<i32> = (0..128).map(|i| i ^ 32).collect();
+        assert_eq!(stream.clone_dtoh(&y).unwrap(), expected);
+    });
+}
+
+/// Runs a kernel in which each of two clusters of three blocks hands `words` of each block to the
+/// next.
+fn pass_on(stream: &Arc<CudaStream>, name: &str, words: usize) {
+    let x: Vec<i32> = (0..6 * words as i32).collect();
+    let dx = stream.clone_htod(&x).unwrap();
+    let y = stream.alloc_zeros::<i32>(x.len()).unwrap();
+    let (mut from, mut to) = (dx.device_ptr(stream).0, y.device_ptr(stream).0);
+    let mut params = [(&raw mut from).cast(), (&raw mut to).cast()];
+    let code = launch_named(name, ([6, 1, 1], 64, [3, 1, 1]), &mut params);
+    let finding = || common::emu().last_finding();
+    assert_eq!(code, CUresult::CUDA_SUCCESS, "{}", finding());
+    let y = stream.clone_dtoh(&y).unwrap();
+    for block in 0..6 {
+        let sender = block / 3 * 3 + (block + 2) % 3;
+        let (got, sent) = (&y[block * words..], &x[sender * words..]);
+        assert_eq!(got[..words], sent[..words], "{block}");
+    }
+}
+
+#[test]
 fn bulk_copies_between_blocks_report_to_the_receivers_barrier() {
     on_hopper(
         "bulk_copies_between_blocks_report_to_the_receivers_barrier",
-        |stream| {
-            let x: Vec<i32> = (0..6 * 64).collect();
-            let dx = stream.clone_htod(&x).unwrap();
-            let y = stream.alloc_zeros::<i32>(6 * 64).unwrap();
-            let (mut from, mut to) = (dx.device_ptr(stream).0, y.device_ptr(stream).0);
-            let mut params = [(&raw mut from).cast(), (&raw mut to).cast()];
-            let code = launch_named("ring", ([6, 1, 1], 64, [3, 1, 1]), &mut params);
-            assert_eq!(
-                code,
-                CUresult::CUDA_SUCCESS,
-                "{}",
-                common::emu().last_finding()
-            );
-            let y = stream.clone_dtoh(&y).unwrap();
-            for block in 0..6 {
-                let sender = block / 3 * 3 + (block + 2) % 3;
-                assert_eq!(y[block * 64..][..64], x[sender * 64..][..64], "{block}");
-            }
-        },
+        |stream| pass_on(stream, "ring", 64),
     );
 }
 
-/// Runs a variant of the two-block GEMM and checks the product.
-fn gemm(stream: &Arc<CudaStream>, name: &str) -> Result<(), DriverError> {
-    let (m, n, k) = (256usize, 256usize, 448usize);
-    let kernel = kernel(stream, name);
-    let limit = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-    kernel.set_attribute(limit, 3 * 32_768)?;
-    let make = |seed: u64, count: usize| -> Vec<bf16> {
-        noise(seed, count).into_iter().map(bf16::from_f32).collect()
-    };
-    let (a, b) = (make(1, m * k), make(2, n * k));
-    let bits = |x: &[bf16]| x.iter().map(|v| v.to_bits()).collect::<Vec<u16>>();
-    let (da, db) = (stream.clone_htod(&bits(&a))?, stream.clone_htod(&bits(&b))?);
-    let mut dc: CudaSlice<u16> = stream.alloc_zeros(m * n)?;
-    // Half a tile of A: each block loads one for both.
-    let ma = map(stream, &da, &[k as u64, m as u64], &[64, 64], SWIZZLE_128);
-    let mb = map(stream, &db, &[k as u64, n as u64], &[64, 128], SWIZZLE_128);
-    let (columns, depth) = (n as i32, k as i32);
-    let config = LaunchConfig {
-        grid_dim: (n as u32 / 128, m as u32 / 128, 1),
-        block_dim: (384, 1, 1),
-        shared_mem_bytes: 3 * 32_768,
-    };
-    let mut launch = stream.launch_builder(&kernel);
-    launch
-        .arg(&ma)
-        .arg(&mb)
-        .arg(&mut dc)
-        .arg(&columns)
-        .arg(&depth);
-    // SAFETY: the arguments match the kernel's parameters.
-    unsafe { launch.launch(config) }?;
-    let c = stream.clone_dtoh(&dc)?;
-    common::digest(name, &c);
-    for (i, &got) in c.iter().enumerate() {
-        let (row, column) = (i / n, i % n);
-        let products = (0..k).map(|d| a[row * k + d].to_f64() * b[column * k + d].to_f64());
-        let exact: f64 = products.sum();
-        let got = bf16::from_bits(got).to_f64();
-        assert!(
-            (got - exact).abs() < exact.abs() / 200.0 + 1e-3,
-            "({row}, {column}): {got}, {exact}"
-        );
-    }
-    Ok(())
+#[test]
+fn asynchronous_stores_report_to_the_receivers_barrier() {
+    on_hopper(
+        "asynchronous_stores_report_to_the_receivers_barrier",
+        |stream| pass_on(stream, "send_pairs", 128),
+    );
 }
 
 #[test]
@@ -260,195 +230,6 @@ fn multicast_gemm_of_two_blocks_agrees_with_a_plain_product() {
                 let (a, b) = (256 * 448 * 2, 256 * 448 * 2);
                 assert_eq!(counters().global_load_bytes, a + 2 * b);
                 assert_eq!(counters().mma_flop, 2 * 256 * 256 * 448);
-            }
-        },
-    );
-}
-
-#[test]
-fn exit_before_other_blocks_have_arrived_is_caught() {
-    on_hopper(
-        "exit_before_other_blocks_have_arrived_is_caught",
-        |stream| {
-            if emulated() {
-                let text = finding(
-                    gemm(stream, "gemm_without_tail"),
-                    CUresult::CUDA_ERROR_LAUNCH_FAILED,
-                );
-                assert!(
-                    text.starts_with("shared memory of an exited block"),
-                    "{text}"
-                );
-            }
-        },
-    );
-}
-
-#[test]
-fn multicast_into_a_stage_the_other_block_still_reads_is_caught() {
-    on_hopper(
-        "multicast_into_a_stage_the_other_block_still_reads_is_caught",
-        |stream| {
-            if emulated() {
-                let result = gemm(stream, "gemm_with_own_readers_only");
-                let text = finding(result, CUresult::CUDA_ERROR_LAUNCH_FAILED);
-                let expected = text.starts_with("shared-memory race")
-                    || text.starts_with("asynchronous copy not waited for")
-                    || text.starts_with("shared memory of an exited block");
-                assert!(expected, "{text}");
-            }
-        },
-    );
-}
-
-/// Launches a faulty kernel with one pointer, of two blocks of 32 threads.
-fn faulty(stream: &Arc<CudaStream>, name: &str) -> String {
-    let mut y = stream.alloc_zeros::<i32>(64).unwrap();
-    let kernel = kernel(stream, name);
-    let mut launch = stream.launch_builder(&kernel);
-    launch.arg(&mut y);
-    // SAFETY: the kernels have at most this parameter.
-    let result = unsafe { launch.launch(config(2, 32)) };
-    match result {
-        Ok(_) => panic!("{name} ended without a finding"),
-        Err(_) => common::emu().last_finding(),
-    }
-}
-
-/// The finding names kernel, block, thread, PTX line and the source line marked `// FAULT tag`.
-fn assert_place(text: &str, kernel: &str, tag: &str) {
-    let source = include_str!("kernels/clusters.cu");
-    let marked = |l: &str| l.contains(&format!("// FAULT {tag}"));
-    let line = 1 + source.lines().position(marked).expect("a marked line");
-    for part in [
-        &format!("in kernel {kernel}, block ("),
-        "thread (",
-        "at PTX line ",
-        &format!("clusters.cu:{line}"),
-    ] {
-        assert!(text.contains(part), "{part}: {text}");
-    }
-}
-
-#[test]
-fn missing_cluster_barrier_is_caught() {
-    on_hopper("missing_cluster_barrier_is_caught", |stream| {
-        if emulated() {
-            let text = faulty(stream, "missing_cluster_barrier");
-            let expected =
-                text.starts_with("shared-memory race") || text.starts_with("uninitialized read");
-            assert!(expected, "{text}");
-            assert_place(&text, "missing_cluster_barrier", "missing_cluster_barrier");
-        }
-    });
-}
-
-#[test]
-fn relaxed_arrival_at_the_cluster_barrier_publishes_nothing() {
-    on_hopper(
-        "relaxed_arrival_at_the_cluster_barrier_publishes_nothing",
-        |stream| {
-            if emulated() {
-                let text = faulty(stream, "relaxed_arrival");
-                assert!(
-                    text.contains("block 1 of the cluster wrote there")
-                        || text.contains("warp 0 wrote there"),
-                    "{text}"
-                );
-                assert_place(&text, "relaxed_arrival", "relaxed_arrival");
-            }
-        },
-    );
-}
-
-#[test]
-fn missing_cluster_barrier_before_exit_is_caught() {
-    on_hopper("missing_cluster_barrier_before_exit_is_caught", |stream| {
-        if emulated() {
-            let text = faulty(stream, "missing_barrier_before_exit");
-            assert!(
-                text.starts_with("shared memory of an exited block"),
-                "{text}"
-            );
-        }
-    });
-}
-
-#[test]
-fn remote_off_by_one_store_is_caught() {
-    on_hopper("remote_off_by_one_store_is_caught", |stream| {
-        if emulated() {
-            let kernel = kernel(stream, "remote_off_by_one");
-            let run = |n: i32| {
-                let mut launch = stream.launch_builder(&kernel);
-                launch.arg(&n);
-                // SAFETY: the argument matches the kernel's parameter.
-                unsafe { launch.launch(config(2, 32)) }
-            };
-            run(31).unwrap();
-            let text = finding(run(32), CUresult::CUDA_ERROR_ILLEGAL_ADDRESS);
-            assert!(text.contains("at offset 128 of 128 of block 1"), "{text}");
-            assert_place(&text, "remote_off_by_one", "remote_off_by_one");
-        }
-    });
-}
-
-#[test]
-fn rank_outside_the_cluster_is_caught() {
-    on_hopper("rank_outside_the_cluster_is_caught", |stream| {
-        if emulated() {
-            let text = faulty(stream, "rank_outside_the_cluster");
-            assert!(
-                text.contains("mapa to block 2 of a cluster of 2 blocks"),
-                "{text}"
-            );
-            assert_place(&text, "rank_outside_the_cluster", "rank_outside");
-        }
-    });
-}
-
-#[test]
-fn cluster_barrier_that_one_block_never_reaches_is_caught() {
-    on_hopper(
-        "cluster_barrier_that_one_block_never_reaches_is_caught",
-        |stream| {
-            if emulated() {
-                let text = faulty(stream, "one_block_arrives");
-                assert!(text.contains("the cluster's barrier waits for"), "{text}");
-                assert_place(&text, "one_block_arrives", "one_block_arrives");
-            }
-        },
-    );
-}
-
-#[test]
-fn waiting_at_the_cluster_barrier_without_arriving_is_caught() {
-    on_hopper(
-        "waiting_at_the_cluster_barrier_without_arriving_is_caught",
-        |stream| {
-            if emulated() {
-                let text = faulty(stream, "wait_without_arrival");
-                assert!(text.starts_with("barrier error"), "{text}");
-                assert_place(&text, "wait_without_arrival", "wait_without_arrival");
-            }
-        },
-    );
-}
-
-#[test]
-fn arriving_at_a_remote_barrier_before_its_initialization_is_ordered_is_caught() {
-    on_hopper(
-        "arriving_at_a_remote_barrier_before_its_initialization_is_ordered_is_caught",
-        |stream| {
-            if emulated() {
-                let text = faulty(stream, "arrive_before_initialization");
-                assert!(
-                    text.starts_with("shared-memory race")
-                        || text.contains("no mbarrier was initialised"),
-                    "{text}"
-                );
-                let tag = "arrive_before_initialization";
-                assert_place(&text, tag, tag);
             }
         },
     );

@@ -167,6 +167,102 @@ fn malformed_ptx_is_refused_without_a_crash() {
 }
 
 #[test]
+fn there_is_no_peer_to_copy_to() {
+    let context = context();
+    if !emulated() {
+        return;
+    }
+    let (mut able, mut other) = (1, std::ptr::null_mut());
+    let stream = context.default_stream();
+    let memory = stream.alloc_zeros::<u8>(16).unwrap();
+    let at = cudarc::driver::DevicePtr::device_ptr(&memory, &stream).0;
+    // SAFETY: the pointers are valid; the other context is destroyed at the end.
+    unsafe {
+        assert_eq!(
+            sys::cuDeviceCanAccessPeer(&mut able, 0, 1),
+            CUresult::CUDA_ERROR_INVALID_DEVICE
+        );
+        assert_eq!(
+            sys::cuDeviceCanAccessPeer(&mut able, 0, 0),
+            CUresult::CUDA_SUCCESS
+        );
+        assert_eq!(able, 0);
+        let mine = context.cu_ctx();
+        let code = sys::cuCtxCreate_v4(&mut other, std::ptr::null_mut(), 0, 0);
+        assert_eq!(code, CUresult::CUDA_SUCCESS);
+        assert_eq!(
+            sys::cuCtxEnablePeerAccess(mine, 0),
+            CUresult::CUDA_ERROR_PEER_ACCESS_UNSUPPORTED
+        );
+        let null = std::ptr::null_mut();
+        assert_eq!(
+            sys::cuMemcpyPeerAsync(at, mine, at + 8, other, 8, null),
+            CUresult::CUDA_ERROR_PEER_ACCESS_NOT_ENABLED
+        );
+        assert_eq!(sys::cuCtxDestroy_v2(other), CUresult::CUDA_SUCCESS);
+        assert_eq!(sys::cuCtxSetCurrent(mine), CUresult::CUDA_SUCCESS);
+    }
+    assert_eq!(
+        cudarc::driver::CudaContext::new(1).unwrap_err().0,
+        CUresult::CUDA_ERROR_INVALID_DEVICE
+    );
+}
+
+#[test]
+fn occupancy_follows_threads_and_shared_memory() {
+    if !emulated() {
+        return;
+    }
+    let module = module(&context(), EMPTY);
+    let (empty, shared) = (function(&module, "empty"), function(&module, "shared"));
+    let blocks = |kernel: &CudaFunction, threads: u32, bytes: usize| {
+        kernel
+            .occupancy_max_active_blocks_per_multiprocessor(threads, bytes, None)
+            .unwrap()
+    };
+    // An A100's SM takes 2048 threads in at most 32 blocks and has 164 KiB, of which each block
+    // costs 1 KiB more than it asks for.
+    assert_eq!(blocks(&empty, 256, 0), 8);
+    assert_eq!(blocks(&empty, 32, 0), 32);
+    assert_eq!(blocks(&shared, 32, 39 << 10), 4);
+    let available = |blocks| {
+        empty
+            .occupancy_available_dynamic_smem_per_block(blocks, 256)
+            .unwrap()
+    };
+    assert_eq!((available(1), available(2)), (163 << 10, 81 << 10));
+    extern "C" fn none(_threads: i32) -> usize {
+        0
+    }
+    let best = empty.occupancy_max_potential_block_size(none, 0, 0, None);
+    assert_eq!(best.unwrap(), (2 * 108, 1024));
+}
+
+#[test]
+fn functions_of_absent_features_say_so() {
+    let _context = context();
+    if !emulated() {
+        return;
+    }
+    // SAFETY: the calls fail before anything is read.
+    unsafe {
+        assert_eq!(
+            sys::cuMemPoolCreate(std::ptr::null_mut(), std::ptr::null()),
+            CUresult::CUDA_ERROR_NOT_SUPPORTED
+        );
+        assert_eq!(
+            sys::cuImportExternalMemory(std::ptr::null_mut(), std::ptr::null()),
+            CUresult::CUDA_ERROR_NOT_SUPPORTED
+        );
+        let mut managed = 0;
+        assert_eq!(
+            sys::cuMemAllocManaged(&mut managed, 64, 1),
+            CUresult::CUDA_ERROR_NOT_SUPPORTED
+        );
+    }
+}
+
+#[test]
 fn missing_kernel_is_not_found() {
     let module = module(&context(), EMPTY);
     fails(
@@ -176,12 +272,15 @@ fn missing_kernel_is_not_found() {
 }
 
 #[test]
-fn fat_binaries_with_raw_and_compressed_ptx_load() {
+fn fat_binaries_load_in_every_compression_mode_of_nvcc() {
     let context = context();
     for mode in [
         "--no-compress",
+        "--compress-mode=default",
         "--compress-mode=size",
+        "--compress-mode=speed",
         "--compress-mode=balance",
+        "--compress-mode=none",
     ] {
         let arguments = [
             "-gencode",

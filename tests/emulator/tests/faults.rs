@@ -36,20 +36,23 @@ macro_rules! launch {
     }};
 }
 
-/// The finding names the kernel and the source line marked `// FAULT tag`.
+/// The finding names kernel, block, thread, PTX line and the source line marked `// FAULT tag`.
 fn assert_place(text: &str, kernel: &str, tag: &str) {
     let source = include_str!("kernels/faults.cu");
     let line = 1 + source
         .lines()
         .position(|l| l.contains(&format!("// FAULT {tag}")))
         .expect("a marked line");
+    for part in [
+        &format!("in kernel {kernel}, block ("),
+        "), thread (",
+        "at PTX line ",
+    ] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    let mut words = text.split([' ', ',', '\n', '(', ')']);
     assert!(
-        text.contains(&format!("in kernel {kernel}, block (")),
-        "{text}"
-    );
-    assert!(text.contains("at PTX line "), "{text}");
-    assert!(
-        text.contains(&format!("faults.cu:{line}")),
+        words.any(|w| w.ends_with(&format!("faults.cu:{line}"))),
         "line {line}: {text}"
     );
 }
@@ -186,6 +189,47 @@ fn block_that_reads_what_another_writes_is_caught() {
     );
     let text = finding(result, CUresult::CUDA_ERROR_LAUNCH_FAILED);
     assert!(text.starts_with("global-memory race"), "{text}");
+    // Whichever block comes second is at fault.
+    let tag = match text.contains("global read") {
+        true => "reads_written",
+        false => "writes_read",
+    };
+    assert_place(&text, "block_reads_what_another_writes", tag);
+}
+
+/// Runs a kernel in which each block publishes a word by a fence and a ticket, and the last one
+/// adds them up; `order` says where the ticket is taken.
+fn last_block_sums(b: &Bench, kernel: &str) -> Result<i32, cudarc::driver::DriverError> {
+    let mut parts = b.stream.alloc_zeros::<i32>(8).unwrap();
+    let mut ticket = b.stream.alloc_zeros::<i32>(1).unwrap();
+    let mut sum = b.stream.alloc_zeros::<i32>(1).unwrap();
+    let kernel = function(&b.module, kernel);
+    let mut launch = b.stream.launch_builder(&kernel);
+    launch.arg(&mut parts).arg(&mut ticket).arg(&mut sum);
+    // SAFETY: the arguments match the kernels' parameters.
+    unsafe { launch.launch(config(8, 32)) }?;
+    Ok(b.stream.clone_dtoh(&sum)?[0])
+}
+
+#[test]
+fn last_block_that_sums_what_the_others_published_raises_no_alarm() {
+    let Some(b) = bench() else { return };
+    let sum = last_block_sums(&b, "fence_then_ticket");
+    assert_eq!(
+        sum.unwrap_or_else(|e| panic!("{e:?}: {}", common::emu().last_finding())),
+        36
+    );
+}
+
+#[test]
+fn ticket_taken_before_the_fence_is_caught() {
+    let Some(b) = bench() else { return };
+    let text = finding(
+        last_block_sums(&b, "ticket_then_fence"),
+        CUresult::CUDA_ERROR_LAUNCH_FAILED,
+    );
+    assert!(text.starts_with("global-memory race"), "{text}");
+    assert_place(&text, "ticket_then_fence", "early_ticket");
 }
 
 #[test]
@@ -228,6 +272,7 @@ fn barrier_in_a_diverged_warp_is_caught() {
     let result = launch!(b, "barrier_in_a_diverged_warp", config(1, 32), &mut x);
     let text = finding(result, CUresult::CUDA_ERROR_LAUNCH_FAILED);
     assert!(text.starts_with("barrier error"), "{text}");
+    assert_place(&text, "barrier_in_a_diverged_warp", "diverged_barrier");
 }
 
 #[test]
@@ -244,6 +289,7 @@ fn shared_access_beyond_the_blocks_memory_is_caught() {
     let result = launch!(b, "shared_out_of_bounds", config, &mut x, &beyond);
     let text = finding(result, CUresult::CUDA_ERROR_ILLEGAL_ADDRESS);
     assert_place(&text, "shared_out_of_bounds", "shared_bounds");
+    assert!(text.contains("thread (31, 0, 0)"), "{text}");
 }
 
 #[test]
@@ -253,6 +299,7 @@ fn shuffle_that_a_named_lane_does_not_reach_is_caught() {
     let result = launch!(b, "shuffle_without_a_named_lane", config(1, 32), &mut x);
     let text = finding(result, CUresult::CUDA_ERROR_LAUNCH_FAILED);
     assert!(text.starts_with("warp synchronisation error"), "{text}");
+    assert_place(&text, "shuffle_without_a_named_lane", "absent_lane");
 }
 
 #[test]
@@ -261,17 +308,16 @@ fn failing_assertion_is_reported_with_its_text() {
     let n = 7;
     let result = launch!(b, "failing_assertion", config(1, 32), &n);
     let text = finding(result, CUresult::CUDA_ERROR_ASSERT);
-    assert!(
-        text.contains("`n < 5`") && text.contains("faults.cu"),
-        "{text}"
-    );
+    assert!(text.contains("`n < 5`"), "{text}");
+    assert_place(&text, "failing_assertion", "assertion");
 }
 
 #[test]
 fn trap_is_reported() {
     let Some(b) = bench() else { return };
     let result = launch!(b, "trapping", config(1, 32));
-    finding(result, CUresult::CUDA_ERROR_ILLEGAL_INSTRUCTION);
+    let text = finding(result, CUresult::CUDA_ERROR_ILLEGAL_INSTRUCTION);
+    assert_place(&text, "trapping", "trap");
 }
 
 #[test]
@@ -294,7 +340,7 @@ fn arrival_that_an_mbarrier_waits_for_in_vain_is_caught() {
     assert_eq!(b.stream.clone_dtoh(&y).unwrap(), reversed);
     let result = launch!(b, "missing_arrival", config(1, 64), &x, &mut y);
     let text = finding(result, CUresult::CUDA_ERROR_LAUNCH_TIMEOUT);
-    assert!(text.contains("in kernel missing_arrival"), "{text}");
+    assert_place(&text, "missing_arrival", "missing_arrival");
 }
 
 #[test]
@@ -341,7 +387,7 @@ fn endless_kernel_ends_with_a_timeout() {
             launch!(b, "endless", config(1, 32), &x),
             CUresult::CUDA_ERROR_LAUNCH_TIMEOUT,
         );
-        assert!(text.contains("faults.cu"), "{text}");
+        assert_place(&text, "endless", "endless");
         return;
     }
     let status = std::process::Command::new(std::env::current_exe().unwrap())

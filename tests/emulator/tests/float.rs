@@ -471,14 +471,3 @@ fn tf32_keeps_ten_bits_of_fraction() {
     );
     assert_eq!(got, [0x3f80_2000, 0x3f80_0000, 0xbf80_4000]);
 }
-
-#[test]
-fn double_precision_is_ieee() {
-    let (a, b, c) = (1.0f64 / 3.0, 3e-7f64, -2.5f64);
-    let bits = [[a.to_bits(), b.to_bits(), c.to_bits()]];
-    let run = |op: &str| f64::from_bits(evaluate(&format!("    {op};"), &bits)[0]);
-    assert_eq!(run("fma.rn.f64 %o, %a, %b, %c"), a.mul_add(b, c));
-    assert_eq!(run("div.rn.f64 %o, %a, %b"), a / b);
-    assert_eq!(run("sqrt.rn.f64 %o, %a"), a.sqrt());
-    assert_eq!(run("copysign.f64 %o, %c, %a"), -a);
-}

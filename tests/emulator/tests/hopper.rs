@@ -5,8 +5,8 @@ mod common;
 
 use std::sync::Arc;
 
-use common::hopper::{SWIZZLE_32, SWIZZLE_64, SWIZZLE_128, SWIZZLE_NONE, map, on_hopper};
-use common::{config, emulated, finding, function, module, noise};
+use common::hopper::{Operands, SWIZZLE_32, SWIZZLE_64, SWIZZLE_128, SWIZZLE_NONE, map, on_hopper};
+use common::{config, emulated, finding, function, module};
 use cudarc::driver::sys::{self, CUresult};
 use cudarc::driver::{CudaStream, DeviceRepr, LaunchConfig, PushKernelArg};
 use half::bf16;
@@ -20,15 +20,22 @@ fn gemm(stream: &Arc<CudaStream>, name: &str) -> Result<(), cudarc::driver::Driv
     );
     let limit = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
     kernel.set_attribute(limit, 131_072)?;
-    let make = |seed: u64, count: usize| -> Vec<bf16> {
-        noise(seed, count).into_iter().map(bf16::from_f32).collect()
-    };
-    let (a, b) = (make(1, m * k), make(2, n * k));
-    let bits = |x: &[bf16]| x.iter().map(|v| v.to_bits()).collect::<Vec<u16>>();
-    let (da, db) = (stream.clone_htod(&bits(&a))?, stream.clone_htod(&bits(&b))?);
+    let operands = Operands::new(stream, [m, n, k])?;
     let dc = stream.alloc_zeros::<u16>(m * n)?;
-    let ma = map(stream, &da, &[k as u64, m as u64], &[64, 128], SWIZZLE_128);
-    let mb = map(stream, &db, &[k as u64, n as u64], &[64, 128], SWIZZLE_128);
+    let ma = map(
+        stream,
+        &operands.a,
+        &[k as u64, m as u64],
+        &[64, 128],
+        SWIZZLE_128,
+    );
+    let mb = map(
+        stream,
+        &operands.b,
+        &[k as u64, n as u64],
+        &[64, 128],
+        SWIZZLE_128,
+    );
     let mc = map(
         stream,
         &dc,
@@ -49,16 +56,7 @@ fn gemm(stream: &Arc<CudaStream>, name: &str) -> Result<(), cudarc::driver::Driv
     unsafe { launch.launch(config) }?;
     let c = stream.clone_dtoh(&dc)?;
     common::digest(name, &c);
-    for (i, &got) in c.iter().enumerate() {
-        let (row, column) = (i / n, i % n);
-        let products = (0..k).map(|d| a[row * k + d].to_f64() * b[column * k + d].to_f64());
-        let exact: f64 = products.sum();
-        let got = bf16::from_bits(got).to_f64();
-        assert!(
-            (got - exact).abs() < exact.abs() / 200.0 + 1e-3,
-            "({row}, {column}): {got}, {exact}"
-        );
-    }
+    operands.check(&c);
     Ok(())
 }
 
@@ -377,9 +375,12 @@ fn random_schedules_give_equal_bits() {
     if !emulated() {
         return;
     }
-    let tests = ["tma_and_wgmma_gemm_agrees_with_a_plain_product"];
+    let tests = [
+        "tma_and_wgmma_gemm_agrees_with_a_plain_product",
+        "flash_attention_by_tma_and_wgmma_agrees_with_softmax_in_float64",
+    ];
     let fixed = common::digests_under(None, &tests);
-    assert_eq!(fixed.len(), 1, "{fixed:?}");
+    assert_eq!(fixed.len(), tests.len(), "{fixed:?}");
     for seed in 1..=3 {
         assert_eq!(
             common::digests_under(Some(seed), &tests),
@@ -387,4 +388,60 @@ fn random_schedules_give_equal_bits() {
             "seed {seed}"
         );
     }
+}
+
+#[test]
+fn flash_attention_by_tma_and_wgmma_agrees_with_softmax_in_float64() {
+    on_hopper(
+        "flash_attention_by_tma_and_wgmma_agrees_with_softmax_in_float64",
+        |stream| {
+            let (time, d) = (150usize, 64usize);
+            let make = |seed: u64| -> Vec<bf16> {
+                let values = common::noise(seed, time * d).into_iter();
+                values.map(|x| bf16::from_f32(2.0 * x)).collect()
+            };
+            let (q, k, v) = (make(1), make(2), make(3));
+            let upload = |x: &[bf16]| {
+                let bits: Vec<u16> = x.iter().map(|v| v.to_bits()).collect();
+                stream.clone_htod(&bits).unwrap()
+            };
+            let buffers = [&q, &k, &v].map(|x| upload(x));
+            let maps = buffers.each_ref().map(|buffer| {
+                let dims = [d as u64, time as u64];
+                map(stream, buffer, &dims, &[64, 64], SWIZZLE_128)
+            });
+            let mut out = stream.alloc_zeros::<u16>(time * d).unwrap();
+            let kernel = function(
+                &module(
+                    stream.context(),
+                    &common::compile("hopper_flash", "compute_90a"),
+                ),
+                "flash_hopper",
+            );
+            let (rows, scale) = (time as i32, 0.125 * std::f32::consts::LOG2_E);
+            let mut launch = stream.launch_builder(&kernel);
+            launch.arg(&maps[0]).arg(&maps[1]).arg(&maps[2]);
+            launch.arg(&mut out).arg(&rows).arg(&scale);
+            // SAFETY: the arguments match the kernel's parameters.
+            unsafe { launch.launch(config(time.div_ceil(64) as u32, 128)) }
+                .unwrap_or_else(|e| panic!("{e:?}: {}", common::emu().last_finding()));
+            let out = stream.clone_dtoh(&out).unwrap();
+            common::digest("flash", &out);
+            for row in 0..time {
+                let score = |t: usize| {
+                    let products = (0..d).map(|i| q[row * d + i].to_f64() * k[t * d + i].to_f64());
+                    0.125 * products.sum::<f64>()
+                };
+                let weights: Vec<f64> = (0..=row).map(|t| score(t).exp()).collect();
+                let total: f64 = weights.iter().sum();
+                for i in 0..d {
+                    let terms = weights.iter().enumerate();
+                    let sum: f64 = terms.map(|(t, w)| w * v[t * d + i].to_f64()).sum();
+                    let (exact, got) = (sum / total, bf16::from_bits(out[row * d + i]).to_f64());
+                    // Probabilities are rounded to bf16 before the second product.
+                    assert!((got - exact).abs() < 1e-2, "({row}, {i}): {got}, {exact}");
+                }
+            }
+        },
+    );
 }

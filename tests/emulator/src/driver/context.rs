@@ -5,7 +5,8 @@ use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::sync::atomic::Ordering::Relaxed;
 
 use super::error::{
-    CuResult, INVALID_CONTEXT, INVALID_DEVICE, INVALID_VALUE, PEER_ACCESS_UNSUPPORTED, SUCCESS,
+    CuResult, INVALID_CONTEXT, INVALID_DEVICE, INVALID_VALUE, NO_DEVICE, PEER_ACCESS_UNSUPPORTED,
+    SUCCESS,
 };
 use super::{Handle, call, driver, put};
 
@@ -37,6 +38,9 @@ pub fn require_context() -> Result<(), CuResult> {
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuInit(flags: c_uint) -> CuResult {
+    if std::env::var("CUDA_EMU_DEVICE").is_ok_and(|name| name == "none") {
+        return NO_DEVICE;
+    }
     driver();
     if flags == 0 { SUCCESS } else { INVALID_VALUE }
 }

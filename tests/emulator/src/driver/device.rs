@@ -73,18 +73,35 @@ const L40S: Device = Device {
     bus_bits: 384,
 };
 
+/// Older than what PTX for compute capability 8.0 runs on.
+const V100: Device = Device {
+    name: "Tesla V100-SXM2-32GB (emulated)",
+    major: 7,
+    minor: 0,
+    sm_count: 80,
+    memory: 32 << 30,
+    shared_per_sm: 96 << 10,
+    shared_opt_in: 96 << 10,
+    l2_bytes: 6 << 20,
+    clock_khz: 1_530_000,
+    memory_clock_khz: 877_000,
+    bus_bits: 4096,
+    ..A100
+};
+
 impl Device {
     /// The device `CUDA_EMU_DEVICE` names; an A100 without it.
     ///
     /// # Errors
-    /// A name that is none of `a100`, `h100`, `l40s`.
+    /// A name that is none of `a100`, `h100`, `l40s`, `v100`.
     pub fn from_name(name: Option<&str>) -> Result<Self, String> {
         match name.map(str::to_ascii_lowercase).as_deref() {
             None | Some("" | "a100") => Ok(A100),
             Some("h100") => Ok(H100),
             Some("l40s") => Ok(L40S),
+            Some("v100") => Ok(V100),
             Some(other) => Err(format!(
-                "CUDA_EMU_DEVICE is `{other}`, expected a100, h100 or l40s"
+                "CUDA_EMU_DEVICE is `{other}`, expected a100, h100, l40s or v100"
             )),
         }
     }

@@ -11,6 +11,8 @@ use super::kernels::{
 use super::{Handle, call, driver, put};
 use crate::sanitize::shared::MAX_CLUSTER;
 
+/// Shared memory of each block that the system keeps for itself.
+const SYSTEM_SHARED: u32 = 1024;
 /// `CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`.
 const MAX_DYNAMIC_SHARED: c_int = 8;
 /// `CU_FUNC_ATTRIBUTE_REQUIRED_CLUSTER_WIDTH`; height and depth follow.
@@ -84,9 +86,11 @@ pub extern "C" fn cuFuncSetCacheConfig(function: Handle, _config: c_int) -> CuRe
 pub fn blocks_per_sm(kernel: &Kernel, threads: u32, dynamic_shared: usize) -> u32 {
     let device = &driver().device;
     let by_threads = device.threads_per_sm / threads.max(1).next_multiple_of(32);
-    // A block also costs 1 KiB the system keeps.
     let dynamic = u32::try_from(dynamic_shared).unwrap_or(u32::MAX);
-    let shared = kernel.function().shared_bytes(dynamic).saturating_add(1024);
+    let shared = kernel
+        .function()
+        .shared_bytes(dynamic)
+        .saturating_add(SYSTEM_SHARED);
     let by_shared = device.shared_per_sm / shared;
     by_threads.min(by_shared).min(device.blocks_per_sm)
 }
@@ -181,6 +185,96 @@ pub unsafe extern "C" fn cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(
     // SAFETY: the caller's promise.
     unsafe {
         cuOccupancyMaxActiveBlocksPerMultiprocessor(blocks, function, block_size, dynamic_shared)
+    }
+}
+
+/// Shared memory a block may ask for at launch if `blocks` of them are to fit on an SM.
+///
+/// # Safety
+/// `bytes` is null or writable.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuOccupancyAvailableDynamicSMemPerBlock(
+    bytes: *mut usize,
+    function: Handle,
+    blocks: c_int,
+    block_size: c_int,
+) -> CuResult {
+    call(|| {
+        let kernel = driver().functions.get(function)?;
+        let positive = |n: c_int| u32::try_from(n).ok().filter(|&n| n > 0);
+        let (Some(blocks), Some(threads)) = (positive(blocks), positive(block_size)) else {
+            return Err(INVALID_VALUE.into());
+        };
+        let device = &driver().device;
+        if blocks_per_sm(&kernel, threads, 0) < blocks {
+            return Err(INVALID_VALUE.into());
+        }
+        let share = (device.shared_per_sm / blocks).saturating_sub(SYSTEM_SHARED);
+        let whole = share.min(device.shared_opt_in);
+        let left = whole.saturating_sub(kernel.function().shared_bytes(0));
+        // SAFETY: the caller's promise.
+        unsafe { put(bytes, left as usize) }
+    })
+}
+
+/// Dynamic shared memory of a block of this many threads.
+type SharedOfBlock = extern "C" fn(c_int) -> usize;
+
+/// The block size with which most threads fit on an SM, the largest one if several do, and the
+/// blocks of it that fill the device.
+///
+/// # Safety
+/// `grid` and `block` are null or writable; `shared` is null or a function.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuOccupancyMaxPotentialBlockSize(
+    grid: *mut c_int,
+    block: *mut c_int,
+    function: Handle,
+    shared: Option<SharedOfBlock>,
+    dynamic_shared: usize,
+    limit: c_int,
+) -> CuResult {
+    call(|| {
+        let kernel = driver().functions.get(function)?;
+        let most = kernel
+            .function()
+            .max_threads
+            .map_or(MAX_THREADS, |t| t.iter().map(|&n| n.max(1)).product());
+        let most = match u32::try_from(limit).map_err(|_| INVALID_VALUE)? {
+            0 => most,
+            limit => most.min(limit),
+        };
+        let fit = |threads: u32| {
+            let bytes = shared.map_or(dynamic_shared, |f| f(threads as c_int));
+            blocks_per_sm(&kernel, threads, bytes)
+        };
+        let threads = (1..=most / 32)
+            .map(|warps| 32 * warps)
+            .max_by_key(|&t| (t * fit(t), t))
+            .ok_or(INVALID_VALUE)?;
+        // SAFETY: the caller's promise.
+        unsafe {
+            put(grid, (fit(threads) * driver().device.sm_count) as c_int)?;
+            put(block, threads as c_int)
+        }
+    })
+}
+
+/// # Safety
+/// As for [`cuOccupancyMaxPotentialBlockSize`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuOccupancyMaxPotentialBlockSizeWithFlags(
+    grid: *mut c_int,
+    block: *mut c_int,
+    function: Handle,
+    shared: Option<SharedOfBlock>,
+    dynamic_shared: usize,
+    limit: c_int,
+    _flags: c_uint,
+) -> CuResult {
+    // SAFETY: the caller's promise.
+    unsafe {
+        cuOccupancyMaxPotentialBlockSize(grid, block, function, shared, dynamic_shared, limit)
     }
 }
 

@@ -1,10 +1,11 @@
-//! Module images: PTX text, fat binaries with raw or zstd-compressed PTX, and cubins, which are
-//! refused as a GPU of another architecture refuses them.
+//! Module images: PTX text, fat binaries with raw, zstd- or LZ4-compressed PTX, and cubins, which
+//! are refused as a GPU of another architecture refuses them.
 
 use std::ffi::{CStr, c_char};
 use std::io::Read;
 
 use super::error::{CuResult, INVALID_IMAGE, NO_BINARY_FOR_GPU};
+use super::lz4;
 
 const ELF_MAGIC: [u8; 4] = *b"\x7fELF";
 const FATBIN_MAGIC: u32 = 0xba55_ed50;
@@ -126,9 +127,7 @@ fn entry_text(entry: &[u8], body: &[u8]) -> Result<String, String> {
             .read_to_end(&mut text)
             .map_err(|e| format!("zstd: {e}"))?;
     } else if flags & FLAG_LZ4 != 0 {
-        return Err(
-            "LZ4-compressed PTX is not supported; compile with --compress-mode=size or none".into(),
-        );
+        text = lz4::decompress(packed, MAX_BYTES as usize).map_err(|e| format!("LZ4: {e}"))?;
     } else {
         text = packed.to_vec();
     }

@@ -195,7 +195,6 @@ impl Prepared {
         let driver = driver();
         let (view, epoch) = driver.memory.snapshot();
         let function = self.kernel.function();
-        let blocks: u64 = self.shape.grid.iter().map(|&g| u64::from(g)).product();
         let launch = Launch {
             program: &self.kernel.module.program,
             function: self.kernel.index,
@@ -206,7 +205,7 @@ impl Prepared {
             shared_bytes: function.shared_bytes(self.shape.dynamic_shared),
             params: self.params.clone(),
             view,
-            races: LaunchState::new(epoch, blocks),
+            races: LaunchState::new(epoch, self.shape.grid, self.shape.cluster),
             alu: driver.alu,
             sm_count: driver.device.sm_count,
             workspace,

@@ -14,11 +14,13 @@ mod functions;
 mod graphs;
 pub mod image;
 mod kernels;
+mod lz4;
 mod memory;
 mod modules;
 pub mod report;
 mod streams;
 mod tensor_maps;
+mod unsupported;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering::Relaxed};

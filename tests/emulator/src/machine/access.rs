@@ -222,6 +222,9 @@ impl Warp {
                         value[lane] = allocation.read(at + n as u64 * size, size);
                     }
                 }
+                if access.strong {
+                    ctx.acquire();
+                }
             }
         }
         Ok(())
@@ -235,9 +238,7 @@ impl Warp {
     ) -> Checked<()> {
         let addresses = self.addresses(&access.address);
         let count = usize::from(access.count);
-        if access.release {
-            ctx.launch.races.fence(ctx.block);
-        }
+        ctx.fenced |= access.release;
         let mut values: Elements = [[0; LANES]; 4];
         for (value, reg) in values.iter_mut().zip(access.regs).take(count) {
             *value = self.regs.read_any(reg);
@@ -348,6 +349,9 @@ impl Warp {
                         }
                     }
                     return Ok(());
+                }
+                if access.strong {
+                    ctx.publish();
                 }
                 for lane in lanes(mask) {
                     let (allocation, at) =

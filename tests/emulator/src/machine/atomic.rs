@@ -20,9 +20,7 @@ impl Warp {
         let b = self.regs.read_any(a.b);
         let c = a.c.map_or([0; LANES], |c| self.regs.read_any(c));
         let len = u64::from(a.ty.bytes());
-        if a.release {
-            ctx.launch.races.fence(ctx.block);
-        }
+        ctx.fenced |= a.release;
         let mut out = [0; LANES];
         for lane in lanes(exec) {
             let address = addresses[lane];
@@ -53,7 +51,9 @@ impl Warp {
                 ));
             } else {
                 let (allocation, at) = ctx.global(address, len, len, Touch::Atomic, lane)?;
+                ctx.publish();
                 out[lane] = allocation.update(at, len, f);
+                ctx.acquire();
                 ctx.counters.global_atomics += 1;
             }
         }

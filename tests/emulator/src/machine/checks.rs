@@ -49,6 +49,28 @@ fn touch_name(touch: Touch) -> &'static str {
 }
 
 impl<'p> Context<'p> {
+    /// To be called before a global atomic or ordered store: it publishes what the block wrote
+    /// before its last fence.
+    pub fn publish(&mut self) {
+        if std::mem::take(&mut self.fenced) {
+            self.launch.races.publish(self.block);
+        }
+    }
+
+    /// To be called after a global atomic or ordered load: it sees what others have published.
+    pub fn acquire(&mut self) {
+        self.acquired = self.launch.races.acquire();
+    }
+
+    fn toucher(&self) -> Toucher<'p> {
+        Toucher {
+            launch: &self.launch.races,
+            block: self.block,
+            acquired: self.acquired,
+            in_step: self.in_step,
+        }
+    }
+
     /// The allocation that holds `len` bytes at a device address, checked for everything.
     #[inline]
     pub fn global(
@@ -90,9 +112,6 @@ impl<'p> Context<'p> {
             );
             return Err(Fault::new(kind, lane as u32, message));
         };
-        if touch != Touch::Read && touch != Touch::Write {
-            self.acquired = true;
-        }
         Ok((
             allocation,
             self.touch(allocation, address, len, touch, lane)?,
@@ -178,11 +197,7 @@ impl<'p> Context<'p> {
         if !is_row(addresses, len, mask) {
             return false;
         }
-        let by = Toucher {
-            launch: &self.launch.races,
-            block: self.block,
-            acquired: self.acquired,
-        };
+        let by = self.toucher();
         allocation
             .shadow
             .touch(
@@ -205,11 +220,7 @@ impl<'p> Context<'p> {
         lane: usize,
     ) -> Checked<u64> {
         let offset = address - allocation.base;
-        let by = Toucher {
-            launch: &self.launch.races,
-            block: self.block,
-            acquired: self.acquired,
-        };
+        let by = self.toucher();
         match allocation.shadow.touch(offset, len, touch, &by) {
             Ok(()) => Ok(offset),
             Err(conflict) => Err(self.global_conflict(conflict, touch, address, len, lane)),

@@ -2,6 +2,7 @@
 
 use half::{bf16, f16};
 
+use super::exact;
 use super::registers::{LANES, Registers, map1, map2};
 use super::rounding::{self, F32, TF32, bf16_bits, integer_to_odd, round};
 use crate::fp8::{self, Format};
@@ -143,7 +144,7 @@ fn one(c: &Convert, to: Type, bits: u64) -> u64 {
     let value = decode(c.from, bits, c.ftz);
     if to.is_float() {
         let exact = match value {
-            Value::Int(i) if to == Type::F64 => i as f64,
+            Value::Int(i) if to == Type::F64 => exact::integer(i, c.rounding),
             Value::Int(i) => integer_to_odd(i),
             Value::Float(x) => x,
         };

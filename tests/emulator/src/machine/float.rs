@@ -3,6 +3,7 @@
 
 use half::{bf16, f16};
 
+use super::exact::{self, subtracts};
 use super::registers::{LANES, Lane, Registers, compare2, map1, map2, map3};
 use super::rounding::{self, CANONICAL_NAN, add_to_odd};
 use crate::ptx::ops::{Compare, FloatMods, FloatOp, FloatType, Reg, Rounding};
@@ -160,7 +161,13 @@ fn one<T: Narrow>(op: FloatOp, mods: &FloatMods, a: T, b: T, c: T) -> T {
         // copysign d, a, b: b with the sign of a.
         FloatOp::Copysign => return b.flip_sign(a.negative(), true),
         FloatOp::Min | FloatOp::Max => return min_max(op, mods, a, b),
-        _ => T::rounded(evaluate(op, a.exact(), b.exact(), c.exact()), mods.rounding),
+        _ => {
+            let (a, b, c) = (a.exact(), b.exact(), c.exact());
+            let value = evaluate(op, a, b, c);
+            let down = mods.rounding == Rounding::Down && subtracts(op, a, b, c);
+            let value = if down && value == 0.0 { -0.0 } else { value };
+            T::rounded(value, mods.rounding)
+        }
     };
     let result = flush(result, mods.ftz);
     if mods.sat {
@@ -263,10 +270,13 @@ fn double(r: &mut Registers, exec: u32, op: FloatOp, mods: &FloatMods, d: Reg, s
     }
     map3(r, exec, d, s, |a: f64, b: f64, c: f64| {
         let result = match op {
-            FloatOp::Add => a + b,
-            FloatOp::Sub => a - b,
-            FloatOp::Mul => a * b,
-            FloatOp::Fma => a.mul_add(b, c),
+            FloatOp::Add
+            | FloatOp::Sub
+            | FloatOp::Mul
+            | FloatOp::Fma
+            | FloatOp::Div
+            | FloatOp::Rcp
+            | FloatOp::Sqrt => exact::arithmetic(op, mods.rounding, a, b, c),
             FloatOp::Abs => a.abs(),
             FloatOp::Neg => -a,
             FloatOp::Copysign => b.copysign(a),

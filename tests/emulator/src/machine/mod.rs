@@ -8,6 +8,7 @@ pub mod call;
 pub mod checks;
 pub mod cluster;
 pub mod convert;
+pub mod exact;
 pub mod float;
 pub mod integer;
 pub mod launch;

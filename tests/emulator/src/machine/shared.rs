@@ -49,8 +49,9 @@ impl SharedMemory {
         }
     }
 
+    /// Bytes of a range that was checked.
     #[inline(always)]
-    fn array<const N: usize>(&self, offset: usize) -> [u8; N] {
+    pub fn array<const N: usize>(&self, offset: usize) -> [u8; N] {
         let mut bytes = [0; N];
         bytes.copy_from_slice(&self.bytes[offset..offset + N]);
         bytes

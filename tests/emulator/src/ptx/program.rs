@@ -50,8 +50,9 @@ pub struct Function {
     pub required_threads: bool,
     pub cluster: Option<[u32; 3]>,
     pub locations: Vec<SourceLocation>,
-    /// 32-bit registers that instructions name, one instruction after the other.
-    pub uses: Vec<Reg>,
+    /// 32-bit registers that instructions name, one instruction after the other, and whether it
+    /// is to write them.
+    pub uses: Vec<(Reg, bool)>,
 }
 
 impl Function {

@@ -5,7 +5,8 @@
 //! an exact side table, so that neighbours do not raise false alarms.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::{Mutex, PoisonError};
 
 /// Launches told apart before shadows must be cleared.
@@ -102,38 +103,64 @@ struct Byte {
 #[derive(Debug)]
 pub struct LaunchState {
     pub epoch: u64,
-    /// Per block (modulo 2^20): executed a device-wide fence.
-    fenced: Vec<AtomicU8>,
-    /// A block executed a device-wide atomic.
+    grid: [u32; 3],
+    cluster: [u32; 3],
+    /// Per block (modulo 2^20): when it first published its writes, [`NEVER`] if it has not; and
+    /// when any block first did.
+    published: Vec<AtomicU64>,
+    first: AtomicU64,
+    clock: AtomicU64,
+    /// Words that several blocks touch in parts.
     mixed: Vec<Mutex<HashMap<u64, [Byte; 4]>>>,
-    any_fence: AtomicBool,
 }
 
+const NEVER: u64 = u64::MAX;
+
 impl LaunchState {
-    pub fn new(epoch: u64, blocks: u64) -> Self {
+    pub fn new(epoch: u64, grid: [u32; 3], cluster: [u32; 3]) -> Self {
+        let blocks: u64 = grid.iter().map(|&n| u64::from(n)).product();
         let slots = blocks.min(1 << BLOCK_BITS) as usize;
         Self {
             epoch,
-            fenced: (0..slots).map(|_| AtomicU8::new(0)).collect(),
+            grid,
+            cluster,
+            published: (0..slots).map(|_| AtomicU64::new(NEVER)).collect(),
+            first: AtomicU64::new(NEVER),
+            clock: AtomicU64::new(0),
             mixed: (0..TABLE_SHARDS)
                 .map(|_| Mutex::new(HashMap::new()))
                 .collect(),
-            any_fence: AtomicBool::new(false),
         }
     }
 
-    /// Notes a device-wide fence: earlier writes of the block are published by later atomics.
-    pub fn fence(&self, block: u64) {
-        self.any_fence.store(true, Relaxed);
-        if let Some(slot) = self.fenced.get((block & BLOCK_MASK) as usize) {
-            slot.store(1, Relaxed);
+    /// The block has executed a device-wide fence and is about to execute an atomic or an ordered
+    /// store: who sees that sees the writes before the fence.
+    pub fn publish(&self, block: u64) {
+        let now = self.clock.fetch_add(1, SeqCst);
+        if let Some(slot) = self.published.get((block & BLOCK_MASK) as usize) {
+            slot.fetch_min(now, SeqCst);
+        }
+        self.first.fetch_min(now, SeqCst);
+    }
+
+    /// The time of an atomic or ordered load just executed; 0 before anything was published.
+    pub fn acquire(&self) -> u64 {
+        match self.first.load(SeqCst) {
+            NEVER => 0,
+            _ => self.clock.fetch_add(1, SeqCst),
         }
     }
 
-    fn has_fenced(&self, block: u64) -> bool {
-        self.fenced
-            .get(block as usize)
-            .is_some_and(|f| f.load(Relaxed) != 0)
+    fn published(&self, block: u64) -> u64 {
+        let slot = self.published.get(block as usize);
+        slot.map_or(NEVER, |p| p.load(SeqCst))
+    }
+
+    /// The cluster of a block, by its coordinates.
+    fn cluster_of(&self, block: u64) -> [u64; 3] {
+        let [gx, gy, _] = self.grid.map(u64::from);
+        let [cx, cy, cz] = self.cluster.map(u64::from);
+        [block % gx / cx, block / gx % gy / cy, block / gx / gy / cz]
     }
 }
 
@@ -142,18 +169,21 @@ impl LaunchState {
 pub struct Toucher<'a> {
     pub launch: &'a LaunchState,
     pub block: u64,
-    /// The block has executed an atomic, so it may have synchronised with others.
-    pub acquired: bool,
+    /// When the block last executed an atomic or an ordered load.
+    pub acquired: u64,
+    /// The block has passed a barrier of its cluster.
+    pub in_step: bool,
 }
 
 impl Toucher<'_> {
-    /// Whether a conflict is excused: the other block fenced its accesses and this one has read
-    /// an atomic since, the pattern of "last block done" reductions.
+    /// Whether a conflict is excused: the other block published its accesses and this one has read
+    /// an atomic since, the pattern of "last block done" reductions; or a barrier of their cluster
+    /// may lie between them. None stands for several blocks.
     fn excused(&self, other: Option<u64>) -> bool {
-        self.acquired
-            && other.map_or(self.launch.any_fence.load(Relaxed), |o| {
-                self.launch.has_fenced(o)
-            })
+        let launch = self.launch;
+        let same_cluster = |o| launch.cluster_of(o) == launch.cluster_of(self.block & BLOCK_MASK);
+        let published = other.map_or_else(|| launch.first.load(SeqCst), |o| launch.published(o));
+        published < self.acquired || self.in_step && other.is_none_or(same_cluster)
     }
 }
 

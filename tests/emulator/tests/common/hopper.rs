@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUresult};
-use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DeviceRepr};
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DeviceRepr, DriverError};
+use half::bf16;
 
-use super::{context, emulated};
+use super::{context, emulated, noise};
 
 /// Runs `body` on a Hopper device: in a child process that emulates one, or on the GPU.
 pub fn on_hopper(test: &str, body: fn(&Arc<CudaStream>)) {
@@ -82,3 +83,43 @@ pub const SWIZZLE_32: sys::CUtensorMapSwizzle = sys::CUtensorMapSwizzle::CU_TENS
 pub const SWIZZLE_64: sys::CUtensorMapSwizzle = sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B;
 pub const SWIZZLE_128: sys::CUtensorMapSwizzle =
     sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B;
+
+/// Operands of C = A Bᵀ in bf16 on the device: A is m x k, B is n x k.
+pub struct Operands {
+    pub a: CudaSlice<u16>,
+    pub b: CudaSlice<u16>,
+    values: [Vec<bf16>; 2],
+    shape: [usize; 3],
+}
+
+impl Operands {
+    /// Noise of shape [m, n, k].
+    pub fn new(stream: &Arc<CudaStream>, shape: [usize; 3]) -> Result<Self, DriverError> {
+        let [m, n, k] = shape;
+        let values = [(1, m * k), (2, n * k)].map(|(seed, count)| -> Vec<bf16> {
+            noise(seed, count).into_iter().map(bf16::from_f32).collect()
+        });
+        let bits = |x: &[bf16]| x.iter().map(|v| v.to_bits()).collect::<Vec<u16>>();
+        Ok(Self {
+            a: stream.clone_htod(&bits(&values[0]))?,
+            b: stream.clone_htod(&bits(&values[1]))?,
+            values,
+            shape,
+        })
+    }
+
+    /// Compares bf16 results with the product in f64.
+    pub fn check(&self, c: &[u16]) {
+        let ([_, n, k], [a, b]) = (self.shape, &self.values);
+        for (i, &got) in c.iter().enumerate() {
+            let (row, column) = (i / n, i % n);
+            let products = (0..k).map(|d| a[row * k + d].to_f64() * b[column * k + d].to_f64());
+            let exact: f64 = products.sum();
+            let got = bf16::from_bits(got).to_f64();
+            assert!(
+                (got - exact).abs() < exact.abs() / 200.0 + 1e-3,
+                "({row}, {column}): {got}, {exact}"
+            );
+        }
+    }
+}

@@ -4,6 +4,7 @@
 // Every test binary uses a part of this.
 #![allow(dead_code)]
 
+pub mod clusters;
 pub mod hopper;
 
 use std::collections::BTreeMap;

@@ -70,6 +70,14 @@ extern "C" __global__ void histogram(const int *values, int n, int *bins_out) {
   if (threadIdx.x < 32) bins_out[cluster.block_rank() * 32 + threadIdx.x] = bins[threadIdx.x];
 }
 
+// Each block writes a row of global memory; behind the cluster's barrier its neighbour reads it.
+extern "C" __global__ void __cluster_dims__(2, 1, 1) exchange_through_global_memory(int *x, int *y) {
+  int i = blockIdx.x * 32 + threadIdx.x;
+  x[i] = i;
+  cluster_sync();
+  y[i] = x[i ^ 32];
+}
+
 // Each block sends its tile to the next one by a bulk copy, which reports to that block's barrier.
 extern "C" __global__ void ring(const int *x, int *y) {
   __shared__ __align__(128) int mine[64], received[64];
@@ -91,6 +99,28 @@ extern "C" __global__ void ring(const int *x, int *y) {
                  : "memory");
   barrier_wait(barrier, 0);
   y[blockIdx.x * 64 + threadIdx.x] = received[threadIdx.x];
+  cluster_sync();
+}
+
+// Each thread sends a pair to the next block by an asynchronous store.
+extern "C" __global__ void send_pairs(const int *x, int *y) {
+  __shared__ __align__(16) int received[128];
+  __shared__ __align__(8) uint64_t ready;
+  uint32_t next = (cluster_rank() + 1) % cg::this_cluster().num_blocks(), barrier = shared_address(&ready);
+  if (threadIdx.x == 0) {
+    barrier_init(barrier, 1);
+    barrier_expect(barrier, sizeof(received));
+    asm volatile("fence.mbarrier_init.release.cluster;");
+  }
+  cluster_sync();
+  int i = blockIdx.x * 128 + 2 * threadIdx.x;
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(
+                   remote(shared_address(received + 2 * threadIdx.x), next)),
+               "r"(x[i]), "r"(x[i + 1]), "r"(remote(barrier, next))
+               : "memory");
+  barrier_wait(barrier, 0);
+  y[i] = received[2 * threadIdx.x];
+  y[i + 1] = received[2 * threadIdx.x + 1];
   cluster_sync();
 }
 
@@ -209,6 +239,14 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) rank_outside_the_cluster(in
 extern "C" __global__ void __cluster_dims__(2, 1, 1) one_block_arrives() {
   if (blockIdx.x == 1) asm volatile("bar.sync 1, 64;"); // half the threads it waits for exist
   cluster_sync(); // FAULT one_block_arrives
+}
+
+// The neighbour is one of another cluster, for which the barrier does not hold.
+extern "C" __global__ void __cluster_dims__(2, 1, 1) exchange_between_clusters(int *x, int *y) {
+  int i = blockIdx.x * 32 + threadIdx.x;
+  x[i] = i;
+  cluster_sync();
+  y[i] = x[i ^ 64];
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) wait_without_arrival() {

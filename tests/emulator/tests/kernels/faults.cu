@@ -77,9 +77,30 @@ extern "C" __global__ void blocks_write_one_word(int *x) { x[threadIdx.x] = bloc
 
 extern "C" __global__ void block_reads_what_another_writes(int *x, int *y) {
   if (blockIdx.x == 0)
-    x[threadIdx.x] = 1;
+    x[threadIdx.x] = 1;  // FAULT writes_read
   else
-    y[threadIdx.x] = x[threadIdx.x];
+    y[threadIdx.x] = x[threadIdx.x];  // FAULT reads_written
+}
+
+// Each block writes its part; the one that draws the last ticket adds them up. The fence before
+// the ticket orders the parts; a ticket drawn before it says nothing about them.
+template <bool early> __device__ void sum_in_last_block(int *parts, int *ticket, int *sum) {
+  if (threadIdx.x != 0) return;
+  int drawn = early ? atomicAdd(ticket, 1) : 0;
+  parts[blockIdx.x] = blockIdx.x + 1;
+  __threadfence();
+  if (!early) drawn = atomicAdd(ticket, 1);
+  if (drawn != gridDim.x - 1) return;
+  __threadfence();
+  int total = 0;
+  for (int i = 0; i < gridDim.x; i++) total += parts[i];  // FAULT early_ticket
+  *sum = total;
+}
+extern "C" __global__ void fence_then_ticket(int *parts, int *ticket, int *sum) {
+  sum_in_last_block<false>(parts, ticket, sum);
+}
+extern "C" __global__ void ticket_then_fence(int *parts, int *ticket, int *sum) {
+  sum_in_last_block<true>(parts, ticket, sum);
 }
 
 // Blocks own odd numbers of bytes, side by side: not a race.
@@ -96,7 +117,7 @@ extern "C" __global__ void barrier_half_the_warps_reach(int *x) {
 
 extern "C" __global__ void barrier_in_a_diverged_warp(int *x) {
   if (threadIdx.x % 2)
-    __syncthreads();
+    __syncthreads();  // FAULT diverged_barrier
   else
     x[threadIdx.x] = 1;
 }
@@ -108,17 +129,17 @@ extern "C" __global__ void shared_out_of_bounds(int *x, int n) {
 
 extern "C" __global__ void shuffle_without_a_named_lane(int *x) {
   int v = x[threadIdx.x];
-  if (threadIdx.x < 16) x[threadIdx.x] = __shfl_sync(~0u, v, 0);
+  if (threadIdx.x < 16) x[threadIdx.x] = __shfl_sync(~0u, v, 0);  // FAULT absent_lane
   __syncwarp();
   x[threadIdx.x ^ 1] = v;
 }
 
-extern "C" __global__ void failing_assertion(int n) { assert(n < 5); }
+extern "C" __global__ void failing_assertion(int n) { assert(n < 5); }  // FAULT assertion
 
-extern "C" __global__ void trapping() { __trap(); }
+extern "C" __global__ void trapping() { __trap(); }  // FAULT trap
 
 extern "C" __global__ void endless(volatile int *x) {
-  while (*x == 0) {
+  while (*x == 0) {  // FAULT endless
   }
 }
 
@@ -133,7 +154,7 @@ __device__ __forceinline__ bool phase_complete(uint32_t barrier, int parity) {
   int complete;
   asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.b32 %0, 1, 0, p;}"
                : "=r"(complete)
-               : "r"(barrier), "r"(parity)
+               : "r"(barrier), "r"(parity)  // FAULT missing_arrival
                : "memory");
   return complete;
 }

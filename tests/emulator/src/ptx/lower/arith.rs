@@ -170,8 +170,18 @@ impl FunctionLowering<'_> {
         };
         let mods = float_mods(i)?;
         let directed = !matches!(mods.rounding, Rounding::Nearest);
-        if directed && (ty == FloatType::F64 || packed) {
-            return Err("directed rounding of this type is not supported".into());
+        let correct = matches!(
+            op,
+            FloatOp::Add
+                | FloatOp::Sub
+                | FloatOp::Mul
+                | FloatOp::Fma
+                | FloatOp::Div
+                | FloatOp::Rcp
+                | FloatOp::Sqrt
+        );
+        if directed && (!correct || packed || !matches!(ty, FloatType::F32 | FloatType::F64)) {
+            return Err("directed rounding of this operation does not exist".into());
         }
         let wide = ty == FloatType::F64;
         let d = self.dst(operand(i, 0)?, wide)?;

@@ -20,6 +20,7 @@ impl FunctionLowering<'_> {
                 }
             }
             "cp" if i.has("async") => self.copy_async(i)?,
+            "st" if i.has("async") => self.store_async(i)?,
             "mbarrier" => self.mbarrier(i)?,
             "mapa" => {
                 let wide = i.parts.last().is_some_and(|p| p == "u64");
@@ -175,6 +176,20 @@ impl FunctionLowering<'_> {
             reduce,
             ty,
         })))
+    }
+
+    fn store_async(&mut self, i: &Instruction) -> Result<Op> {
+        let own = ["async", "weak", "mbarrier::complete_tx::bytes"];
+        let mut plain = i.clone();
+        plain.parts.retain(|p| !own.contains(&p.as_str()));
+        let known = own.iter().filter(|p| i.has(p)).count() >= 2 && i.has("shared::cluster");
+        match self.load_store(&plain, false)? {
+            (Op::Store(access), _) if known => Ok(Op::StoreAsync {
+                access,
+                barrier: self.address(operand(i, 2)?)?,
+            }),
+            _ => Err("unknown opcode: form of an asynchronous store".into()),
+        }
     }
 
     fn mbarrier(&mut self, i: &Instruction) -> Result<Op> {

@@ -29,7 +29,7 @@ impl FunctionLowering<'_> {
     pub(super) fn memory_access(&mut self, i: &Instruction) -> Result<Option<(Op, Class)>> {
         Ok(Some(match i.parts[0].as_str() {
             "ld" | "ldu" => self.load_store(i, true)?,
-            "st" => self.load_store(i, false)?,
+            "st" if !i.has("async") => self.load_store(i, false)?,
             "atom" => (self.atomic(i, true)?, Class::Atomic),
             "red" if !i.has("async") => (self.atomic(i, false)?, Class::Atomic),
             "membar" => (
@@ -84,7 +84,7 @@ impl FunctionLowering<'_> {
         }
     }
 
-    fn load_store(&mut self, i: &Instruction, load: bool) -> Result<(Op, Class)> {
+    pub(super) fn load_store(&mut self, i: &Instruction, load: bool) -> Result<(Op, Class)> {
         let ty = last_type(i)?;
         let (mut lanes, mut strong) = (1, false);
         for part in &i.parts[1..i.parts.len() - 1] {

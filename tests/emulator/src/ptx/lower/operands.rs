@@ -10,9 +10,9 @@ impl FunctionLowering<'_> {
         self.scopes.iter().rev().find_map(|s| s.get(name).copied())
     }
 
-    fn note_use(&mut self, reg: AnyReg) -> AnyReg {
+    fn note_use(&mut self, reg: AnyReg, written: bool) -> AnyReg {
         if !reg.wide {
-            self.out.uses.push(reg.index);
+            self.out.uses.push((reg.index, written));
         }
         reg
     }
@@ -80,7 +80,7 @@ impl FunctionLowering<'_> {
     pub(super) fn source(&mut self, operand: &Operand, wide: bool) -> Result<AnyReg> {
         match operand {
             Operand::Name(name) => match self.find(name) {
-                Some(Symbol::Register(reg)) => Ok(self.note_use(reg)),
+                Some(Symbol::Register(reg)) => Ok(self.note_use(reg, false)),
                 Some(Symbol::Predicate(_)) => Err(format!("{name} is a predicate")),
                 _ => self.named_value(name, wide),
             },
@@ -131,7 +131,7 @@ impl FunctionLowering<'_> {
         match operand {
             Operand::Name(name) if name == "_" => Ok(self.new_reg(wide)),
             Operand::Name(name) => match self.find(name) {
-                Some(Symbol::Register(reg)) => Ok(self.note_use(reg)),
+                Some(Symbol::Register(reg)) => Ok(self.note_use(reg, true)),
                 _ => Err(format!("`{name}` is not a register")),
             },
             other => Err(format!("unexpected destination {other:?}")),

@@ -404,6 +404,11 @@ pub enum Op {
         address: Address,
     },
     BulkCopy(Box<BulkCopy>),
+    /// `st.async`: a store to the cluster's shared memory that reports to an mbarrier.
+    StoreAsync {
+        access: Box<Access>,
+        barrier: Address,
+    },
     BulkCommit,
     /// Waits until at most this many groups of bulk stores are under way, or only until those
     /// have read shared memory.

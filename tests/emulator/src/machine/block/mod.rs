@@ -1,12 +1,15 @@
 //! A block: its warps, shared memory and barriers.
 
+mod barriers;
+
 use super::launch::Launch;
 use super::shared::SharedMemory;
 use super::warp::{Stop, Warp};
 use crate::counters::Counters;
-use crate::ptx::ops::{BarrierKind, Op};
-use crate::sanitize::shared::{ACTORS, Clocks, MAX_WARPS, Times, raise};
+use crate::ptx::ops::BarrierKind;
+use crate::sanitize::shared::{ACTORS, Clocks, MAX_WARPS, Times};
 use crate::sanitize::{Fault, Finding, Kind};
+use barriers::{Barrier, EMPTY};
 
 /// Instructions a warp runs before others get a turn.
 const SLICE: u32 = 1 << 14;
@@ -33,8 +36,12 @@ pub struct Context<'p> {
     pub counters: Counters,
     /// Allocation the last global access hit.
     pub cached: usize,
-    /// The block has executed a global atomic.
-    pub acquired: bool,
+    /// A device-wide fence orders the writes before it and the next atomic.
+    pub fenced: bool,
+    /// When the block last executed a global atomic or an ordered load.
+    pub acquired: u64,
+    /// The block has passed a barrier of its cluster.
+    pub in_step: bool,
     /// Events that may let a polling warp go on.
     pub progress: u64,
 }
@@ -55,31 +62,6 @@ enum ClusterState {
     /// Everybody has arrived; the warp has not waited yet.
     Complete,
 }
-
-/// One of the 16 named barriers, or one of those the machine has for itself.
-#[derive(Clone, Copy, Debug)]
-struct Barrier {
-    /// Warps that arrived since it last completed, and those of them that wait.
-    arrived: u32,
-    waiting: u32,
-    /// Threads to arrive, when the instruction says.
-    threads: Option<u32>,
-    /// What the arrived warps know of the others.
-    known: Times,
-    popc: u32,
-    all: bool,
-    any: bool,
-}
-
-const EMPTY: Barrier = Barrier {
-    arrived: 0,
-    waiting: 0,
-    threads: None,
-    known: [0; ACTORS],
-    popc: 0,
-    all: true,
-    any: false,
-};
 
 /// A running block.
 #[derive(Debug)]
@@ -109,7 +91,9 @@ impl<'p> Block<'p> {
             clocks: Clocks::default(),
             counters: Counters::default(),
             cached: 0,
-            acquired: false,
+            fenced: false,
+            acquired: 0,
+            in_step: false,
             progress: 0,
         };
         let warps = launch.warps_per_block() as usize;
@@ -135,7 +119,7 @@ impl<'p> Block<'p> {
         (self.ctx.coordinates, self.ctx.rank) = (coordinates, rank);
         self.ctx.memory.reset(launch.shared_bytes as usize);
         self.ctx.clocks.reset(rank);
-        self.ctx.acquired = false;
+        (self.ctx.fenced, self.ctx.acquired, self.ctx.in_step) = (false, 0, false);
         self.ctx.counters.blocks += 1;
         self.barriers = [EMPTY; BARRIERS];
         self.cluster.fill(ClusterState::Away);
@@ -263,158 +247,6 @@ impl<'p> Block<'p> {
             Stop::ClusterWait => return self.wait_cluster(i),
         }
         Ok(())
-    }
-
-    fn arrive_cluster(&mut self, i: usize, relaxed: bool) -> Result<(), Box<Finding>> {
-        self.ctx.progress += 1;
-        if self.cluster[i] != ClusterState::Away {
-            let message = format!("warp {i} arrives twice at the cluster's barrier");
-            return Err(self.finding_at_barrier(i, message));
-        }
-        self.cluster[i] = ClusterState::Arrived;
-        if !relaxed {
-            let times = self.ctx.clocks.release(i as u32);
-            raise(&mut self.cluster_known, &times);
-        }
-        Ok(())
-    }
-
-    fn wait_cluster(&mut self, i: usize) -> Result<(), Box<Finding>> {
-        match self.cluster[i] {
-            ClusterState::Arrived => self.states[i] = State::Waiting(CLUSTER_BARRIER),
-            ClusterState::Complete => self.pass_cluster(i),
-            ClusterState::Away => {
-                let message =
-                    format!("warp {i} waits at the cluster's barrier and has not arrived");
-                return Err(self.finding_at_barrier(i, message));
-            }
-        }
-        Ok(())
-    }
-
-    fn pass_cluster(&mut self, i: usize) {
-        self.ctx.progress += 1;
-        self.cluster[i] = ClusterState::Away;
-        self.states[i] = State::Ready;
-        self.ctx.clocks.acquire(i as u32, &self.cluster_released);
-    }
-
-    /// Whether all warps that have not exited have arrived at the cluster's barrier.
-    pub fn all_arrived(&self) -> bool {
-        let mut warps = self.states.iter().zip(&self.cluster);
-        warps.all(|(s, c)| *s == State::Done || *c == ClusterState::Arrived)
-    }
-
-    /// What the arrivals at the cluster's barrier know, as the block with this rank understands it.
-    pub fn cluster_known(&self, rank: u32) -> Times {
-        if rank == self.ctx.rank {
-            self.cluster_known
-        } else {
-            self.ctx.clocks.translate(&self.cluster_known, rank)
-        }
-    }
-
-    /// What all arrivals at the cluster's barrier knew, for those that wait.
-    pub fn release_cluster(&mut self, known: Times) {
-        self.cluster_released = known;
-    }
-
-    /// Completes the cluster's barrier.
-    pub fn complete_cluster(&mut self) {
-        self.cluster_known = [0; ACTORS];
-        for i in 0..self.warps.len() {
-            if self.cluster[i] == ClusterState::Arrived {
-                self.cluster[i] = ClusterState::Complete;
-                if self.states[i] == State::Waiting(CLUSTER_BARRIER) {
-                    self.pass_cluster(i);
-                }
-            }
-        }
-    }
-
-    fn arrive(
-        &mut self,
-        i: usize,
-        kind: BarrierKind,
-        id: u32,
-        threads: Option<u32>,
-    ) -> Result<(), Box<Finding>> {
-        self.ctx.progress += 1;
-        let known = self.ctx.clocks.release(i as u32);
-        let warp = &self.warps[i];
-        let barrier = &mut self.barriers[id as usize];
-        if barrier.arrived == 0 {
-            *barrier = Barrier { threads, ..EMPTY };
-        }
-        let message = if barrier.threads != threads {
-            Some(format!(
-                "barrier {id} for {threads:?} threads, but other warps said {:?}",
-                barrier.threads
-            ))
-        } else if barrier.arrived >> i & 1 == 1 {
-            Some(format!("warp {i} arrives twice at barrier {id}"))
-        } else {
-            None
-        };
-        if let Some(message) = message {
-            return Err(self.finding_at_barrier(i, message));
-        }
-        barrier.arrived |= 1 << i;
-        raise(&mut barrier.known, &known);
-        match kind {
-            BarrierKind::Popc { p, negated, .. }
-            | BarrierKind::And { p, negated, .. }
-            | BarrierKind::Or { p, negated, .. } => {
-                let value = (warp.regs.pred(p) ^ if negated { u32::MAX } else { 0 }) & warp.live;
-                barrier.popc += value.count_ones();
-                barrier.all &= value == warp.live;
-                barrier.any |= value != 0;
-            }
-            BarrierKind::Sync | BarrierKind::Arrive => {}
-        }
-        if kind != BarrierKind::Arrive {
-            barrier.waiting |= 1 << i;
-            self.states[i] = State::Waiting(id);
-        }
-        self.complete(id);
-        Ok(())
-    }
-
-    /// Lets the waiting warps go if everybody has arrived.
-    fn complete(&mut self, id: u32) {
-        let barrier = self.barriers[id as usize];
-        let arrived = barrier.arrived.count_ones() * 32;
-        let everybody = self.warps.len() as u32 * 32;
-        let partial = self.warps.iter().any(|w| w.live != w.full);
-        let done = match barrier.threads {
-            Some(threads) => arrived >= threads,
-            None => arrived == everybody && !partial,
-        };
-        if !done {
-            return;
-        }
-        for i in (0..self.warps.len()).filter(|i| barrier.waiting >> i & 1 == 1) {
-            self.states[i] = State::Ready;
-            self.ctx.clocks.acquire(i as u32, &barrier.known);
-            self.write_reduction(i, &barrier);
-        }
-        self.barriers[id as usize] = EMPTY;
-    }
-
-    /// Result of `bar.red` for a warp that is one instruction past it.
-    fn write_reduction(&mut self, i: usize, barrier: &Barrier) {
-        let warp = &mut self.warps[i];
-        let Some(Op::Barrier { kind, .. }) = warp.previous(&self.ctx) else {
-            return;
-        };
-        let live = warp.live;
-        let mask = |holds: bool| if holds { u32::MAX } else { 0 };
-        match *kind {
-            BarrierKind::Popc { d, .. } => warp.regs.write32(d, &[barrier.popc; 32], live),
-            BarrierKind::And { d, .. } => warp.regs.set_pred(d, mask(barrier.all), live),
-            BarrierKind::Or { d, .. } => warp.regs.set_pred(d, mask(barrier.any), live),
-            BarrierKind::Sync | BarrierKind::Arrive => {}
-        }
     }
 
     /// The finding of a block none of whose warps can run; None if none waits.
