@@ -4,7 +4,7 @@ use super::check::{check, f64s, relative_error, values};
 use crate::device::Device;
 use crate::error::Result;
 use crate::ops::cross_entropy::CrossEntropy;
-use crate::ops::decode::{Heads, Map, attention, linear};
+use crate::ops::decode::{Batch, Heads, KvCache, Map, linear};
 use crate::ops::embedding::Embedding;
 use crate::ops::flash_attention::FlashAttention;
 use crate::ops::fvu::Fvu;
@@ -102,16 +102,21 @@ fn rope(device: &Device) -> Result<f64> {
     check(device, op, &[x], |inputs| {
         let mut y = inputs[0].clone();
         for (row, head) in y.chunks_mut(dim).enumerate() {
-            let position = (row / heads) as f64;
-            let (low, high) = head.split_at_mut(dim / 2);
-            for (i, (a, b)) in low.iter_mut().zip(high).enumerate() {
-                let angle = position * theta.powf(-2.0 * i as f64 / dim as f64);
-                let (sin, cos) = angle.sin_cos();
-                (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
-            }
+            rotate(head, row / heads, theta);
         }
         y
     })
+}
+
+/// Turns a query or key of one head [D] to its position.
+fn rotate(head: &mut [f64], position: usize, theta: f64) {
+    let dim = head.len();
+    let (low, high) = head.split_at_mut(dim / 2);
+    for (i, (a, b)) in low.iter_mut().zip(high).enumerate() {
+        let angle = position as f64 * theta.powf(-2.0 * i as f64 / dim as f64);
+        let (sin, cos) = angle.sin_cos();
+        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+    }
 }
 
 fn swiglu(device: &Device) -> Result<f64> {
@@ -324,16 +329,30 @@ fn decode(device: &Device) -> Result<f64> {
         kv: 2,
         dim: 16,
     };
+    let theta = 10_000.0;
+    let width = heads.kv * heads.dim;
     let q = values(3, &[1, heads.queries * heads.dim])?;
-    let shape = [TOKENS, heads.kv * heads.dim];
-    let (k, v) = (values(4, &shape)?, values(5, &shape)?);
-    let caches = [(k.f32s()?, v.f32s()?)];
-    let attended = device.run(|| attention(device, &q, &caches, heads))?;
-    let (k, v) = (f64s(&k)?, f64s(&v)?);
-    let q = f64s(&q)?;
+    // All but the last token's keys and values are in the cache.
+    let last = TOKENS - 1;
+    let cached = [values(4, &[last, width])?, values(5, &[last, width])?];
+    let new = [values(6, &[1, width])?, values(7, &[1, width])?];
+    let attended = device.run(|| {
+        let mut cache = KvCache::new(device, 1, width);
+        cache.extend(device, 0, &cached[0], &cached[1])?;
+        let table = RopeTable::new(TOKENS, heads.dim, theta)?;
+        let mut caches = [&mut cache];
+        let mut batch = Batch::new(device, heads, &table, &mut caches, 0)?;
+        batch.attention(0, q.clone(), new[0].clone(), &new[1])
+    })?;
+    let (mut q, mut k, mut v) = (f64s(&q)?, f64s(&cached[0])?, f64s(&cached[1])?);
+    k.extend(f64s(&new[0])?);
+    v.extend(f64s(&new[1])?);
+    let turned = q.chunks_mut(heads.dim);
+    let turned = turned.chain(k[last * width..].chunks_mut(heads.dim));
+    turned.for_each(|head| rotate(head, last, theta));
+    let group = heads.queries / heads.kv;
     let expected = q.chunks(heads.dim).enumerate().flat_map(|(i, q)| {
-        let place = [TOKENS, i / 2 * heads.dim, heads.kv * heads.dim];
-        attend(q, &k, &v, place)
+        attend(q, &k, &v, [TOKENS, i / group * heads.dim, width])
     });
     let off = relative_error(&f64s(&attended)?, &expected.collect::<Vec<_>>());
     Ok(off.max(relative_error(&found, &right)))

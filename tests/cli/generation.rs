@@ -29,7 +29,7 @@ fn model(device: &Device) -> Qwen2 {
 }
 
 fn tokenizer() -> Tokenizer {
-    Tokenizer::from_dir(&fixture("example/source")).unwrap()
+    Tokenizer::from_dir(fixture("example/source")).unwrap()
 }
 
 /// Token ids of the first problems that the example's model is asked.

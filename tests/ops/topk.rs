@@ -1,5 +1,5 @@
 use proptest::prelude::*;
-use resa_engine::device::{Device, Precision};
+use resa_engine::device::Device;
 use resa_engine::error::{Error, Result};
 use resa_engine::ops::Operator;
 use resa_engine::ops::sparse_decode::SharedGroups;
@@ -76,45 +76,6 @@ fn activations_and_gradients_agree_with_float64() {
     agrees_with_float64(7, 13, 31, 5);
     agrees_with_float64(257, 9, 67, 3);
     agrees_with_float64(2, 33, 1031, 4);
-}
-
-/// Rounding to bf16 decides which of two near equals is taken, not how large a value is: a sink,
-/// whose norm is hundreds of times that of other tokens, must be reconstructed as exactly.
-#[test]
-fn in_bf16_what_is_selected_is_as_exact_as_in_f32() {
-    let (t, d, m, k) = (37, 65, 301, 6);
-    let mut x = random(1, &[t, d], 1.0);
-    x.f32s_mut().unwrap()[..d]
-        .iter_mut()
-        .for_each(|v| *v *= 1e4);
-    let inputs = [
-        x,
-        random(2, &[m, d], 1.0),
-        random(3, &[m], 0.5),
-        random(4, &[d], 0.3),
-    ];
-    let device = Device::cpu(2).unwrap().with_precision(Precision::Bf16);
-    let (acts, indices) = forward(&device, k, &inputs).unwrap();
-    let rows = rectified(&inputs.each_ref().map(to_f64), d);
-    let selections = acts.chunks(k).zip(indices.chunks(k));
-    for (row, (acts, indices)) in rows.iter().zip(selections) {
-        let largest = row.iter().fold(0.0f64, |a, &b| a.max(b));
-        let border = row[sorted_selection(row, k)
-            .into_iter()
-            .min_by(|&a, &b| row[a].total_cmp(&row[b]))
-            .unwrap()];
-        for (&act, &i) in acts.iter().zip(indices) {
-            let want = row[i as usize];
-            assert!(
-                (f64::from(act) - want).abs() < 1e-6 * largest,
-                "{act}, not {want}"
-            );
-            assert!(
-                want > border - 0.01 * largest,
-                "{want} is not near {border}"
-            );
-        }
-    }
 }
 
 #[test]

@@ -1,7 +1,5 @@
 //! The encoder product in bf16, with the selection made tile by tile: a tile of pre-activations
-//! is offered while it is in the first-level cache, and exists nowhere else. What was selected is
-//! then computed once more in f32, k of m values, so that rounding to bf16 decides between near
-//! equals alone and not how large an activation is.
+//! is offered while it is in the first-level cache, and exists nowhere else.
 
 use rayon::prelude::*;
 
@@ -11,7 +9,6 @@ use crate::device::Device;
 use crate::device::simd::vectorized;
 use crate::error::Result;
 use crate::ops::gemm::bf16::{COLS, Operand, Packed, ROWS, Values};
-use crate::ops::math::dot;
 
 /// Tokens of a task: their packed values stay in the second-level cache.
 const TASK_TOKENS: usize = 16 * ROWS;
@@ -45,32 +42,9 @@ pub(super) fn select(
     selections
         .par_iter_mut()
         .zip(acts.par_chunks_mut(k).zip(indices.par_chunks_mut(k)))
-        .zip(x.par_chunks(d))
         .with_min_len(ROWS)
-        .for_each_init(
-            || device.buffer(d),
-            |centred, ((selection, (acts, indices)), x)| {
-                selection.finish(acts, indices);
-                vectorized!({
-                    subtract(centred, x, encoder.centre);
-                    for (act, &latent) in acts.iter_mut().zip(indices.iter()) {
-                        if *act > 0.0 {
-                            let latent = latent as usize;
-                            let product = dot(centred, &encoder.w[latent * d..][..d]);
-                            *act = (product + encoder.b[latent]).max(0.0);
-                        }
-                    }
-                });
-            },
-        );
+        .for_each(|(selection, (acts, indices))| selection.finish(acts, indices));
     Ok(())
-}
-
-#[inline(always)]
-fn subtract(out: &mut [f32], x: &[f32], centre: &[f32]) {
-    for ((o, x), c) in out.iter_mut().zip(x).zip(centre) {
-        *o = x - c;
-    }
 }
 
 /// x − b_dec, packed.
@@ -79,7 +53,9 @@ fn packed_tokens(device: &Device, x: &[f32], centre: &[f32]) -> Packed<ROWS> {
     let mut centred = device.buffer(x.len());
     vectorized!({
         for (out, row) in centred.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
-            subtract(out, row, centre);
+            for ((o, x), c) in out.iter_mut().zip(row).zip(centre) {
+                *o = x - c;
+            }
         }
     });
     Packed::new(

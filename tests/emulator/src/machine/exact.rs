@@ -74,10 +74,10 @@ impl Exact {
     /// The quotient of nonzero values, of at least 74 bits.
     fn quotient(self, by: Self) -> Self {
         let x = self.aligned(126);
-        let rest = x.significand % by.significand != 0;
+        let rest = !x.significand.is_multiple_of(by.significand);
         Self {
             negative: self.negative != by.negative,
-            significand: x.significand / by.significand | u128::from(rest),
+            significand: (x.significand / by.significand) | u128::from(rest),
             exponent: x.exponent - by.exponent,
         }
     }
