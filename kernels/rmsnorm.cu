@@ -3,33 +3,82 @@
 //
 // x, y, dy, dx: [T, d] bf16; w: [d] bf16, frozen; inverse_rms: [T] fp32, saved for backward
 // together with x. Arithmetic in fp32. dx = r (dy w) - x r^3 / d sum(dy w x), written (=).
-// Least traffic: 4 T d bytes forward, 6 T d backward: a row is kept in shared memory between
-// its sum and its use, so that it is read once.
+// Least traffic: 4 T d bytes forward, 6 T d backward: a warp keeps its row in shared memory
+// between its sum and its use, so that it is read once, and the rows of a block share w.
 
+#include <type_traits>
+
+#include "common/async_copy.cuh"
 #include "common/pack.cuh"
-#include "common/reduce.cuh"
 
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kWarp = 32;
+
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    value += __shfl_xor_sync(0xffffffffu, value, offset);
+  }
+  return value;
+}
+
+// N values as they lie in memory.
+template <int N>
+using Raw = std::conditional_t<N == kWide, uint4, __nv_bfloat16>;
+
+template <int N>
+__device__ __forceinline__ Raw<N> raw_at(const __nv_bfloat16* p) {
+  return *reinterpret_cast<const Raw<N>*>(p);
+}
+
+// Stores to shared memory in one piece. In assembly: the compiler may split the store into
+// narrow ones, whose lanes then meet in the same banks.
+template <int N>
+__device__ __forceinline__ void keep(__nv_bfloat16* to, const Raw<N>& raw) {
+  if constexpr (N == kWide) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(to)),
+                 "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w)
+                 : "memory");
+  } else {
+    *to = raw;
+  }
+}
+
+template <int N>
+__device__ __forceinline__ void unpack(float (&v)[N], const Raw<N>& raw) {
+  load(v, reinterpret_cast<const __nv_bfloat16*>(&raw));
+}
+
+// w into shared memory, by the whole block.
+template <int N>
+__device__ __forceinline__ void keep_weight(__nv_bfloat16* to, const __nv_bfloat16* w,
+                                            unsigned d) {
+  for (unsigned at = threadIdx.x * N; at < d; at += blockDim.x * N) {
+    keep<N>(to + at, raw_at<N>(w + at));
+  }
+  __syncthreads();
+}
 
 template <int N>
 __device__ __forceinline__ void forward(__nv_bfloat16* y, float* inverse_rms,
                                         const __nv_bfloat16* x, const __nv_bfloat16* w,
-                                        unsigned d, float eps, __nv_bfloat16* row,
-                                        float* partial) {
+                                        unsigned d, float eps, __nv_bfloat16* row) {
+  const unsigned first = threadIdx.x % kWarp * N;
   float sum = 0.0f;
-  for (unsigned at = threadIdx.x * N; at < d; at += kThreads * N) {
+  for (unsigned at = first; at < d; at += kWarp * N) {
+    const Raw<N> raw = raw_at<N>(x + at);
+    keep<N>(row + at, raw);
     float v[N];
-    load(v, x + at);
+    unpack<N>(v, raw);
 #pragma unroll
     for (int i = 0; i < N; ++i) sum += v[i] * v[i];
-    store(row + at, v);
   }
-  const float r = rsqrtf(block_sum(sum, partial) / float(d) + eps);
-  if (threadIdx.x == 0) *inverse_rms = r;
-  // Each thread reads back only what it put into `row` itself.
-  for (unsigned at = threadIdx.x * N; at < d; at += kThreads * N) {
+  const float r = rsqrtf(warp_sum(sum) / float(d) + eps);
+  if (first == 0) *inverse_rms = r;
+  // Each lane reads back only what it put into `row` itself.
+  for (unsigned at = first; at < d; at += kWarp * N) {
     float v[N], weight[N];
     load(v, row + at);
     load(weight, w + at);
@@ -42,22 +91,22 @@ __device__ __forceinline__ void forward(__nv_bfloat16* y, float* inverse_rms,
 template <int N>
 __device__ __forceinline__ void backward(__nv_bfloat16* dx, const __nv_bfloat16* dy,
                                          const __nv_bfloat16* x, const __nv_bfloat16* w, float r,
-                                         unsigned d, __nv_bfloat16* row, float* partial) {
-  // The second half starts at a multiple of 16 bytes.
-  __nv_bfloat16* dy_row = row + (d + kWide - 1) / kWide * kWide;
+                                         unsigned d, __nv_bfloat16* row, __nv_bfloat16* dy_row) {
+  const unsigned first = threadIdx.x % kWarp * N;
   float sum = 0.0f;
-  for (unsigned at = threadIdx.x * N; at < d; at += kThreads * N) {
+  for (unsigned at = first; at < d; at += kWarp * N) {
+    const Raw<N> raw_g = raw_at<N>(dy + at), raw_v = raw_at<N>(x + at);
+    keep<N>(dy_row + at, raw_g);
+    keep<N>(row + at, raw_v);
     float g[N], v[N], weight[N];
-    load(g, dy + at);
-    load(v, x + at);
+    unpack<N>(g, raw_g);
+    unpack<N>(v, raw_v);
     load(weight, w + at);
 #pragma unroll
     for (int i = 0; i < N; ++i) sum += g[i] * weight[i] * v[i];
-    store(dy_row + at, g);
-    store(row + at, v);
   }
-  const float along = block_sum(sum, partial) * r * r / float(d);
-  for (unsigned at = threadIdx.x * N; at < d; at += kThreads * N) {
+  const float along = warp_sum(sum) * r * r / float(d);
+  for (unsigned at = first; at < d; at += kWarp * N) {
     float g[N], v[N], weight[N];
     load(g, dy_row + at);
     load(v, row + at);
@@ -68,38 +117,50 @@ __device__ __forceinline__ void backward(__nv_bfloat16* dx, const __nv_bfloat16*
   }
 }
 
+// Values from one row in shared memory to the next: each begins at a multiple of 16 bytes.
+__device__ __forceinline__ unsigned padded(unsigned d) { return (d + kWide - 1) / kWide * kWide; }
+
 }  // namespace
 
-// One block a row; dynamic shared memory for one row of d values (16-byte multiple).
+// A row for each warp of a block; dynamic shared memory for w and these rows of d values (each a
+// 16-byte multiple).
 extern "C" __global__ void __launch_bounds__(kThreads)
     rmsnorm_forward_bf16(__nv_bfloat16* __restrict__ y, float* __restrict__ inverse_rms,
                          const __nv_bfloat16* __restrict__ x,
-                         const __nv_bfloat16* __restrict__ w, unsigned d, float eps) {
+                         const __nv_bfloat16* __restrict__ w, unsigned rows, unsigned d,
+                         float eps) {
   extern __shared__ uint4 shared[];
-  __shared__ float partial[kThreads / 32];
-  auto* row = reinterpret_cast<__nv_bfloat16*>(shared);
-  const size_t at = size_t(blockIdx.x) * d;
+  auto* weight = reinterpret_cast<__nv_bfloat16*>(shared);
+  const unsigned warp = threadIdx.x / kWarp, t = blockIdx.x * (blockDim.x / kWarp) + warp;
+  __nv_bfloat16* row = weight + (1 + warp) * padded(d);
+  const size_t at = size_t(t) * d;
   if (d % kWide == 0) {
-    forward<kWide>(y + at, inverse_rms + blockIdx.x, x + at, w, d, eps, row, partial);
+    keep_weight<kWide>(weight, w, d);
+    if (t < rows) forward<kWide>(y + at, inverse_rms + t, x + at, weight, d, eps, row);
   } else {
-    forward<1>(y + at, inverse_rms + blockIdx.x, x + at, w, d, eps, row, partial);
+    keep_weight<1>(weight, w, d);
+    if (t < rows) forward<1>(y + at, inverse_rms + t, x + at, weight, d, eps, row);
   }
 }
 
-// One block a row; dynamic shared memory for two rows of d values (each a 16-byte multiple).
+// The same with two rows in shared memory for each warp.
 extern "C" __global__ void __launch_bounds__(kThreads)
     rmsnorm_backward_bf16(__nv_bfloat16* __restrict__ dx, const __nv_bfloat16* __restrict__ dy,
                           const __nv_bfloat16* __restrict__ x,
                           const __nv_bfloat16* __restrict__ w,
-                          const float* __restrict__ inverse_rms, unsigned d) {
+                          const float* __restrict__ inverse_rms, unsigned rows, unsigned d) {
   extern __shared__ uint4 shared[];
-  __shared__ float partial[kThreads / 32];
-  auto* row = reinterpret_cast<__nv_bfloat16*>(shared);
-  const size_t at = size_t(blockIdx.x) * d;
-  const float r = inverse_rms[blockIdx.x];
+  auto* weight = reinterpret_cast<__nv_bfloat16*>(shared);
+  const unsigned warp = threadIdx.x / kWarp, t = blockIdx.x * (blockDim.x / kWarp) + warp;
+  __nv_bfloat16* row = weight + (1 + 2 * warp) * padded(d);
+  __nv_bfloat16* dy_row = row + padded(d);
+  const size_t at = size_t(t) * d;
+  const float r = t < rows ? inverse_rms[t] : 0.0f;
   if (d % kWide == 0) {
-    backward<kWide>(dx + at, dy + at, x + at, w, r, d, row, partial);
+    keep_weight<kWide>(weight, w, d);
+    if (t < rows) backward<kWide>(dx + at, dy + at, x + at, weight, r, d, row, dy_row);
   } else {
-    backward<1>(dx + at, dy + at, x + at, w, r, d, row, partial);
+    keep_weight<1>(weight, w, d);
+    if (t < rows) backward<1>(dx + at, dy + at, x + at, weight, r, d, row, dy_row);
   }
 }

@@ -32,8 +32,9 @@ __device__ __forceinline__ void add_rows(float (&sum)[N], const Stage& stage, un
   }
 }
 
-// One float of each warp for each staged pair.
-using Partial = float[kStage][kMaxThreads / 32];
+// One float of each warp for each staged pair; a warp's lie side by side, as the threads that add
+// them up read them.
+using Partial = float[kMaxThreads / 32][kStage];
 
 // Dot products of the staged rows with `own`, of this thread's columns alone, added up over each
 // warp into `partial`; and sum += scale * row. All threads take part, those without columns
@@ -57,14 +58,14 @@ __device__ __forceinline__ void add_and_dot(float (&sum)[N], Partial& partial,
     for (int offset = 16; offset > 0; offset /= 2) {
       dot += __shfl_xor_sync(0xffffffffu, dot, offset);
     }
-    if (threadIdx.x % 32 == 0) partial[p][threadIdx.x / 32] = dot;
+    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32][p] = dot;
   }
 }
 
 // The dot product of one staged pair over the block's columns.
 __device__ __forceinline__ float total(const Partial& partial, unsigned pair) {
   float sum = 0.0f;
-  for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) sum += partial[pair][warp];
+  for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) sum += partial[warp][pair];
   return sum;
 }
 

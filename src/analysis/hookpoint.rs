@@ -162,13 +162,8 @@ fn mean_loss(
 fn zeros(like: &Sae) -> Result<Sae> {
     let d = like.config.d_in;
     let zeros = |shape: &[usize]| Tensor::from_vec(vec![0.0; shape.iter().product()], shape);
-    Ok(Sae {
-        config: SaeConfig::new(d, 1, 1),
-        w_enc: zeros(&[1, d])?,
-        b_enc: zeros(&[1])?,
-        w_dec: zeros(&[1, d])?,
-        b_dec: zeros(&[d])?,
-    })
+    let tensors = [zeros(&[1, d])?, zeros(&[1])?, zeros(&[1, d])?, zeros(&[d])?];
+    Ok(Sae::new(SaeConfig::new(d, 1, 1), tensors))
 }
 
 fn feature(

@@ -10,7 +10,7 @@ use crate::ops::flash_attention::FlashAttention;
 use crate::ops::fvu::Fvu;
 use crate::ops::gemm::Linear;
 use crate::ops::kl_div::KlDiv;
-use crate::ops::lora::LoraLinear;
+use crate::ops::lora::{Frozen, LoraLinear};
 use crate::ops::rmsnorm::RmsNorm;
 use crate::ops::rope::{Rope, RopeTable};
 use crate::ops::sparse_decode::{SharedGroups, SparseDecode};
@@ -258,11 +258,14 @@ impl Builder<'_, '_> {
                 ])
             },
             |fixed| {
-                Ok(LoraLinear {
+                let module = Frozen {
                     weight: fixed[0].clone(),
                     bias: None,
-                    scale: 4.0,
                     dropout: None,
+                };
+                Ok(LoraLinear {
+                    modules: vec![module],
+                    scale: 4.0,
                 })
             },
         )

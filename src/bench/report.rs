@@ -198,7 +198,7 @@ impl Report {
         match self.device.kind {
             "emulator" => writeln!(
                 f,
-                "counters of the emulator, no times: bytes (of the least), launches, bank \
+                "counters of the emulator, no times: bytes through L2 (of the least), launches, bank \
                  conflicts; least times by published rates, an estimate"
             )?,
             _ => writeln!(

@@ -198,8 +198,9 @@ impl Work {
                 false => [8 * t * d, 3 * t * d * a],
             },
             Self::Rope { tokens: t, heads, head_dim } => {
+                // A row of the table for each token.
                 let n = heads * head_dim;
-                [3 * t * n, 2 * t * n * a]
+                [3 * t * n, 2 * t * n * a + t * head_dim * WORD]
             }
             Self::SwiGlu { tokens: t, width: d } => match forward {
                 true => [5 * t * d, 3 * t * d * a],

@@ -10,7 +10,7 @@ use crate::ops::flash_attention::FlashAttention;
 use crate::ops::fvu::Fvu;
 use crate::ops::gemm::Linear;
 use crate::ops::kl_div::KlDiv;
-use crate::ops::lora::LoraLinear;
+use crate::ops::lora::{Frozen, LoraLinear};
 use crate::ops::rmsnorm::RmsNorm;
 use crate::ops::rope::{Rope, RopeTable};
 use crate::ops::sparse_decode::{SharedGroups, SparseDecode};
@@ -183,11 +183,14 @@ fn lora(device: &Device) -> Result<f64> {
     let (inner, out, rank, scale) = (48, 40, 8, 4.0f32);
     let weight = values(1, &[out, inner])?;
     let w = f64s(&weight)?;
-    let op = LoraLinear {
+    let module = Frozen {
         weight,
         bias: None,
-        scale,
         dropout: None,
+    };
+    let op = LoraLinear {
+        modules: vec![module],
+        scale,
     };
     let inputs = [
         values(2, &[TOKENS, inner])?,

@@ -65,13 +65,13 @@ pub fn load(dir: &Path) -> Result<Sae> {
         check_finite(file.path(), name, &tensor)?;
         Ok::<_, Error>(tensor)
     };
-    let sae = Sae {
-        w_enc: read("encoder.weight", &[m, d])?,
-        b_enc: read("encoder.bias", &[m])?,
-        w_dec: read("W_dec", &[m, d])?,
-        b_dec: read("b_dec", &[d])?,
-        config,
-    };
+    let tensors = [
+        read("encoder.weight", &[m, d])?,
+        read("encoder.bias", &[m])?,
+        read("W_dec", &[m, d])?,
+        read("b_dec", &[d])?,
+    ];
+    let sae = Sae::new(config, tensors);
     let known = ["encoder.weight", "encoder.bias", "W_dec", "b_dec"];
     match file.names().find(|name| !known.contains(name)) {
         None => Ok(sae),

@@ -5,19 +5,20 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::model::{DecoderLayer, Linear, Lora, LoraPair, Module, Qwen2, Qwen2Config};
 use crate::ops;
 use crate::ops::decode::KvCache;
 use crate::ops::embedding::Embedding;
 use crate::ops::flash_attention::FlashAttention;
-use crate::ops::lora::{Dropout, LoraLinear};
+use crate::ops::lora::{Dropout, Frozen, LoraLinear};
 use crate::ops::rmsnorm::RmsNorm;
 use crate::ops::rope::{Rope, RopeTable};
 use crate::ops::swiglu::SwiGlu;
 use crate::rng::{Purpose, Stream};
 use crate::tape::{Tape, Var};
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 /// How the tokens of a step lie: `batch` sequences of `seq_len`, one after another.
 #[derive(Clone, Debug)]
@@ -51,6 +52,17 @@ impl Layout {
             doc_starts,
             ..self.clone()
         }
+    }
+
+    /// With the documents in the memory of `device`, once for all layers.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn on(mut self, device: &Device) -> Result<Self> {
+        if let (Device::Cuda(cuda), Some(starts)) = (device, &self.doc_starts) {
+            self.doc_starts = Some(cuda.resident(starts, DType::U32)?);
+        }
+        Ok(self)
     }
 
     /// Number of tokens.
@@ -120,6 +132,11 @@ impl Adapters {
             scale: lora.config.scale(),
             dropout: dropout.filter(|d| d.p > 0.0),
         }
+    }
+
+    fn has_all(&self, layer: usize, modules: &[Module]) -> bool {
+        let mut modules = modules.iter();
+        modules.all(|&module| self.pairs.contains_key(&(layer, module)))
     }
 
     /// The factors A and B of each adapter, in the order of layer and module.
@@ -230,17 +247,14 @@ impl LayerPass<'_> {
         let attended = self.attention(tape, &normed, cache)?;
         let x = self.linear(tape, Module::O, &attended, Some(&x))?;
         let normed = self.norm(tape, &self.layer.post_attention_norm, &x)?;
-        let gate = self.linear(tape, Module::Gate, &normed, None)?;
-        let up = self.linear(tape, Module::Up, &normed, None)?;
+        let [gate, up] = self.linears(tape, [Module::Gate, Module::Up], &normed)?;
         let activated = tape.apply(SwiGlu, &[&gate, &up])?;
         self.linear(tape, Module::Down, &activated, Some(&x))
     }
 
     fn attention(&self, tape: &mut Tape, x: &Var, cache: Option<&mut KvCache>) -> Result<Var> {
         let config = self.config;
-        let q = self.linear(tape, Module::Q, x, None)?;
-        let k = self.linear(tape, Module::K, x, None)?;
-        let v = self.linear(tape, Module::V, x, None)?;
+        let [q, k, v] = self.linears(tape, [Module::Q, Module::K, Module::V], x)?;
         let q = tape.apply(self.rope(config.num_attention_heads), &[&q])?;
         let k = tape.apply(self.rope(config.num_key_value_heads), &[&k])?;
         if let Some(cache) = cache {
@@ -276,6 +290,26 @@ impl LayerPass<'_> {
         }
     }
 
+    /// Modules that read the same input: one operator where all of them have an adapter.
+    fn linears<const N: usize>(
+        &self,
+        tape: &mut Tape,
+        modules: [Module; N],
+        x: &Var,
+    ) -> Result<[Var; N]> {
+        let outputs = match self.adapters.filter(|a| a.has_all(self.index, &modules)) {
+            Some(adapters) => self.adapted(tape, adapters, &modules, x, None)?,
+            None => modules
+                .iter()
+                .map(|&module| self.linear(tape, module, x, None))
+                .collect::<Result<_>>()?,
+        };
+        let wrong = |found: Vec<Var>| {
+            Error::operand("decode", format!("{N} outputs"), found.len().to_string())
+        };
+        outputs.try_into().map_err(wrong)
+    }
+
     fn linear(
         &self,
         tape: &mut Tape,
@@ -283,31 +317,44 @@ impl LayerPass<'_> {
         x: &Var,
         residual: Option<&Var>,
     ) -> Result<Var> {
+        if let Some(adapters) = self.adapters.filter(|a| a.has_all(self.index, &[module])) {
+            let outputs = self.adapted(tape, adapters, &[module], x, residual)?;
+            let output = outputs.into_iter().next();
+            return output.ok_or_else(|| Error::operand("decode", "one output", "none"));
+        }
         let Linear { weight, bias } = self.layer.module(module).clone();
         let mut inputs = vec![x];
-        match self
-            .adapters
-            .and_then(|a| Some((a, a.pairs.get(&(self.index, module))?)))
-        {
-            Some((adapters, (a, b))) => {
+        inputs.extend(residual);
+        tape.apply(ops::gemm::Linear { weight, bias }, &inputs)
+    }
+
+    /// The outputs of modules that all have an adapter.
+    fn adapted(
+        &self,
+        tape: &mut Tape,
+        adapters: &Adapters,
+        modules: &[Module],
+        x: &Var,
+        residual: Option<&Var>,
+    ) -> Result<Vec<Var>> {
+        let (mut inputs, mut frozen) = (vec![x], Vec::new());
+        for &module in modules {
+            if let Some((a, b)) = adapters.pairs.get(&(self.index, module)) {
                 inputs.extend([a, b]);
-                inputs.extend(residual);
-                let dropout = adapters.dropout.map(|d| self.dropout(d, module));
-                tape.apply(
-                    LoraLinear {
-                        weight,
-                        bias,
-                        scale: adapters.scale,
-                        dropout,
-                    },
-                    &inputs,
-                )
             }
-            None => {
-                inputs.extend(residual);
-                tape.apply(ops::gemm::Linear { weight, bias }, &inputs)
-            }
+            let Linear { weight, bias } = self.layer.module(module).clone();
+            frozen.push(Frozen {
+                weight,
+                bias,
+                dropout: adapters.dropout.map(|d| self.dropout(d, module)),
+            });
         }
+        inputs.extend(residual);
+        let op = LoraLinear {
+            modules: frozen,
+            scale: adapters.scale,
+        };
+        tape.apply_all(op, &inputs)
     }
 
     fn dropout(&self, dropout: StepDropout, module: Module) -> Dropout {

@@ -9,7 +9,7 @@ use crate::ops::Operator;
 use crate::ops::math::dot;
 use crate::ops::sparse_decode::cuda::normalize_rows;
 use crate::ops::sparse_decode::{SharedGroups, SparseDecode};
-use crate::ops::topk::TopK;
+use crate::ops::topk::{Frozen, TopK};
 use crate::rng::{Purpose, Stream};
 use crate::tape::{Tape, Var};
 use crate::tensor::{DType, Tensor};
@@ -60,9 +60,24 @@ pub struct Sae {
     pub w_dec: Tensor,
     /// \[d\]
     pub b_dec: Tensor,
+    /// What a GPU has made of the encoder; made anew after [`Self::tensors_mut`].
+    frozen: Frozen,
 }
 
 impl Sae {
+    /// An autoencoder of `tensors` W_enc, b_enc, W_dec and b_dec, of the shapes of `config` (see
+    /// [`Self::check`]).
+    pub fn new(config: SaeConfig, [w_enc, b_enc, w_dec, b_dec]: [Tensor; 4]) -> Self {
+        Self {
+            config,
+            w_enc,
+            b_enc,
+            w_dec,
+            b_dec,
+            frozen: Frozen::default(),
+        }
+    }
+
     /// The four tensors' names in sparsify's files, in the order of [`Self::tensors`].
     pub const TENSORS: [&'static str; 4] = ["encoder.weight", "encoder.bias", "W_dec", "b_dec"];
 
@@ -91,13 +106,9 @@ impl Sae {
             });
         });
         let w_enc = Tensor::from_vec(weights, [m, d])?;
-        let mut sae = Self {
-            config,
-            w_dec: w_enc.clone(),
-            w_enc,
-            b_enc: Tensor::from_vec(vec![0.0; m], [m])?,
-            b_dec: Tensor::from_vec(vec![0.0; d], [d])?,
-        };
+        let zeros = |n: usize| Tensor::from_vec(vec![0.0; n], [n]);
+        let tensors = [w_enc.clone(), zeros(m)?, w_enc, zeros(d)?];
+        let mut sae = Self::new(config, tensors);
         // In host memory, where all of it is until a device trains it.
         sae.normalize_decoder(&device.to_host())?;
         Ok(sae)
@@ -126,6 +137,7 @@ impl Sae {
 
     /// W_enc, b_enc, W_dec, b_dec, for writing.
     pub fn tensors_mut(&mut self) -> [&mut Tensor; 4] {
+        self.frozen = Frozen::default();
         [
             &mut self.w_enc,
             &mut self.b_enc,
@@ -166,10 +178,17 @@ impl Sae {
         Ok(())
     }
 
+    fn encoder(&self) -> TopK {
+        TopK {
+            frozen: Some(self.frozen.clone()),
+            ..TopK::new(self.config.k, SharedGroups::default())
+        }
+    }
+
     /// The k active latents of each token of `x` \[T, d\], without gradient: acts \[T, k\] f32
     /// and indices \[T, k\] u32, ascending.
     pub fn encode(&self, device: &Device, x: &Tensor) -> Result<(Tensor, Tensor)> {
-        let encoder = TopK::new(self.config.k, SharedGroups::default());
+        let encoder = self.encoder();
         let inputs = [x, &self.w_enc, &self.b_enc, &self.b_dec];
         let (outputs, _) = device.run(|| encoder.forward(device, &inputs, &[false; 4]))?;
         let [acts, indices] = pair(outputs)?;
@@ -180,7 +199,7 @@ impl Sae {
     /// latents; the SAE itself stays as it is.
     pub fn pass_through(&self, tape: &mut Tape, x: &Var) -> Result<Var> {
         let parameters = self.tensors().map(|t| Var::constant(t.clone()));
-        let encoder = TopK::new(self.config.k, SharedGroups::default());
+        let encoder = self.encoder();
         let passed = reconstruct(tape, x, &parameters, encoder, &parameters[3])?;
         Ok(passed.x_hat)
     }

@@ -137,21 +137,27 @@ const BACKWARD: Kernel = Kernel {
     stem: "rmsnorm",
     function: "rmsnorm_backward_bf16",
 };
-const THREADS: u32 = 256;
-/// Two rows of bf16 fit the shared memory that every launch may have, 48 KiB, less what the
-/// block's sum takes.
+/// Warps of a block, each with a row of its own, where the rows are not too long.
+const WARPS: usize = 8;
+const WARP: usize = 32;
+/// Shared memory that every launch may have.
+const SHARED: usize = 48 << 10;
+/// W and two rows of bf16 fit the shared memory that every device grants, 99 KiB.
 const LONGEST_ROW: usize = 12_000;
 
 impl RmsNorm {
-    /// One block a row, which holds `rows` rows in shared memory.
+    /// One warp a token, which holds `rows` rows in shared memory, beside W for the block.
     fn grid(&self, tokens: usize, rows: usize) -> Result<Grid> {
         let d = self.weight.len();
         if d > LONGEST_ROW {
             let expected = format!("rows of at most {LONGEST_ROW} values on CUDA");
             return Err(Error::operand(Self::NAME, expected, format!("{d}")));
         }
-        let row = d.next_multiple_of(WIDE) * DType::Bf16.size();
-        Ok(Grid::of_blocks(tokens, THREADS, rows * row))
+        let row = (d.next_multiple_of(WIDE) * DType::Bf16.size()).max(1);
+        let warps = ((SHARED / row).saturating_sub(1) / rows).clamp(1, WARPS);
+        let shared = (1 + rows * warps) * row;
+        let threads = (warps * WARP) as u32;
+        Ok(Grid::of_blocks(tokens.div_ceil(warps), threads, shared))
     }
 
     fn forward_cuda(&self, cuda: &CudaDevice, x: &Tensor) -> Result<(Vec<Tensor>, Saved)> {
@@ -165,11 +171,12 @@ impl RmsNorm {
             Arg::from(&inverse_rms),
             x.arg()?,
             weight.arg()?,
+            Arg::size(Self::NAME, rows)?,
             Arg::size(Self::NAME, d)?,
             Arg::F32(self.eps),
         ];
         // SAFETY: x and y are [rows, d], weight is [d] (checked by the caller), all bf16;
-        // inverse_rms is [rows] f32; a block's shared memory holds a row.
+        // inverse_rms is [rows] f32; shared memory holds w and a row for each warp.
         unsafe { cuda.launch(FORWARD, self.grid(rows, 1)?, &args) }?;
         let y = Tensor::from_cuda(y, x.shape())?;
         let inverse_rms = Tensor::from_cuda(inverse_rms, [rows])?;
@@ -193,10 +200,11 @@ impl RmsNorm {
             x.arg()?,
             weight.arg()?,
             inverse_rms.arg()?,
+            Arg::size(Self::NAME, rows)?,
             Arg::size(Self::NAME, d)?,
         ];
         // SAFETY: grad, x and dx are [rows, d], weight is [d], all bf16; inverse_rms is [rows]
-        // f32 from the forward pass; a block's shared memory holds two rows.
+        // f32 from the forward pass; shared memory holds w and two rows for each warp.
         unsafe { cuda.launch(BACKWARD, self.grid(rows, 2)?, &args) }?;
         Tensor::from_cuda(dx, x.shape())
     }

@@ -3,14 +3,15 @@
 //! angle p theta^(-2i/D), where p is the token's position and D the head size.
 //!
 //! x, y: \[T, heads * D\] f32, bf16 on CUDA. Saved: nothing. Backward is the rotation by the
-//! negative angle, in place on the CPU. Least traffic: T heads D values in, as many out.
+//! negative angle, in place on the CPU. Least traffic: T heads D values in, as many out, and a row
+//! of the table, D values in f32, for each token.
 
 use std::sync::{Arc, OnceLock};
 
 use rayon::prelude::*;
 
 use super::{Operator, expect_cols, expect_inputs, only_grad};
-use crate::device::cuda::{Arg, Grid, Kernel, WIDE};
+use crate::device::cuda::{Arg, Grid, Kernel, WIDE_F32};
 use crate::device::simd::vectorized;
 use crate::device::{CudaDevice, Device};
 use crate::error::{Error, Result};
@@ -199,6 +200,8 @@ const ROTATE: Kernel = Kernel {
     stem: "rope",
     function: "rope_bf16",
 };
+/// Small blocks, since a thread works through all heads of its token.
+const THREADS: u32 = 64;
 
 impl Rope {
     /// Rotates by `sign` times the angle.
@@ -206,21 +209,22 @@ impl Rope {
         let x = cuda.resident(x, DType::Bf16)?;
         let table = self.table.resident(cuda)?;
         let y = cuda.alloc(DType::Bf16, x.len())?;
-        let (pairs, half) = (x.len() / 2, self.table.head_dim / 2);
+        let (tokens, half) = (x.matrix_dims().0, self.table.head_dim / 2);
         let args = [
             Arg::from(&y),
             x.arg()?,
             table.arg()?,
-            Arg::U64(pairs as u64),
+            Arg::U64(tokens as u64),
             Arg::size(Self::NAME, self.heads)?,
             Arg::size(Self::NAME, half)?,
             Arg::size(Self::NAME, self.seq_len)?,
             Arg::size(Self::NAME, self.start)?,
             Arg::F32(sign),
         ];
+        let blocks = (tokens * half.div_ceil(WIDE_F32)).div_ceil(THREADS as usize);
         // SAFETY: x and y are whole heads of bf16, and `check` has seen that the f32 table holds
         // every position; threads stride over all pairs, so that any number of them will do.
-        unsafe { cuda.launch(ROTATE, Grid::over(pairs.div_ceil(WIDE)), &args) }?;
+        unsafe { cuda.launch(ROTATE, Grid::of_blocks(blocks, THREADS, 0), &args) }?;
         Tensor::from_cuda(y, x.shape())
     }
 }

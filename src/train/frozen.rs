@@ -7,7 +7,7 @@ use crate::device::cuda::Recorded;
 use crate::error::Result;
 use crate::model::{Layout, Qwen2};
 use crate::tape::{Tape, Var};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// Gives the outputs of a model's layers for rows of tokens. On a GPU the layers are recorded as
 /// a CUDA graph with the first batch; batches of another size, as the last of an epoch may be,
@@ -47,9 +47,9 @@ impl<'a> Frozen<'a> {
             return through(self.device, self.model, &self.layers, x, &layout);
         };
         // Where each document begins is an input of the recording beside the embeddings.
+        let layout = layout.on(self.device)?;
         let starts = layout.doc_starts.as_ref();
-        let starts = starts.map(|s| cuda.resident(s, DType::U32)).transpose()?;
-        let inputs: Vec<&Tensor> = [Some(&x), starts.as_ref()].into_iter().flatten().collect();
+        let inputs: Vec<&Tensor> = [Some(&x), starts].into_iter().flatten().collect();
         let recorded = match &mut self.recorded {
             Some(recorded) => recorded,
             empty => {

@@ -212,6 +212,7 @@ impl StageTwo<'_> {
 
     fn supervised(&self, rows: &[usize], layout: &Layout) -> Result<MicroBatch<'static>> {
         let (ids, layout) = batch(self.packed, rows, layout)?;
+        let layout = layout.on(self.device)?;
         let mut targets = Vec::with_capacity(ids.len());
         for &row in rows {
             let (ids, in_answer) = (self.packed.row(row), self.packed.row_answer_mask(row));
@@ -294,6 +295,7 @@ impl<'a> Teacher<'a> {
                 mse[row] = error;
             }
             let (ids, layout) = batch(stage.packed, rows, layout)?;
+            let layout = layout.on(stage.device)?;
             let student = match prefix {
                 Some(adapters) if !through => {
                     let mut tape = Tape::new(stage.device);
@@ -319,6 +321,7 @@ impl<'a> Teacher<'a> {
             })
         })?;
         let (ids, layout) = batch(stage.packed, rows, layout)?;
+        let layout = layout.on(stage.device)?;
         let student = match through {
             true => Student::ThroughSae { ids, sae, layer },
             false => Student::Reconstruction {

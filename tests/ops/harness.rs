@@ -52,7 +52,7 @@ pub fn last_counters() -> Option<Counters> {
 }
 
 /// Fails where this thread's last kernel read and wrote over 1.1 times the `least` bytes of
-/// global memory there are to move. What counts is the 32-byte sectors that memory moves: a value
+/// global memory there are to move, or where lanes met in a bank of shared memory. What counts is the 32-byte sectors that memory moves: a value
 /// that all threads of a warp read at once is moved once.
 pub fn assert_least_traffic(least: usize) {
     let Some(c) = last_counters() else { return };
@@ -60,6 +60,7 @@ pub fn assert_least_traffic(least: usize) {
     let ratio = moved as f64 / least as f64;
     println!("{moved} bytes moved, least {least}: {ratio:.3}");
     assert!(ratio <= 1.1, "{moved} bytes moved, the least is {least}");
+    assert_eq!(c.shared_bank_conflicts, 0, "conflicts in shared memory");
 }
 
 /// What the last kernel that `run` launches from this thread did; `None` on a real GPU.
@@ -69,6 +70,44 @@ pub fn counters(run: impl FnOnce()) -> Option<Counters> {
     emulator.reset();
     run();
     Some(emulator.last_counters().expect("no kernel was launched"))
+}
+
+/// Sums over the kernels that `run` launches from this thread; `None` on a real GPU.
+pub fn counters_of_all(run: impl FnOnce()) -> Option<Counters> {
+    let on_emulator = cuda_emulator::install() == Ok(Backend::Emulator);
+    let emulator = on_emulator.then(|| cuda_emulator::emulator().unwrap());
+    emulator.inspect(|emulator| emulator.reset());
+    run();
+    emulator.map(|emulator| emulator.thread_counters().expect("no kernel was launched"))
+}
+
+/// What `run`, called on this thread, may do at most.
+pub struct Least<'a> {
+    pub name: &'a str,
+    /// Bytes of global memory.
+    pub bytes: usize,
+    /// FLOP of matrix products.
+    pub flop: usize,
+}
+
+impl Least<'_> {
+    /// Sums over all kernels that `run` launches; `None` on a real GPU. Fails where they move over
+    /// 1.1 times the bytes in 32-byte sectors, multiply over 1.03 times the FLOP, or meet in a
+    /// bank of shared memory.
+    pub fn holds_for(&self, run: impl FnOnce()) -> Option<Counters> {
+        let counted = counters_of_all(run)?;
+        let moved = 32 * (counted.global_load_sectors + counted.global_store_sectors);
+        let ratio = moved as f64 / self.bytes as f64;
+        let products = counted.mma_flop as f64 / (self.flop as f64).max(1.0);
+        println!(
+            "{}: {moved} bytes, {ratio:.3} of the least; {} FLOP, {products:.3}; {} conflicts",
+            self.name, counted.mma_flop, counted.shared_bank_conflicts
+        );
+        assert!(ratio <= 1.1, "{}: {ratio:.3} of the least bytes", self.name);
+        assert!(products <= 1.03, "{}: {products:.3} of the FLOP", self.name);
+        assert_eq!(counted.shared_bank_conflicts, 0, "{}: conflicts", self.name);
+        Some(counted)
+    }
 }
 
 /// The values rounded to bf16, as a GPU holds them.

@@ -1,9 +1,11 @@
 use half::bf16;
-use resa_engine::ops::lora::{Dropout, LoraLinear};
+use resa_engine::device::Device;
+use resa_engine::ops::Operator;
+use resa_engine::ops::lora::{Dropout, Frozen, LoraLinear};
 use resa_engine::rng::{Purpose, Stream};
 
 use crate::gemm::affine;
-use crate::harness::{check_in_steps, random, round_bf16, to_f64};
+use crate::harness::{check_in_steps, cuda, random, relative_error, round_bf16, to_f64};
 
 const SCALE: f32 = 1.5;
 
@@ -57,7 +59,17 @@ impl Case<'_> {
     fn in_bf16(&self, i: &[Vec<f64>], dy: &[Vec<f64>]) -> (Vec<Vec<f64>>, Vec<Vec<f64>>) {
         let round =
             |v: Vec<f64>| -> Vec<f64> { v.iter().map(|&v| bf16::from_f64(v).to_f64()).collect() };
-        let (y, dropped, u) = self.forward(i, round);
+        (vec![self.forward(i, round).0], self.gradients(i, dy, round))
+    }
+
+    /// The gradients of the inputs.
+    fn gradients(
+        &self,
+        i: &[Vec<f64>],
+        dy: &[Vec<f64>],
+        round: impl Fn(Vec<f64>) -> Vec<f64>,
+    ) -> Vec<Vec<f64>> {
+        let (_, dropped, u) = self.forward(i, &round);
         let (dy, n, rows) = (&dy[0], self.bias.len(), i[0].len() / self.k);
         let dy_scaled = round(scaled(dy));
         let du = round(affine(
@@ -83,7 +95,7 @@ impl Case<'_> {
         let dx = round(plus(&frozen, &round(times(&low_rank, self.kept))));
         let mut grads = vec![dx, da, db];
         grads.extend(i.get(3).map(|_| dy.clone()));
-        (vec![y], grads)
+        grads
     }
 }
 
@@ -109,10 +121,12 @@ fn lora_matches_float64_with_and_without_dropout_and_residual() {
                 )
                 .collect();
             let make = || LoraLinear {
-                weight: w.clone(),
-                bias: Some(bias.clone()),
+                modules: vec![Frozen {
+                    weight: w.clone(),
+                    bias: Some(bias.clone()),
+                    dropout: (p > 0.0).then_some(Dropout { p, stream }),
+                }],
                 scale: SCALE,
-                dropout: (p > 0.0).then_some(Dropout { p, stream }),
             };
             let (w, bias, kept) = (&w64[..], &bias64[..], &kept[..]);
             let case = Case {
@@ -143,18 +157,20 @@ fn lora_matches_float64_with_and_without_dropout_and_residual() {
 
 #[test]
 fn dropout_zeroes_the_stated_share() {
-    use resa_engine::{device::Device, ops::Operator, tensor::Tensor};
+    use resa_engine::tensor::Tensor;
     // With W = 0, A = B = 1 and scale 1 the output is the sum of the kept inputs.
     let (t, k, p) = (1, 100_000, 0.05);
     let ones = |shape: [usize; 2]| Tensor::from_vec(vec![1.0; shape[0] * shape[1]], shape).unwrap();
     let op = LoraLinear {
-        weight: Tensor::from_vec(vec![0.0; k], [1, k]).unwrap(),
-        bias: None,
+        modules: vec![Frozen {
+            weight: Tensor::from_vec(vec![0.0; k], [1, k]).unwrap(),
+            bias: None,
+            dropout: Some(Dropout {
+                p,
+                stream: Stream::new(1, Purpose::Dropout, 0, 0),
+            }),
+        }],
         scale: 1.0,
-        dropout: Some(Dropout {
-            p,
-            stream: Stream::new(1, Purpose::Dropout, 0, 0),
-        }),
     };
     let device = Device::cpu(2).unwrap();
     let inputs = [ones([t, k]), ones([1, k]), ones([1, 1])];
@@ -167,4 +183,123 @@ fn dropout_zeroes_the_stated_share() {
         (kept - 0.95).abs() < 5.0 * (0.05f64 * 0.95 / k as f64).sqrt(),
         "{kept}"
     );
+}
+
+/// Three modules on one X, whose U are one product on a GPU where the ranks allow it.
+#[test]
+fn modules_on_one_input_match_float64_and_add_up_their_gradients() {
+    let (t, k) = (21, 24);
+    // A rank in eights, and one that is not; outputs in eights, and one that is not.
+    for (outs, r) in [([40, 16, 24], 8), ([40, 16, 24], 3), ([40, 13, 24], 8)] {
+        let frozen: Vec<_> = (0..3u64)
+            .map(|i| round_bf16(&random(30 + i, &[outs[i as usize], k], 1.0)))
+            .collect();
+        let bias: Vec<_> = (0..3u64)
+            .map(|i| round_bf16(&random(40 + i, &[outs[i as usize]], 1.0)))
+            .collect();
+        let make = || LoraLinear {
+            modules: std::iter::zip(&frozen, &bias)
+                .map(|(weight, bias)| Frozen {
+                    weight: weight.clone(),
+                    bias: Some(bias.clone()),
+                    dropout: None,
+                })
+                .collect(),
+            scale: SCALE,
+        };
+        let (w64, bias64): (Vec<_>, Vec<_>) = std::iter::zip(&frozen, &bias)
+            .map(|(w, b)| (to_f64(w), to_f64(b)))
+            .unzip();
+        let kept = vec![1.0; t * k];
+        let cases: Vec<Case> = std::iter::zip(&w64, &bias64)
+            .map(|(w, bias)| Case {
+                w,
+                bias,
+                kept: &kept,
+                k,
+                r,
+            })
+            .collect();
+        let of = |i: &[Vec<f64>], module: usize| -> Vec<Vec<f64>> {
+            vec![
+                i[0].clone(),
+                i[1 + 2 * module].clone(),
+                i[2 + 2 * module].clone(),
+            ]
+        };
+        let mut inputs = vec![random(5, &[t, k], 1.0)];
+        for (i, &out) in (0..).zip(&outs) {
+            inputs.extend([random(6 + i, &[r, k], 1.0), random(16 + i, &[out, r], 1.0)]);
+        }
+        check_in_steps(
+            make,
+            &inputs,
+            |i| {
+                let each = cases.iter().enumerate();
+                each.map(|(m, case)| case.forward(&of(i, m), |v| v).0)
+                    .collect()
+            },
+            2e-6,
+            |i, dy| {
+                let (mut outputs, mut grads) = (Vec::new(), vec![vec![0.0; t * k]]);
+                for (m, case) in cases.iter().enumerate() {
+                    let (y, own) = case.in_bf16(&of(i, m), &dy[m..]);
+                    outputs.extend(y);
+                    grads[0] = plus(&grads[0], &own[0])
+                        .iter()
+                        .map(|&v| bf16::from_f64(v).to_f64())
+                        .collect();
+                    grads.extend(own.into_iter().skip(1));
+                }
+                (outputs, grads)
+            },
+        );
+    }
+}
+
+/// Longer than a block's rows, wider than its columns, of a higher rank than it sums at a time.
+#[test]
+fn gradients_of_many_rows_and_columns_are_those_of_float64() {
+    let Some(device) = cuda() else { return };
+    let (t, k, n, r) = (1100, 16, 584, 40);
+    let [w, bias] = [random(3, &[n, k], 1.0), random(4, &[n], 1.0)].map(|t| round_bf16(&t));
+    let (w64, bias64, kept) = (to_f64(&w), to_f64(&bias), vec![1.0; t * k]);
+    let case = Case {
+        w: &w64,
+        bias: &bias64,
+        kept: &kept,
+        k,
+        r,
+    };
+    let op = LoraLinear {
+        modules: vec![Frozen {
+            weight: w,
+            bias: Some(bias),
+            dropout: None,
+        }],
+        scale: SCALE,
+    };
+    let inputs = [
+        random(5, &[t, k], 1.0),
+        random(6, &[r, k], 1.0),
+        random(7, &[n, r], 1.0),
+    ];
+    let inputs = inputs.map(|t| round_bf16(&t));
+    let dy = round_bf16(&random(8, &[t, n], 1.0));
+    let saved = op
+        .forward(device, &inputs.each_ref(), &[true; 3])
+        .unwrap()
+        .1;
+    let got = op
+        .backward(device, saved, vec![Some(dy.clone())], &[true; 3])
+        .unwrap();
+    let inputs = inputs.map(|t| to_f64(&t));
+    let dy = [to_f64(&dy)];
+    let want = case.gradients(&inputs, &dy, |v| v);
+    let rounded = case.in_bf16(&inputs, &dy).1;
+    for ((got, want), rounded) in got.iter().zip(&want).zip(&rounded) {
+        let error = relative_error(&to_f64(got.as_ref().unwrap()), want);
+        let allowed = 2.0 * relative_error(rounded, want);
+        assert!(error < allowed, "{error:e}, allowed is {allowed:e}");
+    }
 }

@@ -19,3 +19,4 @@ mod signum;
 mod sparse_decode;
 mod swiglu;
 mod topk;
+mod traffic;

@@ -97,6 +97,7 @@ fn a_selection_among_some_latents_has_gradients_for_them_alone() {
         k,
         among: Some(among.clone()),
         groups: SharedGroups::default(),
+        frozen: None,
     };
     check(make, &inputs, reference, 1e-5);
 }

@@ -44,20 +44,16 @@ pub fn golden_sae() -> Sae {
     let config = json("sae/cfg.json");
     let number = |key: &str| config[key].as_u64().unwrap() as usize;
     let bytes = golden("sae/sae.safetensors");
-    Sae {
-        config: SaeConfig {
-            d_in: number("d_in"),
-            num_latents: number("num_latents"),
-            k: number("k"),
-            expansion_factor: number("expansion_factor"),
-            normalize_decoder: true,
-            multi_topk: false,
-        },
-        w_enc: tensor(&bytes, "encoder.weight"),
-        b_enc: tensor(&bytes, "encoder.bias"),
-        w_dec: tensor(&bytes, "W_dec"),
-        b_dec: tensor(&bytes, "b_dec"),
-    }
+    let sizes = SaeConfig {
+        d_in: number("d_in"),
+        num_latents: number("num_latents"),
+        k: number("k"),
+        expansion_factor: number("expansion_factor"),
+        normalize_decoder: true,
+        multi_topk: false,
+    };
+    let tensors = Sae::TENSORS.map(|name| tensor(&bytes, name));
+    Sae::new(sizes, tensors)
 }
 
 pub fn assert_close(name: &str, got: &Tensor, want: &Tensor, tolerance: f64) {

@@ -26,10 +26,10 @@ pub struct Counted {
     pub launches: f64,
     /// Bytes that loads from and stores to global memory asked for.
     pub bytes: f64,
+    /// Bytes of the 32-byte sectors that they touched: what the L2 cache gives and takes.
+    pub sector_bytes: f64,
     /// These by the least bytes.
     pub bytes_of_least: f64,
-    /// Bytes of the 32-byte sectors that they touched.
-    pub sector_bytes: f64,
     /// Passes over shared memory that bank conflicts added.
     pub bank_conflicts: f64,
     /// FLOP of matrix instructions.
@@ -88,12 +88,12 @@ impl Emulator {
 impl Counted {
     /// What was counted after `before`; `least` bytes would have been enough.
     pub(super) fn since(self, before: Self, least: f64) -> Self {
-        let bytes = self.bytes - before.bytes;
+        let sector_bytes = self.sector_bytes - before.sector_bytes;
         Self {
             launches: self.launches - before.launches,
-            bytes,
-            bytes_of_least: bytes / least,
-            sector_bytes: self.sector_bytes - before.sector_bytes,
+            bytes: self.bytes - before.bytes,
+            sector_bytes,
+            bytes_of_least: sector_bytes / least,
             bank_conflicts: self.bank_conflicts - before.bank_conflicts,
             mma_flop: self.mma_flop - before.mma_flop,
             scalar_flop: self.scalar_flop - before.scalar_flop,
@@ -106,7 +106,7 @@ impl fmt::Display for Counted {
         write!(
             f,
             "{:>9.3} MB ({:5.2} of least) {:>3} launches {:>6} conflicts",
-            self.bytes / 1e6,
+            self.sector_bytes / 1e6,
             self.bytes_of_least,
             self.launches,
             self.bank_conflicts,

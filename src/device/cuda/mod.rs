@@ -41,6 +41,7 @@ pub struct CudaDevice {
     capability: (i32, i32),
     multiprocessors: usize,
     host: CpuDevice,
+    most_shared: usize,
 }
 
 impl CudaDevice {
@@ -91,9 +92,15 @@ impl CudaDevice {
                 ),
             ));
         }
-        let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
-        let count = context.attribute(count);
-        let count = count.map_err(|e| failed("no count of multiprocessors", e))?;
+        let attribute = |attribute, what| context.attribute(attribute).map_err(|e| failed(what, e));
+        let count = attribute(
+            CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+            "no count of multiprocessors",
+        )?;
+        let most_shared = attribute(
+            CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+            "no limit of shared memory",
+        )?;
         // SAFETY: this device uses its memory on its one stream alone, whose order is all the
         // synchronisation that memory needs.
         unsafe { context.disable_event_tracking() };
@@ -105,6 +112,7 @@ impl CudaDevice {
             capability: (major, minor),
             multiprocessors: usize::try_from(count).unwrap_or(0),
             host: CpuDevice::new(threads)?,
+            most_shared: usize::try_from(most_shared).unwrap_or(0),
         })
     }
 
@@ -127,6 +135,11 @@ impl CudaDevice {
     pub fn name(&self) -> Result<String> {
         let name = self.stream.context().name();
         name.map_err(|e| Error::cuda(self.ordinal(), format!("no name: {}", error_name(e))))
+    }
+
+    /// Bytes of shared memory that a block may have.
+    pub(crate) fn most_shared(&self) -> usize {
+        self.most_shared
     }
 
     /// Major and minor compute capability.

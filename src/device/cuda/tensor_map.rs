@@ -15,22 +15,22 @@ const BLOCK: u32 = 64;
 
 impl CudaDevice {
     /// A map of row-major bf16 values at `address`, a matrix or a pile of matrices, from which
-    /// kernels copy blocks of 64 x 64 values into shared memory with the 128-byte swizzle. Needs
-    /// compute capability 9.0.
+    /// kernels copy blocks of 64 x 64 values into shared memory with the 128-byte swizzle; rows
+    /// are `row` values apart. Needs compute capability 9.0.
     ///
     /// # Errors
     /// What the driver does not take: an extent of 0, rows that do not begin at multiples of 16
     /// bytes.
-    pub(crate) fn block_map(&self, address: u64, shape: &[usize]) -> Result<Arg> {
+    pub(crate) fn block_map(&self, address: u64, shape: &[usize], row: usize) -> Result<Arg> {
         let mut map = CUtensorMap { opaque: [0; 16] };
         // The driver counts dimensions from the last one.
         let extents: Vec<u64> = shape.iter().rev().map(|&extent| extent as u64).collect();
-        let mut stride = DType::Bf16.size() as u64;
-        let strides = extents.iter().map(|extent| {
+        let mut stride = (row * DType::Bf16.size()) as u64;
+        let mut strides = vec![stride];
+        strides.extend(extents[1..].iter().map(|extent| {
             stride *= extent;
             stride
-        });
-        let strides: Vec<u64> = strides.collect();
+        }));
         let mut block = vec![1; shape.len()];
         block.iter_mut().take(2).for_each(|side| *side = BLOCK);
         let steps = vec![1; shape.len()];

@@ -165,7 +165,8 @@ impl FlashAttention {
     /// A map of the rows of `heads` heads, a matrix for each sequence.
     fn map(&self, cuda: &CudaDevice, tensor: &Tensor, heads: usize) -> Result<Arg> {
         let address = tensor.cuda().map_or(0, CudaBuffer::address);
-        cuda.block_map(address, &[self.batch, self.seq_len, heads * self.head_dim])
+        let row = heads * self.head_dim;
+        cuda.block_map(address, &[self.batch, self.seq_len, row], row)
     }
 
     /// The caller has checked shapes and document starts.

@@ -20,11 +20,12 @@ const BIAS_F32: u32 = 2;
 const ADD: u32 = 4;
 const VECTOR: u32 = 8;
 
-/// A row range of a bf16 matrix on the device.
+/// Some rows and columns of a bf16 matrix on the device.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Matrix<'a> {
     tensor: &'a Tensor,
-    first: usize,
+    first_row: usize,
+    first_col: usize,
     rows: usize,
     cols: usize,
 }
@@ -45,7 +46,8 @@ impl<'a> Matrix<'a> {
         let (rows, cols) = tensor.matrix_dims();
         Ok(Self {
             tensor,
-            first: 0,
+            first_row: 0,
+            first_col: 0,
             rows,
             cols,
         })
@@ -61,28 +63,49 @@ impl<'a> Matrix<'a> {
             return Err(Error::operand(NAME, expected, format!("{range:?}")));
         }
         Ok(Self {
-            first: self.first + range.start,
+            first_row: self.first_row + range.start,
             rows: range.len(),
             ..self
         })
     }
 
+    /// Some of its columns.
+    ///
+    /// # Errors
+    /// A range that is not within the columns.
+    pub(crate) fn cols(self, range: Range<usize>) -> Result<Self> {
+        if range.start > range.end || range.end > self.cols {
+            let expected = format!("a range of {} columns", self.cols);
+            return Err(Error::operand(NAME, expected, format!("{range:?}")));
+        }
+        Ok(Self {
+            first_col: self.first_col + range.start,
+            cols: range.len(),
+            ..self
+        })
+    }
+
     pub(crate) fn address(&self) -> u64 {
-        let start = self.first * self.cols * DType::Bf16.size();
+        let start = (self.first_row * self.stride() + self.first_col) * DType::Bf16.size();
         // `of` refuses a tensor without device memory.
         self.tensor
             .cuda()
             .map_or(0, |buffer| buffer.address() + start as u64)
     }
 
+    /// Values from one row to the next.
+    pub(crate) fn stride(&self) -> usize {
+        self.tensor.matrix_dims().1
+    }
+
     /// A map of it for copies of blocks; see [`CudaDevice::block_map`].
     pub(super) fn block_map(&self, cuda: &CudaDevice) -> Result<Arg> {
-        cuda.block_map(self.address(), &[self.rows, self.cols])
+        cuda.block_map(self.address(), &[self.rows, self.cols], self.stride())
     }
 
     /// Whether every row begins at a multiple of 16 bytes.
-    fn is_aligned(&self) -> bool {
-        self.cols.is_multiple_of(WIDE)
+    pub(crate) fn is_aligned(&self) -> bool {
+        self.stride().is_multiple_of(WIDE) && self.first_col.is_multiple_of(WIDE)
     }
 }
 
@@ -211,7 +234,7 @@ impl<'a> Product<'a> {
         operands.extend(low_rank.iter().flat_map(|low| [low.lhs, low.rhs]));
         let aligned = operands.iter().all(Matrix::is_aligned);
         let masked = low_rank.is_some_and(|low| low.dropout.is_some());
-        let tile = Tile::choose(self.layout, m, n, aligned, masked);
+        let tile = Tile::choose(self.layout, [m, n], aligned, masked, cuda.most_shared());
         let splits = low_rank.map_or_else(|| tile.splits(m, n, k), |_| 1);
         let start = first_row * n * dtype.size();
         let mut args = GemmArgs {
@@ -283,8 +306,8 @@ impl<'a> Product<'a> {
             rhs: self.rhs.address(),
             bias: operand(self.bias, &[DType::Bf16, DType::F32])?,
             residual: operand(self.residual, &[DType::Bf16])?,
-            lhs_stride: size(self.lhs.cols)?,
-            rhs_stride: size(self.rhs.cols)?,
+            lhs_stride: size(self.lhs.stride())?,
+            rhs_stride: size(self.rhs.stride())?,
             m: size(m)?,
             n: size(n)?,
             k: size(k)?,
@@ -331,8 +354,8 @@ impl LowRank<'_> {
         }
         args.low_lhs = self.lhs.address();
         args.low_rhs = self.rhs.address();
-        args.low_lhs_stride = size(self.lhs.cols)?;
-        args.low_rhs_stride = size(self.rhs.cols)?;
+        args.low_lhs_stride = size(self.lhs.stride())?;
+        args.low_rhs_stride = size(self.rhs.stride())?;
         args.low_k = size(k)?;
         if let Some(Kept { mask, scale }) = self.dropout {
             let bits = mask.len() * mask.dtype().size() * 8;

@@ -9,8 +9,11 @@ pub(super) const STAGE: usize = 64;
 /// Blocks that fill the largest device (two for each of 128 multiprocessors). A constant, so that
 /// the order of a sum does not depend on the device.
 const BLOCKS: usize = 256;
-/// Longest side for which the tile with a short side is taken.
-pub(super) const SHORT: usize = 64;
+/// Longest side for which the tile with a short side is taken: one tile's, so that the other
+/// operand is read once.
+const NARROW: usize = 32;
+/// Longest side of a result whose product is cut along K: the ranks of three adapters.
+pub(super) const SHORT: usize = 96;
 /// Stages a slice of K has at least, so that filling the pipeline is not what takes the time.
 const LEAST_STAGES: usize = 4;
 
@@ -26,8 +29,15 @@ pub(super) struct Tile {
 
 impl Tile {
     /// The tile for a product \[m, n\]. `aligned`: all rows of the operands begin at multiples of
-    /// 16 bytes; `masked`: the product applies a dropout mask.
-    pub(super) fn choose(layout: Layout, m: usize, n: usize, aligned: bool, masked: bool) -> Self {
+    /// 16 bytes; `masked`: the product applies a dropout mask; `most_shared`: bytes of shared
+    /// memory that a block may have. Another tile gives the same bits.
+    pub(super) fn choose(
+        layout: Layout,
+        [m, n]: [usize; 2],
+        aligned: bool,
+        masked: bool,
+        most_shared: usize,
+    ) -> Self {
         let tile = |function, m, n, threads, stages| Self {
             function,
             m,
@@ -43,10 +53,10 @@ impl Tile {
             };
             return tile(function, 128, 32, 128, 4);
         }
-        if layout == Layout::Tn && m <= SHORT && n > SHORT {
+        if layout == Layout::Tn && m <= NARROW && n > NARROW {
             return tile("gemm_tn_32x128", 32, 128, 128, 4);
         }
-        if n <= SHORT && !masked {
+        if n <= NARROW && !masked {
             let function = match layout {
                 Layout::Nt => "gemm_nt_128x32",
                 Layout::Nn => "gemm_nn_128x32",
@@ -54,12 +64,13 @@ impl Tile {
             };
             return tile(function, 128, 32, 128, 4);
         }
-        let square = |function| tile(function, 128, 128, 256, 4);
+        let square = |function| tile(function, 128, 128, 256, 3);
         let wide = |function| tile(function, 128, 256, 256, 3);
-        // The wide tile needs a third less of shared memory's bandwidth, but must not pad more
-        // nor leave multiprocessors without work.
-        let is_wide =
-            (n.is_multiple_of(256) || n % 256 > 128) && m.div_ceil(128) * n.div_ceil(256) >= 100;
+        // The wide tile needs a third less of shared memory's bandwidth, but must fit, not pad
+        // more nor leave multiprocessors without work.
+        let is_wide = (n.is_multiple_of(256) || n % 256 > 128)
+            && m.div_ceil(128) * n.div_ceil(256) >= 100
+            && wide("").shared() <= most_shared;
         match layout {
             Layout::Nt if is_wide => wide("gemm_nt_128x256"),
             Layout::Nt => square("gemm_nt_128x128"),
@@ -103,22 +114,38 @@ impl Tile {
 mod tests {
     use super::{BLOCKS, Layout, Tile};
 
+    /// Shared memory that a block may have.
+    const A100: usize = 163 << 10;
+    const L40S: usize = 99 << 10;
+
     #[test]
     fn the_sides_of_an_adapter_fill_the_device_and_large_results_are_not_split() {
         // dA [r, in] of 4096 tokens, dB [out, r], and a layer's forward pass.
         for (m, n, k) in [(32, 1536, 4096), (1536, 32, 4096)] {
-            let tile = Tile::choose(Layout::Tn, m, n, true, false);
+            let tile = Tile::choose(Layout::Tn, [m, n], true, false, A100);
             let blocks = tile.splits(m, n, k) * tile.count(m, n);
             assert!((BLOCKS / 2..=BLOCKS).contains(&blocks), "{blocks}");
         }
-        let tile = Tile::choose(Layout::Nt, 4096, 8960, true, false);
+        let tile = Tile::choose(Layout::Nt, [4096, 8960], true, false, A100);
         assert_eq!((tile.n, tile.splits(4096, 8960, 1536)), (256, 1));
+    }
+
+    #[test]
+    fn tiles_fit_the_device() {
+        for layout in [Layout::Nt, Layout::Nn, Layout::Tn] {
+            for (m, n) in [(4096, 8960), (4096, 32), (32, 4096)] {
+                for aligned in [true, false] {
+                    let tile = Tile::choose(layout, [m, n], aligned, false, L40S);
+                    assert!(tile.shared() <= L40S, "{tile:?}");
+                }
+            }
+        }
     }
 
     #[test]
     fn every_slice_has_a_stage() {
         for k in [1, 64, 65, 1000, 4096, 100_000] {
-            let tile = Tile::choose(Layout::Tn, 32, 256, true, false);
+            let tile = Tile::choose(Layout::Tn, [32, 256], true, false, A100);
             let splits = tile.splits(32, 256, k);
             let stages = k.div_ceil(64);
             assert!((splits - 1) * stages.div_ceil(splits) < stages, "{k}");

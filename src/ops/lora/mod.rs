@@ -1,11 +1,12 @@
-//! A frozen linear module with a low-rank adapter (Hu et al. 2021, arXiv 2106.09685):
-//! Y = X Wᵀ + b + s · (drop(X) Aᵀ) Bᵀ (+ residual).
+//! Frozen linear modules with low-rank adapters (Hu et al. 2021, arXiv 2106.09685):
+//! Y = X Wᵀ + b + s · (drop(X) Aᵀ) Bᵀ (+ residual), for all modules that read the same X at once.
 //!
 //! X \[T, in\], W \[out, in\], A \[r, in\], B \[out, r\]; all but W in f32. Saved for backward:
-//! X, U = drop(X) Aᵀ \[T, r\], A and B; the dropout mask is drawn again. With dU = s · dY B:
-//! dA = dUᵀ drop(X), dB = s · dYᵀ U, dX = dY W + drop(dU A).
+//! X and, for each module, U = drop(X) Aᵀ \[T, r\], A and B; the dropout mask is drawn again. With
+//! dU = s · dY B: dA = dUᵀ drop(X), dB = s · dYᵀ U, and dX is the sum of dY W + drop(dU A).
 //!
-//! On CUDA X, W, Y and, for the products, A and B are bf16; U is saved with s in it.
+//! On CUDA X, W, Y and, for the products, A and B are bf16; U is saved with s in it. There, U of all
+//! modules is one product with their A stacked, unless each drops inputs of its own.
 
 mod cuda;
 
@@ -15,18 +16,26 @@ use rayon::prelude::*;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::ops::gemm::{affine, input_gradient, output, product_nn, product_nt, product_tn};
-use crate::ops::{Operator, expect_cols, expect_shape, only_grad};
+use crate::ops::{Operator, expect_cols, expect_shape};
 use crate::rng::Stream;
 use crate::tensor::Tensor;
 
-/// Inputs: X, A, B, and the residual \[T, out\] where there is one.
+/// Modules on one input. Inputs: X, then A and B of each module, and for one module alone also a
+/// residual \[T, out\]. Outputs: Y of each.
 pub struct LoraLinear {
+    /// The frozen parts; at least one.
+    pub modules: Vec<Frozen>,
+    /// s
+    pub scale: f32,
+}
+
+/// What a module has besides its adapter.
+#[derive(Clone, Debug)]
+pub struct Frozen {
     /// W \[out, in\]
     pub weight: Tensor,
     /// b \[out\]
     pub bias: Option<Tensor>,
-    /// s
-    pub scale: f32,
     /// What drops inputs of the adapter in training.
     pub dropout: Option<Dropout>,
 }
@@ -67,20 +76,16 @@ impl Dropout {
 }
 
 /// What backward needs.
-pub struct Saved {
-    x: Tensor,
-    u: Tensor,
-    a: Tensor,
-    b: Tensor,
-}
-
-impl LoraLinear {
-    fn dropped(&self, device: &Device, x: &Tensor) -> Result<Tensor> {
-        match &self.dropout {
-            Some(dropout) => dropout.apply(device, x),
-            None => Ok(x.clone()),
-        }
-    }
+pub enum Saved {
+    /// On the CPU.
+    Host {
+        /// X
+        x: Tensor,
+        /// U, A and B of each module.
+        adapters: Vec<[Tensor; 3]>,
+    },
+    /// On a GPU.
+    Cuda(cuda::Saved),
 }
 
 impl Operator for LoraLinear {
@@ -94,46 +99,19 @@ impl Operator for LoraLinear {
         inputs: &[&Tensor],
         _: &[bool],
     ) -> Result<(Vec<Tensor>, Saved)> {
-        let (x, a, b, residual) = match inputs {
-            [x, a, b] => (*x, *a, *b, None),
-            [x, a, b, residual] => (*x, *a, *b, Some(*residual)),
-            _ => {
-                return Err(Error::operand(
-                    Self::NAME,
-                    "3 or 4 inputs",
-                    inputs.len().to_string(),
-                ));
-            }
-        };
-        let (rows, _) = x.matrix_dims();
-        let ((out, cols), (r, _)) = (self.weight.matrix_dims(), a.matrix_dims());
-        expect_cols(Self::NAME, x, cols)?;
-        expect_shape(Self::NAME, a, &[r, cols])?;
-        expect_shape(Self::NAME, b, &[out, r])?;
+        let (x, adapters, residual) = self.operands(inputs)?;
         if let Device::Cuda(cuda) = device {
-            let (y, saved) = self.forward_cuda(cuda, [x, a, b], residual)?;
-            return Ok((vec![y], saved));
+            let (y, saved) = self.forward_cuda(cuda, x, &adapters, residual)?;
+            return Ok((y, Saved::Cuda(saved)));
         }
-        let mut y = affine(device, x, &self.weight, self.bias.as_ref(), residual)?;
-        let mut u = device.buffer(rows * r);
-        product_nt(
-            device,
-            &mut u,
-            Accum::Replace,
-            self.dropped(device, x)?.f32s()?,
-            a,
-            1.0,
-        )?;
-        let u = Tensor::from_buffer(u, [rows, r])?;
-        product_nt(device, &mut y, Accum::Add, u.f32s()?, b, self.scale)?;
-        let y = output(x, &self.weight, y)?;
-        let saved = Saved {
-            x: x.clone(),
-            u,
-            a: a.clone(),
-            b: b.clone(),
-        };
-        Ok((vec![y], saved))
+        let (mut outputs, mut saved) = (Vec::new(), Vec::new());
+        for (module, [a, b]) in self.modules.iter().zip(adapters) {
+            let (y, u) = module.forward(device, [x, a, b], residual, self.scale)?;
+            outputs.push(y);
+            saved.push([u, a.clone(), b.clone()]);
+        }
+        let (x, adapters) = (x.clone(), saved);
+        Ok((outputs, Saved::Host { x, adapters }))
     }
 
     fn backward(
@@ -143,48 +121,152 @@ impl Operator for LoraLinear {
         grads: Vec<Option<Tensor>>,
         needed: &[bool],
     ) -> Result<Vec<Option<Tensor>>> {
-        let dy = only_grad(Self::NAME, grads)?;
-        if let Device::Cuda(cuda) = device {
-            let (dx, da, db) = self.backward_cuda(cuda, saved, &dy, needed[0])?;
-            let mut result = vec![dx, Some(da), Some(db)];
-            result.extend(needed.get(3).map(|&needed| needed.then_some(dy)));
-            return Ok(result);
+        if grads.len() != self.modules.len() {
+            let expected = format!("{} output gradients", self.modules.len());
+            return Err(Error::operand(
+                Self::NAME,
+                expected,
+                grads.len().to_string(),
+            ));
         }
-        let Saved { x, u, a, b } = saved;
-        let ((rows, _), (r, cols)) = (dy.matrix_dims(), a.matrix_dims());
-        let mut du = device.buffer(rows * r);
-        product_nn(device, &mut du, Accum::Replace, dy.f32s()?, &b)?;
-        du.iter_mut().for_each(|v| *v *= self.scale);
-        let du = Tensor::from_buffer(du, [rows, r])?;
-
-        let mut da = device.buffer(a.len());
-        product_tn(
-            device,
-            &mut da,
-            Accum::Replace,
-            &du,
-            &self.dropped(device, &x)?,
-            1.0,
-        )?;
-        let mut db = device.buffer(b.len());
-        product_tn(device, &mut db, Accum::Replace, &dy, &u, self.scale)?;
-        let dx = match needed[0] {
-            true => Some(self.input_gradient(device, &dy, &du, &a, &x)?),
-            false => None,
+        // A residual stands beside one module alone, and its gradient is that of Y.
+        let of_residual = needed.get(1 + 2 * self.modules.len());
+        let of_residual = of_residual.map(|&needed| grads[0].clone().filter(|_| needed));
+        let (dx, adapters) = match (device, saved) {
+            (Device::Cuda(cuda), Saved::Cuda(saved)) => {
+                self.backward_cuda(cuda, saved, &grads, needed[0])?
+            }
+            (_, Saved::Host { x, adapters }) => {
+                self.backward_host(device, &x, adapters, grads, needed[0])?
+            }
+            (_, Saved::Cuda(_)) => {
+                let expected = "the device of the forward pass";
+                return Err(Error::operand(Self::NAME, expected, device.name()));
+            }
         };
-        let mut result = vec![
-            dx,
-            Some(Tensor::from_buffer(da, [r, cols])?),
-            Some(Tensor::from_buffer(db, b.shape())?),
-        ];
-        if let Some(&needed) = needed.get(3) {
-            result.push(needed.then_some(dy));
-        }
+        let mut result = vec![dx];
+        result.extend(adapters.into_iter().flatten());
+        result.extend(of_residual);
         Ok(result)
     }
 }
 
+/// X, A and B of each module, and the residual.
+type Operands<'t> = (&'t Tensor, Vec<[&'t Tensor; 2]>, Option<&'t Tensor>);
+
+/// The gradients of X and of each module's A and B.
+type Gradients = (Option<Tensor>, Vec<[Option<Tensor>; 2]>);
+
 impl LoraLinear {
+    /// X, A and B of each module, the residual; their shapes agree.
+    fn operands<'t>(&self, inputs: &[&'t Tensor]) -> Result<Operands<'t>> {
+        let pairs = 1 + 2 * self.modules.len();
+        let with_residual = self.modules.len() == 1 && inputs.len() == pairs + 1;
+        if self.modules.is_empty() || !(inputs.len() == pairs || with_residual) {
+            let expected = "X, A and B of each module, and for one alone a residual";
+            return Err(Error::operand(
+                Self::NAME,
+                expected,
+                format!("{} inputs", inputs.len()),
+            ));
+        }
+        let x = inputs[0];
+        let adapters: Vec<_> = inputs[1..pairs].chunks(2).map(|p| [p[0], p[1]]).collect();
+        for (module, [a, b]) in self.modules.iter().zip(&adapters) {
+            let ((out, cols), (r, _)) = (module.weight.matrix_dims(), a.matrix_dims());
+            expect_cols(Self::NAME, x, cols)?;
+            expect_shape(Self::NAME, a, &[r, cols])?;
+            expect_shape(Self::NAME, b, &[out, r])?;
+        }
+        Ok((x, adapters, inputs.get(pairs).copied()))
+    }
+
+    fn backward_host(
+        &self,
+        device: &Device,
+        x: &Tensor,
+        adapters: Vec<[Tensor; 3]>,
+        grads: Vec<Option<Tensor>>,
+        needed: bool,
+    ) -> Result<Gradients> {
+        let mut sum: Option<Tensor> = None;
+        let mut found = Vec::new();
+        let modules = self.modules.iter().zip(adapters).zip(grads);
+        for ((module, adapter), dy) in modules.rev() {
+            let Some(dy) = dy else {
+                found.push([None, None]);
+                continue;
+            };
+            let (dx, da, db) = module.backward(device, x, adapter, &dy, self.scale, needed)?;
+            found.push([Some(da), Some(db)]);
+            match (&mut sum, dx) {
+                (Some(sum), Some(dx)) => device.add_assign(sum, &dx)?,
+                (_, dx) => sum = sum.or(dx),
+            }
+        }
+        found.reverse();
+        Ok((sum, found))
+    }
+}
+
+impl Frozen {
+    fn dropped(&self, device: &Device, x: &Tensor) -> Result<Tensor> {
+        match &self.dropout {
+            Some(dropout) => dropout.apply(device, x),
+            None => Ok(x.clone()),
+        }
+    }
+
+    /// Y and U on the CPU.
+    fn forward(
+        &self,
+        device: &Device,
+        [x, a, b]: [&Tensor; 3],
+        residual: Option<&Tensor>,
+        scale: f32,
+    ) -> Result<(Tensor, Tensor)> {
+        let ((rows, _), (r, _)) = (x.matrix_dims(), a.matrix_dims());
+        let mut y = affine(device, x, &self.weight, self.bias.as_ref(), residual)?;
+        let mut u = device.buffer(rows * r);
+        let dropped = self.dropped(device, x)?;
+        product_nt(device, &mut u, Accum::Replace, dropped.f32s()?, a, 1.0)?;
+        let u = Tensor::from_buffer(u, [rows, r])?;
+        product_nt(device, &mut y, Accum::Add, u.f32s()?, b, scale)?;
+        Ok((output(x, &self.weight, y)?, u))
+    }
+
+    /// The gradients of X (where `needed`), A and B on the CPU.
+    fn backward(
+        &self,
+        device: &Device,
+        x: &Tensor,
+        [u, a, b]: [Tensor; 3],
+        dy: &Tensor,
+        scale: f32,
+        needed: bool,
+    ) -> Result<(Option<Tensor>, Tensor, Tensor)> {
+        let ((rows, _), (r, cols)) = (dy.matrix_dims(), a.matrix_dims());
+        let mut du = device.buffer(rows * r);
+        product_nn(device, &mut du, Accum::Replace, dy.f32s()?, &b)?;
+        du.iter_mut().for_each(|v| *v *= scale);
+        let du = Tensor::from_buffer(du, [rows, r])?;
+
+        let mut da = device.buffer(a.len());
+        let dropped = self.dropped(device, x)?;
+        product_tn(device, &mut da, Accum::Replace, &du, &dropped, 1.0)?;
+        let mut db = device.buffer(b.len());
+        product_tn(device, &mut db, Accum::Replace, dy, &u, scale)?;
+        let dx = match needed {
+            true => Some(self.input_gradient(device, dy, &du, &a, x)?),
+            false => None,
+        };
+        let (da, db) = (
+            Tensor::from_buffer(da, [r, cols])?,
+            Tensor::from_buffer(db, b.shape())?,
+        );
+        Ok((dx, da, db))
+    }
+
     fn input_gradient(
         &self,
         device: &Device,

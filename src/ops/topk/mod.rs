@@ -11,6 +11,7 @@ mod fired;
 mod select;
 
 use std::borrow::Cow;
+use std::sync::{Arc, OnceLock};
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
@@ -46,7 +47,14 @@ pub struct TopK {
     pub among: Option<Tensor>,
     /// The grouping of the result, shared with the decoder of the same selection.
     pub groups: SharedGroups,
+    /// For weights that stay as they are: where a GPU keeps them in the type of the product.
+    pub frozen: Option<Frozen>,
 }
+
+/// W_enc in bf16 and the biases, as the product on a GPU takes them: made at the first use and
+/// shared by clones. Belongs to one set of weights.
+#[derive(Clone, Debug, Default)]
+pub struct Frozen(Arc<OnceLock<(Tensor, Tensor)>>);
 
 impl TopK {
     /// The k largest of all latents.
@@ -55,6 +63,7 @@ impl TopK {
             k,
             among: None,
             groups,
+            frozen: None,
         }
     }
 }

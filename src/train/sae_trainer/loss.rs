@@ -104,6 +104,7 @@ fn reconstruct_dead(
         k: k_aux.min(dead.len()),
         among: Some(dead),
         groups: SharedGroups::default(),
+        frozen: None,
     };
     let d = parameters[3].value().len();
     let no_bias = Var::constant(Tensor::from_vec(vec![0.0; d], [d])?);

@@ -278,13 +278,13 @@ impl SaeTrainer {
             let expected = format!("optimizer {}", self.kind());
             return Err(mismatch(&expected, json["optimizer"].to_string()));
         }
-        let sae = Sae {
-            config: self.sae.config.clone(),
-            w_enc: take(&mut tensors, "encoder.weight")?,
-            b_enc: take(&mut tensors, "encoder.bias")?,
-            w_dec: take(&mut tensors, "W_dec")?,
-            b_dec: take(&mut tensors, "b_dec")?,
-        };
+        let weights = [
+            take(&mut tensors, "encoder.weight")?,
+            take(&mut tensors, "encoder.bias")?,
+            take(&mut tensors, "W_dec")?,
+            take(&mut tensors, "b_dec")?,
+        ];
+        let sae = Sae::new(self.sae.config.clone(), weights);
         sae.check()?;
         let fired = take(&mut tensors, FIRED)?;
         let latents = self.since_fired.latents();

@@ -151,8 +151,17 @@ impl Emulator {
 
     /// Counters of this thread's last launch that ended well.
     pub fn last_counters(&self) -> Option<Counters> {
+        self.counters(b"cuda_emulator_last_counters\0")
+    }
+
+    /// Sums over this thread's launches that ended well since it last called [`Self::reset`].
+    pub fn thread_counters(&self) -> Option<Counters> {
+        self.counters(b"cuda_emulator_thread_counters\0")
+    }
+
+    fn counters(&self, name: &'static [u8]) -> Option<Counters> {
         type Reader = unsafe extern "C" fn(*mut Counters) -> c_int;
-        let read = self.symbol::<Reader>(b"cuda_emulator_last_counters\0")?;
+        let read = self.symbol::<Reader>(name)?;
         let mut counters = Counters::default();
         // SAFETY: the pointer leads to one Counters.
         let found = unsafe { read(&mut counters) };

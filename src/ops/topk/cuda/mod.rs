@@ -2,7 +2,7 @@
 
 mod selection;
 
-use super::{Saved, TopK};
+use super::{Frozen, Saved, TopK};
 use crate::device::CudaDevice;
 use crate::device::cuda::{Arg, Grid, Kernel};
 use crate::error::{Error, Result};
@@ -41,7 +41,11 @@ impl TopK {
             }
             among => among.clone(),
         };
-        let (weights, bias) = prepare(cuda, [w_enc, b_enc, b_dec], among.as_ref())?;
+        let prepared = || prepare(cuda, [w_enc, b_enc, b_dec], among.as_ref());
+        let (weights, bias) = match self.frozen.as_ref().filter(|_| among.is_none()) {
+            Some(frozen) => frozen.get_or(cuda, prepared)?,
+            None => prepared()?,
+        };
         let selection = Selection {
             cuda,
             x,
@@ -79,6 +83,23 @@ impl TopK {
             result[2] = needed[2].then_some(grad_b);
         }
         Ok(result)
+    }
+}
+
+impl Frozen {
+    /// What is kept here for this device, or `prepare`d now.
+    fn get_or(
+        &self,
+        cuda: &CudaDevice,
+        prepare: impl FnOnce() -> Result<(Tensor, Tensor)>,
+    ) -> Result<(Tensor, Tensor)> {
+        if let Some(kept) = self.0.get().filter(|(weights, _)| cuda.holds(weights)) {
+            return Ok(kept.clone());
+        }
+        let prepared = prepare()?;
+        // A second device goes without: nothing is kept for it.
+        self.0.get_or_init(|| prepared.clone());
+        Ok(prepared)
     }
 }
 

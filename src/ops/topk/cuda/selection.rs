@@ -96,12 +96,13 @@ impl Selection<'_> {
         self.x.matrix_dims().0
     }
 
-    /// `None` where the candidates are few, or k large.
+    /// `None` where the candidates are few, k large, or the tile too large for the device.
     fn plan(&self) -> Option<Plan> {
         let (candidates, d) = self.weights.matrix_dims();
         let first = (candidates / FIRST_SHARE).next_multiple_of(TILE[1]);
         let length = (KEYS_PER_K * self.k).max(LENGTH.start);
         let fits = LENGTH.contains(&length) && first + TILE[1] <= candidates;
+        let fits = fits && TILE_SHARED <= self.cuda.most_shared();
         let worth_it = d.is_multiple_of(ALIGNED) && 2 * self.k <= first;
         (fits && worth_it).then_some(Plan { first, length })
     }

@@ -18,6 +18,7 @@ const MAX_LISTED: usize = 100;
 thread_local! {
     static LAST_FINDING: RefCell<String> = const { RefCell::new(String::new()) };
     static LAST_COUNTERS: RefCell<Option<(String, Counters)>> = const { RefCell::new(None) };
+    static THREAD_COUNTERS: RefCell<Option<Counters>> = const { RefCell::new(None) };
 }
 
 /// Sums over all launches of the process.
@@ -30,6 +31,7 @@ impl Reports {
     /// Notes a launch that ended well.
     pub fn counted(&self, kernel: &str, counters: Counters) {
         LAST_COUNTERS.with_borrow_mut(|last| *last = Some((kernel.to_string(), counters)));
+        THREAD_COUNTERS.with_borrow_mut(|sum| sum.get_or_insert_default().add(&counters));
         write_line(&counters.to_json(kernel));
         let mut totals = lock(&self.totals);
         match totals.iter_mut().find(|(name, _)| name == kernel) {
@@ -124,6 +126,23 @@ pub unsafe extern "C" fn cuda_emulator_last_finding(to: *mut c_char, capacity: u
 pub extern "C" fn cuda_emulator_reset() {
     LAST_FINDING.with_borrow_mut(String::clear);
     LAST_COUNTERS.with_borrow_mut(|last| *last = None);
+    THREAD_COUNTERS.with_borrow_mut(|sum| *sum = None);
+}
+
+/// Sums over this thread's launches since its last `cuda_emulator_reset`; 0 if there were none.
+///
+/// # Safety
+/// `to` is valid for writing one [`Counters`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuda_emulator_thread_counters(to: *mut Counters) -> c_int {
+    THREAD_COUNTERS.with_borrow(|sum| match sum {
+        Some(counters) => {
+            // SAFETY: the caller's promise.
+            unsafe { to.write(*counters) };
+            1
+        }
+        None => 0,
+    })
 }
 
 /// Counters of this thread's last launch that ended well; 0 if there was none.

@@ -1,0 +1,232 @@
+//! What the kernels move, multiply and meet in shared memory at the shapes of a 1.5B model, against
+//! the least: counters of the emulator. Stems that are not here have such a test beside their
+//! others.
+//!
+//! The least bytes of a kernel that memory bounds are its operands once. Those of a tiled product
+//! are what its tiles take from the L2 cache: for each tile of the result the rows and columns of
+//! the operands that it multiplies, once, and the result once. Which of these come from memory
+//! depends on the cache, which the emulator does not have; at least, each operand once does.
+
+use cuda_emulator::Counters;
+use resa_engine::device::{CudaDevice, Device};
+use resa_engine::ops::Operator;
+use resa_engine::ops::fvu::Fvu;
+use resa_engine::ops::gemm::Linear;
+use resa_engine::ops::lora::{Frozen, LoraLinear};
+use resa_engine::ops::rmsnorm::RmsNorm;
+use resa_engine::ops::rope::{Rope, RopeTable};
+use resa_engine::ops::swiglu::SwiGlu;
+use resa_engine::tensor::{DType, Tensor};
+
+use crate::harness::{Least, counters_of_all, cuda, random};
+
+/// The model: hidden, query, key/value and inner widths.
+const WIDTH: usize = 1536;
+const KV_WIDTH: usize = 256;
+const INNER: usize = 8960;
+const HEAD: usize = 128;
+
+fn gpu() -> Option<(&'static Device, &'static CudaDevice)> {
+    let device = cuda()?;
+    match device {
+        Device::Cuda(gpu) => Some((device, gpu)),
+        Device::Cpu(_) => None,
+    }
+}
+
+fn on(gpu: &CudaDevice, seed: u64, shape: &[usize]) -> Tensor {
+    let values = random(seed, shape, 1.0);
+    gpu.resident(&values, DType::Bf16).unwrap()
+}
+
+/// Forward and backward, both within `bytes` (forward, backward) and `flop` each.
+fn both<O: Operator>(
+    device: &Device,
+    op: O,
+    name: &str,
+    inputs: &[&Tensor],
+    upstream: Tensor,
+    bytes: [usize; 2],
+    flop: usize,
+) {
+    let least = |pass: usize| Least {
+        name,
+        bytes: bytes[pass],
+        flop,
+    };
+    let needed = vec![true; inputs.len()];
+    let mut saved = None;
+    least(0).holds_for(|| saved = Some(op.forward(device, inputs, &needed).unwrap().1));
+    let Some(saved) = saved else { return };
+    least(1).holds_for(|| {
+        drop(
+            op.backward(device, saved, vec![Some(upstream)], &needed)
+                .unwrap(),
+        )
+    });
+}
+
+#[test]
+fn rmsnorm_reads_and_writes_each_row_once() {
+    let Some((device, gpu)) = gpu() else { return };
+    let t = 256;
+    let op = RmsNorm {
+        weight: on(gpu, 1, &[WIDTH]),
+        eps: 1e-6,
+    };
+    let [x, dy] = [2, 3].map(|seed| on(gpu, seed, &[t, WIDTH]));
+    let bytes = [4 * t * WIDTH, 6 * t * WIDTH];
+    both(device, op, "rmsnorm", &[&x], dy, bytes, 0);
+}
+
+#[test]
+fn rope_reads_and_writes_each_head_once_and_its_table_once_a_token() {
+    let Some((device, gpu)) = gpu() else { return };
+    let t = 256;
+    let table = RopeTable::new(t, HEAD, 10_000.0).unwrap();
+    for (name, width) in [("rope of queries", WIDTH), ("rope of keys", KV_WIDTH)] {
+        let op = Rope {
+            seq_len: t,
+            start: 0,
+            heads: width / HEAD,
+            table: table.clone(),
+        };
+        let [x, dy] = [2, 3].map(|seed| on(gpu, seed, &[t, width]));
+        let bytes = 4 * t * width + 4 * t * HEAD;
+        both(device, op, name, &[&x], dy, [bytes; 2], 0);
+    }
+}
+
+#[test]
+fn swiglu_reads_and_writes_each_value_once() {
+    let Some((device, gpu)) = gpu() else { return };
+    let t = 32;
+    let [gate, up, dy] = [1, 2, 3].map(|seed| on(gpu, seed, &[t, INNER]));
+    let bytes = [6 * t * INNER, 10 * t * INNER];
+    both(device, SwiGlu, "swiglu", &[&gate, &up], dy, bytes, 0);
+}
+
+#[test]
+fn fvu_reads_target_and_reconstruction_once_in_each_direction() {
+    let Some((device, gpu)) = gpu() else { return };
+    let t = 256;
+    let [x, x_hat] = [1, 2].map(|seed| on(gpu, seed, &[t, WIDTH]));
+    let op = Fvu::with_variance(x, 1.0).unwrap();
+    let upstream = Tensor::from_vec(vec![1.0], [1]).unwrap();
+    let bytes = [4 * t * WIDTH, 6 * t * WIDTH];
+    both(device, op, "fvu", &[&x_hat], upstream, bytes, 0);
+}
+
+/// Bytes that tiles of 128 x 128 take for a product [m, n] of depth k, and its result in bf16.
+fn tiled(m: usize, n: usize, k: usize) -> usize {
+    let (rows, cols) = (m.div_ceil(128), n.div_ceil(128));
+    2 * k * (m * cols + n * rows) + 2 * m * n
+}
+
+#[test]
+fn gemm_moves_and_multiplies_what_its_tiles_need() {
+    let Some((device, gpu)) = gpu() else { return };
+    for (name, t, k, n) in [
+        ("gemm q", 256, WIDTH, WIDTH),
+        ("gemm k", 256, WIDTH, KV_WIDTH),
+        ("gemm gate", 128, WIDTH, INNER),
+        ("gemm down", 128, INNER, WIDTH),
+    ] {
+        let op = Linear {
+            weight: on(gpu, 1, &[n, k]),
+            bias: None,
+        };
+        let (x, dy) = (on(gpu, 2, &[t, k]), on(gpu, 3, &[t, n]));
+        let bytes = [tiled(t, n, k), tiled(t, k, n)];
+        both(device, op, name, &[&x], dy, bytes, 2 * t * k * n);
+    }
+}
+
+/// Forward and backward of all modules of a layer, those that read the same input together; the
+/// products alone include the sum of their gradients. 512 rows are what a block of the adapters'
+/// backward pass works through.
+#[test]
+fn lora_costs_under_a_tenth_more_than_the_frozen_products() {
+    let Some((device, gpu)) = gpu() else { return };
+    let (t, r) = (512, 32);
+    let groups: [(&str, usize, &[usize]); 4] = [
+        ("q, k, v", WIDTH, &[WIDTH, KV_WIDTH, KV_WIDTH]),
+        ("o", WIDTH, &[WIDTH]),
+        ("gate, up", WIDTH, &[INNER, INNER]),
+        ("down", INNER, &[WIDTH]),
+    ];
+    // Bytes, FLOP, and FLOP that are needed: of the products alone, and with adapters.
+    let mut sums = [[0.0; 3]; 2];
+    for (name, inner, outs) in groups {
+        let x = on(gpu, 1, &[t, inner]);
+        let weights: Vec<_> = outs.iter().map(|&out| on(gpu, 2, &[out, inner])).collect();
+        let dy: Vec<_> = outs.iter().map(|&out| on(gpu, 3, &[t, out])).collect();
+        let master = |seed, shape: [usize; 2]| {
+            let values = random(seed, &shape, 0.1);
+            gpu.resident(&values, DType::F32).unwrap()
+        };
+        let adapters: Vec<_> = outs
+            .iter()
+            .flat_map(|&out| [master(4, [r, inner]), master(5, [out, r])])
+            .collect();
+        let alone = counters_of_all(|| {
+            let mut sum: Option<Tensor> = None;
+            for (weight, dy) in weights.iter().zip(&dy) {
+                let op = Linear {
+                    weight: weight.clone(),
+                    bias: None,
+                };
+                drop(op.forward(device, &[&x], &[true]).unwrap());
+                let grads = op.backward(device, (), vec![Some(dy.clone())], &[true]);
+                let dx = grads.unwrap().remove(0).unwrap();
+                match &mut sum {
+                    Some(sum) => device.add_assign(sum, &dx).unwrap(),
+                    None => sum = Some(dx),
+                }
+            }
+        });
+        let adapted = counters_of_all(|| {
+            let frozen = |weight: &Tensor| Frozen {
+                weight: weight.clone(),
+                bias: None,
+                dropout: None,
+            };
+            let op = LoraLinear {
+                modules: weights.iter().map(frozen).collect(),
+                scale: 4.0,
+            };
+            let inputs: Vec<&Tensor> = std::iter::once(&x).chain(&adapters).collect();
+            let needed = vec![true; inputs.len()];
+            let (_, saved) = op.forward(device, &inputs, &needed).unwrap();
+            let grads = dy.iter().cloned().map(Some).collect();
+            drop(op.backward(device, saved, grads, &needed).unwrap());
+        });
+        let (Some(alone), Some(adapted)) = (alone, adapted) else {
+            return;
+        };
+        let all: usize = outs.iter().sum();
+        let frozen = 4 * t * inner * all;
+        let low_rank = 6 * t * r * (inner * outs.len() + all);
+        let needed = [frozen, frozen + low_rank];
+        for ((sum, counted), needed) in sums.iter_mut().zip([alone, adapted]).zip(needed) {
+            let sectors = counted.global_load_sectors + counted.global_store_sectors;
+            let found = [32 * sectors, counted.mma_flop, needed as u64];
+            sum.iter_mut()
+                .zip(found)
+                .for_each(|(sum, found)| *sum += found as f64);
+            assert_eq!(counted.shared_bank_conflicts, 0, "{name}");
+        }
+        let sectors = |c: &Counters| (c.global_load_sectors + c.global_store_sectors) as f64;
+        println!(
+            "{name}: {:.3} of the bytes and {:.3} of the FLOP of the products alone",
+            sectors(&adapted) / sectors(&alone),
+            adapted.mma_flop as f64 / alone.mma_flop as f64
+        );
+    }
+    let [alone, adapted] = sums;
+    let ratios: Vec<f64> = adapted.iter().zip(&alone).map(|(a, b)| a / b).collect();
+    let wasted = adapted[1] / adapted[2];
+    println!("a layer: {ratios:.3?}; {wasted:.3} of the FLOP it needs");
+    assert!(ratios.iter().all(|&ratio| ratio < 1.1), "{ratios:?}");
+    assert!(wasted <= 1.03, "{wasted}");
+}
