@@ -234,16 +234,18 @@ fn read(tool: &Path, image: &Path, table: &mut Table) {
         } else if let Some((_, after)) = line.split_once(".extern .shared ") {
             let variable = after.split(' ').next_back().unwrap_or_default();
             dynamic.push(variable.trim_end_matches("[];").to_owned());
-        } else if dynamic
-            .iter()
-            .any(|variable| line.contains(variable.as_str()))
-        {
+        } else if words(line).any(|word| dynamic.iter().any(|variable| variable == word)) {
             assert!(
                 dynamic_shared(&name) > 0 || MULTI_TENSOR.contains(&name.as_str()),
                 "{name} has dynamic shared memory, but DYNAMIC_SHARED does not say how much"
             );
         }
     });
+}
+
+/// The names and numbers in a line of PTX; `st.shared.f32` is one.
+fn words(line: &str) -> impl Iterator<Item = &str> {
+    line.split(|c: char| !(c.is_ascii_alphanumeric() || "_.$%".contains(c)))
 }
 
 /// Their dynamic shared memory is a few bytes for each tensor.
