@@ -15,8 +15,7 @@ use std::sync::Mutex;
 use std::{env, fs, io, thread};
 
 const ARCHITECTURES: &str = "80,86,89,90a,100a,120";
-// With --threads=0 nvcc compiles a file for several architectures at a time: the products take
-// longest by far and would otherwise hold up the rest of the build.
+// --threads=0: code for several architectures is made at a time.
 const NVCC_FLAGS: [&str; 5] = ["-fatbin", "-O3", "-std=c++17", "-lineinfo", "--threads=0"];
 /// The oldest architecture, whose PTX runs on every newer device.
 const OLDEST: &str = "80";
@@ -151,17 +150,18 @@ fn architectures() -> Vec<String> {
     chosen.map(str::to_owned).collect()
 }
 
-/// nvcc's options for a file: PTX, and code for the chosen architectures.
+/// nvcc's options for a file: PTX, and code for the chosen architectures. All code is made from the
+/// one PTX: the compiler's front end, which takes most of the time, runs once.
 fn arguments(source: &Path) -> Vec<String> {
     let stem = source.file_stem().unwrap_or_default().to_string_lossy();
     let only = stem.ends_with(OF_ONE.0).then_some(OF_ONE.1);
     let chosen = architectures().into_iter();
     let chosen = chosen.filter(|a| only.is_none_or(|only| only == a.as_str()));
     let ptx = only.unwrap_or(OLDEST);
-    let ptx = format!("-gencode=arch=compute_{ptx},code=compute_{ptx}");
-    let code = chosen.map(|a| format!("-gencode=arch=compute_{a},code=sm_{a}"));
+    let code: String = chosen.map(|a| format!(",sm_{a}")).collect();
+    let code = format!("-gencode=arch=compute_{ptx},code=[compute_{ptx}{code}]");
     let flags = NVCC_FLAGS.map(str::to_owned).into_iter();
-    flags.chain([ptx]).chain(code).collect()
+    flags.chain([code]).collect()
 }
 
 /// Runs nvcc unless the image was made from the same source, headers and arguments.

@@ -295,7 +295,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) decode_linear_bf16_n8(Lin
 extern "C" __global__ void __launch_bounds__(kThreads) decode_linear_bf16_n16(LinearArgs args) {
   Linear<2>::run(args);
 }
-extern "C" __global__ void __launch_bounds__(kThreads) decode_linear_bf16_n32(LinearArgs args) {
+// Two blocks a multiprocessor: for more of them ptxas would spill where 48 warps fit (sm_86).
+extern "C" __global__ void __launch_bounds__(kThreads, 2) decode_linear_bf16_n32(LinearArgs args) {
   Linear<4>::run(args);
 }
 

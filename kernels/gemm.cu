@@ -124,18 +124,18 @@ extern "C" __global__ void __launch_bounds__(Flat::kThreads)
   gemm<Flat, Layout::kTn, true>(g);
 }
 
-// Operands whose rows lie at any address.
-extern "C" __global__ void __launch_bounds__(Narrow::kThreads)
+// Operands whose rows lie at any address. Two blocks a multiprocessor: for more ptxas would spill.
+extern "C" __global__ void __launch_bounds__(Narrow::kThreads, 2)
     gemm_nt_unaligned(const __grid_constant__ GemmArgs g) {
   gemm<Narrow, Layout::kNt, false>(g);
 }
 
-extern "C" __global__ void __launch_bounds__(Narrow::kThreads)
+extern "C" __global__ void __launch_bounds__(Narrow::kThreads, 2)
     gemm_nn_unaligned(const __grid_constant__ GemmArgs g) {
   gemm<Narrow, Layout::kNn, false>(g);
 }
 
-extern "C" __global__ void __launch_bounds__(Narrow::kThreads)
+extern "C" __global__ void __launch_bounds__(Narrow::kThreads, 2)
     gemm_tn_unaligned(const __grid_constant__ GemmArgs g) {
   gemm<Narrow, Layout::kTn, false>(g);
 }

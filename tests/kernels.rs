@@ -419,7 +419,7 @@ fn every_kernel_file_has_an_operator_of_its_name() {
     for source in sources() {
         let stem = source.file_stem().unwrap().to_string_lossy().into_owned();
         // A long stem has a file for each direction, and may have one for an architecture.
-        let parts = ["_forward", "_backward", "_sm90a"];
+        let parts = ["_sm90a", "_forward", "_backward"];
         let stem = parts.iter().fold(stem.as_str(), |stem, part| {
             stem.strip_suffix(part).unwrap_or(stem)
         });

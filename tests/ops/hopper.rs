@@ -6,7 +6,7 @@ use std::process::Command;
 
 use cuda_emulator::Backend;
 use resa_engine::ops::gemm::Linear;
-use resa_engine::ops::lora::{Dropout, LoraLinear};
+use resa_engine::ops::lora::{Dropout, Frozen, LoraLinear};
 use resa_engine::rng::{Purpose, Stream};
 
 use crate::harness::{cuda, random, round_bf16, run};
@@ -54,11 +54,14 @@ fn bits_of_products() -> Option<u64> {
         p: 0.3,
         stream: Stream::new(9, Purpose::Dropout, 2, 11),
     };
-    let adapted = LoraLinear {
+    let module = Frozen {
         weight,
         bias,
-        scale: 1.5,
         dropout: Some(dropout),
+    };
+    let adapted = LoraLinear {
+        modules: vec![module],
+        scale: 1.5,
     };
     let inputs = [x, random(5, &[r, k], 1.0), random(6, &[n, r], 1.0)];
     let adapted = run(device, adapted, &inputs, &[dy]);

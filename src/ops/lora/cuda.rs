@@ -206,7 +206,7 @@ impl LoraLinear {
         let du = cuda.alloc(DType::Bf16, rows * all)?;
         let mut found = Vec::new();
         for (adapter, dy) in adapters.iter().zip(dy.iter().flatten()) {
-            let db = self.from_output(cuda, dy, adapter, &du, (adapter.a.range.start, all))?;
+            let db = self.output_gradients(cuda, dy, adapter, &du, (adapter.a.range.start, all))?;
             found.push([None, Some(db)]);
         }
         let du = Tensor::from_cuda(du, [rows, all])?;
@@ -246,7 +246,7 @@ impl LoraLinear {
             };
             let (rows, r) = (x.matrix_dims().0, adapter.a.range.len());
             let du = cuda.alloc(DType::Bf16, rows * r)?;
-            let db = self.from_output(cuda, dy, adapter, &du, (0, r))?;
+            let db = self.output_gradients(cuda, dy, adapter, &du, (0, r))?;
             let du = columns(&Tensor::from_cuda(du, [rows, r])?, 0..r);
             let mask = match (&module.dropout, needed) {
                 (Some(_), true) => Some(Dropout::mask(cuda, x)?),
@@ -273,7 +273,7 @@ impl LoraLinear {
 
     /// dU = s dY B into columns of `du`, from `first` on, whose rows have `stride` values; and
     /// dB = dYᵀ U, where U holds s already.
-    fn from_output(
+    fn output_gradients(
         &self,
         cuda: &CudaDevice,
         dy: &Tensor,
