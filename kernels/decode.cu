@@ -121,11 +121,13 @@ struct Linear {
       }
       __syncthreads();
       for (unsigned i = threadIdx.x; i < kMmaM * kMmaN * N; i += kThreads) {
-        const unsigned row = own + i % kMmaM, x_row = first + i / kMmaM;
+        // The halves of a warp take rows of x four apart, whose sums lie in other banks.
+        const unsigned n = i / kMmaM, column = n / kMmaN * kMmaN + n % 2 * 4 + n % kMmaN / 2;
+        const unsigned row = own + i % kMmaM, x_row = first + column;
         if (row >= map.out || x_row >= a.batch) continue;
         float sum = 0.0f;
 #pragma unroll
-        for (int w = 0; w < kWarps; ++w) sum += partial[w][i / kMmaM][i % kMmaM];
+        for (int w = 0; w < kWarps; ++w) sum += partial[w][column][i % kMmaM];
         sum *= a.alpha;
         if (map.bias) sum += __bfloat162float(map.bias[row]);
         const size_t at = size_t(x_row) * map.out + row;
@@ -255,11 +257,13 @@ struct Attend {
     for (int i = 0; i < kQueries; ++i) {
       if (i >= queries) break;
       if (column == 0) shared.largest[team][i] = largest[i], shared.sum[team][i] = sum[i];
-#pragma unroll
-      for (int j = 0; j < kWide; j += 4) {
-        *reinterpret_cast<float4*>(&shared.out[team][i][column + j]) =
-            make_float4(out[i][j], out[i][j + 1], out[i][j + 2], out[i][j + 3]);
-      }
+      // Four lanes begin with their second halves, so that eight lanes fill all banks.
+      const bool second = threadIdx.x / 4 % 2 == 1;
+      const float4 low = make_float4(out[i][0], out[i][1], out[i][2], out[i][3]);
+      const float4 high = make_float4(out[i][4], out[i][5], out[i][6], out[i][7]);
+      float* to = &shared.out[team][i][column];
+      *reinterpret_cast<float4*>(to + (second ? 4 : 0)) = second ? high : low;
+      *reinterpret_cast<float4*>(to + (second ? 0 : 4)) = second ? low : high;
     }
     __syncthreads();
     for (unsigned at = threadIdx.x; at < queries * D; at += kAttendThreads) {

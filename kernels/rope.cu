@@ -32,7 +32,8 @@ __device__ __forceinline__ void rotate(__nv_bfloat16* y, const __nv_bfloat16* x,
     float a[kHeads][N], b[kHeads][N];
 #pragma unroll
     for (unsigned h = 0; h < kHeads; ++h) {
-      const size_t at = row + size_t(min(first + h, heads - 1)) * 2 * half;
+      if (first + h >= heads) break;
+      const size_t at = row + size_t(first + h) * 2 * half;
       load(a[h], x + at);
       load(b[h], x + at + half);
     }
