@@ -35,7 +35,8 @@ fn every_operator_passes_its_self_test_on_the_cpu_in_both_precisions() {
     let stems = stems.filter_map(|entry| {
         let name = entry.unwrap().file_name().into_string().unwrap();
         let stem = name.strip_suffix(".rs")?.to_owned();
-        (!["main", "harness", "cuda_device"].contains(&stem.as_str())).then_some(stem)
+        (!["main", "harness", "cuda_device", "hopper", "traffic"].contains(&stem.as_str()))
+            .then_some(stem)
     });
     let stems: BTreeSet<String> = stems.collect();
     for precision in ["f32", "bf16"] {
