@@ -5,9 +5,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The library's modules: each may use those before it.
-const ORDER: [&str; 15] = [
+const ORDER: [&str; 16] = [
     "error", "rng", "tensor", "device", "ops", "tape", "optim", "model", "data", "formats", "eval",
-    "analysis", "train", "bench", "report",
+    "analysis", "train", "bench", "doctor", "report",
 ];
 
 /// Files of `src/ops` and `src/optim` that are no operator: shared parts, tested through the

@@ -149,11 +149,7 @@ mod tests {
 
     fn device() -> Option<CudaDevice> {
         cuda_emulator::install().unwrap();
-        if CudaDevice::is_available() {
-            return Some(CudaDevice::new(0, 1).unwrap());
-        }
-        println!("skipped: built without nvcc");
-        None
+        CudaDevice::is_available().then(|| CudaDevice::new(0, 1).unwrap())
     }
 
     fn upload(cuda: &CudaDevice, seed: usize) -> Tensor {
