@@ -9,11 +9,16 @@ if [[ $# -gt 0 ]]; then
     exec cargo test --release --workspace "$@"
 fi
 
-tests/setup_python.sh
+# Its downloads take minutes in which the compiler can have the cores.
+tests/setup_python.sh &
+python=$!
+trap 'kill $python 2>/dev/null || true' EXIT
 NVCC=$(tests/emulator/setup_nvcc.sh)
 export NVCC
 # The whole workspace in both calls: with other features the dependencies would be built twice.
 cargo build --release --workspace
+cargo test --release --workspace --no-run
+wait $python
 cargo test --release --workspace
 # Once more with the emulator's warps in random order: results must not depend on it.
 CUDA_EMU_SCHEDULE=1 cargo test --release --workspace --test ops

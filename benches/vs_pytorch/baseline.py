@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The two stages of SAE-Tuning in plain PyTorch on a CPU, step by step, timed.
+"""The two stages of SAE-Tuning in plain PyTorch on a CPU or a GPU, step by step, timed.
 
 Stage I   a TopK SAE is trained on the residual output of model.layers[L].
 Stage II  the SAE is frozen and put in place of that layer's output; LoRA
@@ -199,7 +199,8 @@ def cpu_jiffies():
 class Clock:
     """Wall seconds of every step and of its parts; notes what else the CPUs did."""
 
-    def __init__(self):
+    def __init__(self, device):
+        self.device = device
         self.steps, self.parts = [], []
         self.cpu0, self.own0, self.wall0 = cpu_jiffies(), time.process_time(), time.perf_counter()
 
@@ -211,6 +212,8 @@ class Clock:
     def part(self, name):
         t = time.perf_counter()
         yield
+        if self.device == "cuda":
+            torch.cuda.synchronize()
         self.cur[name] = self.cur.get(name, 0.0) + time.perf_counter() - t
 
     def stop(self):
@@ -242,6 +245,11 @@ class Clock:
             "cpu": noise,
             "median_parts": {k: statistics.median(q[k] for q in p) for k in p[0]},
         }
+
+
+def peak_memory(device):
+    gpu = {"peak_gpu_mib": torch.cuda.max_memory_reserved() / 2**20} if device == "cuda" else {}
+    return {"peak_rss_mib": peak_rss_mib(), **gpu}
 
 
 def peak_rss_mib():
@@ -276,10 +284,10 @@ def layer_output(model, layer, ids, truncated):
     return got[0].flatten(0, 1)
 
 
-def load_model(path, dtype):
+def load_model(path, dtype, device):
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa").to(device)
     model.requires_grad_(False)
     return model.eval()
 
@@ -289,7 +297,7 @@ def load_model(path, dtype):
 def stage1(a, model, rows, dtype):
     d = model.config.hidden_size
     torch.manual_seed(a.seed)
-    sae = TopKSae(d, a.num_latents, a.k)
+    sae = TopKSae(d, a.num_latents, a.k).to(a.device)
     if a.init_sae:
         start = sae_state(load_sae(a.init_sae))
         for name, t in sae_state(sae).items():
@@ -299,21 +307,22 @@ def stage1(a, model, rows, dtype):
     lr = a.lr1 or default_sae_lr(a.num_latents)
     opt = signum_schedule_free(sae.parameters(), lr)
     low = dtype == torch.bfloat16
-    last_fired = torch.zeros(a.num_latents, dtype=torch.long)
-    clock, losses, x = Clock(), [], None
+    last_fired = torch.zeros(a.num_latents, dtype=torch.long, device=a.device)
+    clock, losses, x = Clock(a.device), [], None
     for step in range(a.steps1):
         i = step * a.batch
         ids = rows[i : i + a.batch]
         assert len(ids) == a.batch, "data too short for the steps"
         clock.start()
+        ids = ids.to(a.device)
         with clock.part("lm_forward"):
             x = layer_output(model, a.layer, ids, a.stage1_forward == "truncated")
         with clock.part("sae_forward"):
             if step == 0:
                 sae.b_dec.data = x.mean(0).to(torch.float32)
             sae.unit_norm_decoder()
-            # on a GPU the reference wraps this in bf16 autocast
-            with torch.autocast("cpu", dtype=torch.bfloat16) if low else nullcontext():
+            # the reference wraps this in bf16 autocast
+            with torch.autocast(a.device, dtype=torch.bfloat16) if low else nullcontext():
                 _, idx, fvu = sae(x)
             losses.append(float(fvu.detach()))
         with clock.part("sae_backward"):
@@ -330,7 +339,7 @@ def stage1(a, model, rows, dtype):
         "fvu": losses, "lr": lr,
         "lm_forward": a.stage1_forward, "num_latents": a.num_latents, "k": a.k,
         "latents_fired_in_last_step": int((last_fired == 0).sum()),
-        **clock.summary(a.warmup, a.batch * a.seq_len), "peak_rss_mib": peak_rss_mib(),
+        **clock.summary(a.warmup, a.batch * a.seq_len), **peak_memory(a.device),
     }
     opt.eval()  # the averaged weights are what is kept
     return sae, res
@@ -356,7 +365,7 @@ def stage2(a, model, sae, rows, dtype):
     with torch.no_grad():
         for name, t in sae_state(frozen).items():
             t.copy_(sae_state(sae)[name])
-    frozen = frozen.to(dtype).eval().requires_grad_(False)
+    frozen = frozen.to(a.device, dtype).eval().requires_grad_(False)
 
     state = {"on": False, "keep": None}
 
@@ -371,12 +380,13 @@ def stage2(a, model, sae, rows, dtype):
 
     handle = model.model.layers[a.layer].register_forward_hook(hook)
     peft_model.train()
-    clock, losses, norms, recon = Clock(), [], [], []
+    clock, losses, norms, recon = Clock(a.device), [], [], []
     for step in range(a.steps2):
         i = step * a.batch2
         ids = rows[i : i + a.batch2]
         assert len(ids) == a.batch2, "data too short for the steps"
         clock.start()
+        ids = ids.to(a.device)
         opt.zero_grad()
         with clock.part("teacher_forward"), torch.no_grad(), peft_model.disable_adapter():
             state["on"] = False
@@ -409,7 +419,7 @@ def stage2(a, model, sae, rows, dtype):
         "lora": {"r": a.lora_r, "alpha": a.lora_alpha, "dropout": a.lora_dropout,
                  "tensors": len(with_grad), "parameters": sum(p.numel() for p in params)},
         "num_latents": sae.num_latents, "k": sae.k,
-        **clock.summary(a.warmup, tokens), "peak_rss_mib": peak_rss_mib(),
+        **clock.summary(a.warmup, tokens), **peak_memory(a.device),
     }
     if a.save_lora:
         peft_model.save_pretrained(a.save_lora)
@@ -433,6 +443,7 @@ def main():
     ap.add_argument("--steps2", type=int, default=6)
     ap.add_argument("--warmup", type=int, default=1, help="steps left out of the means")
     ap.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    ap.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     ap.add_argument("--stage1-forward", choices=["full", "truncated"], default="full",
                     help="full: the whole LM with its logits, as the reference does; truncated: stop after --layer")
     ap.add_argument("--lr1", type=float, help="default 5e-3/sqrt(num_latents/2^14)")
@@ -465,7 +476,7 @@ def main():
     # AutoTokenizer would replace the pre-tokenizer of tokenizer.json for qwen2
     tok = PreTrainedTokenizerFast.from_pretrained(a.model)
     texts = load_texts(a.data, a.template)
-    model = load_model(a.model, dtype)
+    model = load_model(a.model, dtype, a.device)
     result = {
         "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
@@ -487,7 +498,7 @@ def main():
                 sae = load_sae(a.sae)
             else:
                 torch.manual_seed(a.seed)
-                sae = TopKSae(model.config.hidden_size, a.num_latents, a.k)
+                sae = TopKSae(model.config.hidden_size, a.num_latents, a.k).to(a.device)
         rows = pack(texts, tok, a.seq_len2)
         result["rows_stage2"] = len(rows)
         result["stage2"] = stage2(a, model, sae, rows, dtype)
@@ -498,7 +509,7 @@ def main():
         if s in result:
             r = result[s]
             print(f"{s}: median {r['median_seconds']:.3f} mean {r['mean_seconds']:.3f} s/step, "
-                  f"{r['tokens_per_second']:.0f} tokens/s, peak RSS {r['peak_rss_mib']:.0f} MiB, parts "
+                  f"{r['tokens_per_second']:.0f} tokens/s, peak RSS {r['peak_rss_mib']:.0f} MiB, peak GPU {r.get('peak_gpu_mib', 0):.0f} MiB, parts "
                   + ", ".join(f"{k} {v:.3f}" for k, v in r["median_parts"].items())
                   + "; cpu " + ", ".join(f"{k} {v:.2f}" for k, v in r["cpu"].items()))
 

@@ -33,6 +33,7 @@ cp "$(made resa-engine bin)" "$bundle/bin/resa-engine"
 cp "$(made random_model example)" "$bundle/bin/random_model"
 emulator=$(grep -o '"[^"]*libcuda_emulator\.so"' "$work/messages" | tail -n 1 | tr -d '"')
 cp "$emulator" "$bundle/bin/"
+strip --strip-debug "$bundle"/bin/*
 cp -r tests/fixtures "$bundle/tests/"
 cp tests/gpu/run.sh "$bundle/"
 {
