@@ -1,12 +1,13 @@
 // The matrix products of gemm.cu for Hopper, with the same arguments, layouts and epilogues, where
-// the rows of all operands begin at multiples of 16 bytes; splits is 1.
+// the rows of all operands begin at multiples of 16 bytes.
 //
 // Method: a warpgroup's thread fills a ring of stages in shared memory by TMA, two warpgroups
 // multiply 64 rows each with wgmma, as in CUTLASS's warp-specialised persistent kernels. The two
 // thread blocks of a cluster compute tiles one below the other: each loads its own rows of L and
-// half of their columns of R, which it multicasts to both. A block goes from tile to tile, so that
+// every other block of their columns of R, which it multicasts to both. A block goes from tile to tile, so that
 // the ring fills for the next while a result is written. K is summed in one order for all tiles
-// and grids, so that the result has the same bits in every run.
+// and grids, so that the result has the same bits in every run. With splits > 1 the K axis is cut
+// into slices whose fp32 results lie one behind the other in out, for gemm_sum.
 // In the kernel `masked` the low-rank product passes through dropout's mask; elsewhere mask is null.
 // Least work: 2 m n (k + low_k) FLOP; least traffic: each operand once, out once.
 
@@ -53,46 +54,56 @@ struct Hopper {
     return (g.low_k + kStageK - 1) / kStageK;
   }
 
-  __device__ __forceinline__ unsigned stages() const {
-    return low_stages() + (g.k + kStageK - 1) / kStageK;
+  // A tile's first row and column, and its slice of K: where it begins and how long it is.
+  struct Place {
+    unsigned row, col, slice, k, k_len;
+  };
+
+  // Stages of a slice, those of the low-rank product among them.
+  __device__ __forceinline__ unsigned stages(const Place& at) const {
+    return low_stages() + (at.k_len + kStageK - 1) / kStageK;
   }
 
-  // Calls f(row, col) for this block's part of each of its cluster's tiles.
+  // Calls f with this block's part of each of its cluster's tiles.
   template <class F>
   __device__ __forceinline__ void each_tile(F f) const {
     const unsigned pairs = (g.m + kPair * T::kM - 1) / (kPair * T::kM);
     const unsigned cols = (g.n + T::kN - 1) / T::kN;
-    for (unsigned tile = blockIdx.x / kPair; tile < pairs * cols; tile += gridDim.x / kPair) {
-      const TilePlace at = place_tile(tile, pairs, cols, kBand / kPair);
-      f((at.row * kPair + cluster_rank()) * T::kM, at.col * T::kN);
+    const unsigned all_stages = (g.k + kStageK - 1) / kStageK;
+    const unsigned slice_k = (all_stages + g.splits - 1) / g.splits * kStageK;
+    const unsigned step = gridDim.x / kPair;
+    for (unsigned tile = blockIdx.x / kPair; tile < pairs * cols * g.splits; tile += step) {
+      const unsigned slice = tile / (pairs * cols), k = slice * slice_k;
+      const TilePlace at = place_tile(tile % (pairs * cols), pairs, cols, kBand / kPair);
+      f(Place{(at.row * kPair + cluster_rank()) * T::kM, at.col * T::kN, slice, k,
+              min(slice_k, g.k - k)});
     }
   }
 
   // One thread's work: fills stage after stage.
   __device__ __forceinline__ void produce(const Maps& low, const Maps& whole) const {
     Turn<T::kStages> turn;
-    each_tile([&](unsigned row, unsigned col) {
-      for (unsigned i = 0; i < stages(); ++i, turn.next()) {
+    each_tile([&](const Place& at) {
+      for (unsigned i = 0; i < stages(at); ++i, turn.next()) {
         const uint32_t stage = ring + turn.stage * kStageBytes;
         const uint32_t ready = full + turn.stage * 8;
         const bool is_low = i < low_stages();
-        const unsigned k = (is_low ? i : i - low_stages()) * kStageK;
+        const unsigned k = is_low ? i * kStageK : at.k + (i - low_stages()) * kStageK;
         const TensorMap& lhs = is_low ? low.lhs : whole.lhs;
         const TensorMap& rhs = is_low ? low.rhs : whole.rhs;
         barrier_wait(empty + turn.stage * 8, turn.parity ^ 1);
         barrier_expect(ready, kStageBytes);
 #pragma unroll
         for (unsigned b = 0; b < T::kM / kBlock; ++b) {
-          const unsigned at = row + b * kBlock;
-          copy_block(stage + b * kBlockBytes, lhs, ready, kLhsAlongK ? at : k,
-                     kLhsAlongK ? k : at);
+          const unsigned row = at.row + b * kBlock;
+          copy_block(stage + b * kBlockBytes, lhs, ready, kLhsAlongK ? row : k,
+                     kLhsAlongK ? k : row);
         }
-#pragma unroll
-        for (unsigned i = 0; i < T::kN / kBlock / kPair; ++i) {
-          const unsigned b = cluster_rank() * (T::kN / kBlock / kPair) + i;
-          const unsigned at = col + b * kBlock;
+        // Which block is whose changes with the stage, since there may be an odd number.
+        for (unsigned b = (cluster_rank() + i) % kPair; b < T::kN / kBlock; b += kPair) {
+          const unsigned col = at.col + b * kBlock;
           copy_block_to((1 << kPair) - 1, stage + kLhsBytes + b * kBlockBytes, rhs, ready,
-                        kRhsAlongK ? at : k, kRhsAlongK ? k : at);
+                        kRhsAlongK ? col : k, kRhsAlongK ? k : col);
         }
       }
     });
@@ -160,12 +171,11 @@ struct Hopper {
 
   // A warpgroup's work: multiplies and writes tile after tile.
   __device__ __forceinline__ void work(float* slabs) const {
-    const Output out{g.out, g.bias, g.residual, g.m, g.n, g.alpha, g.flags};
     Turn<T::kStages> turn;
-    each_tile([&](unsigned row, unsigned col) {
-      if (row + group * kBlock >= g.m) {
+    each_tile([&](const Place& at) {
+      if (at.row + group * kBlock >= g.m) {
         // Rows below the result: the other warpgroups still wait for these stages.
-        for (unsigned i = 0; i < stages(); ++i, turn.next()) {
+        for (unsigned i = 0; i < stages(at); ++i, turn.next()) {
           barrier_wait(full + turn.stage * 8, turn.parity);
           release(turn.stage);
         }
@@ -173,9 +183,11 @@ struct Hopper {
       }
       float acc[1][T::kFragmentsN][4] = {};
       consume(acc[0], turn, g.low_k);
-      if constexpr (kMasked) drop<T, true>(acc, g, row, col);
-      consume(acc[0], turn, g.k);
-      write_tile<T, kSlab>(acc, out, row, col, slabs);
+      if constexpr (kMasked) drop<T, true>(acc, g, at.row, at.col);
+      consume(acc[0], turn, at.k_len);
+      Output out{g.out, g.bias, g.residual, g.m, g.n, g.alpha, g.flags};
+      if (at.slice > 0) out.data = static_cast<float*>(g.out) + size_t(at.slice) * g.m * g.n;
+      write_tile<T, kSlab>(acc, out, at.row, at.col, slabs);
     });
   }
 };
@@ -211,7 +223,7 @@ __device__ __forceinline__ void gemm(const GemmArgs& g, const Maps& low, const M
 }
 
 using Square = Tile<128, 128, 16, 128, 6>;
-using Wide = Tile<128, 256, 16, 256, 4>;
+using Wide = Tile<128, 192, 16, 192, 5>;
 constexpr unsigned kThreads = (kWorkers + 1) * kWarpgroup;
 
 }  // namespace
@@ -244,7 +256,7 @@ extern "C" __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThre
 }
 
 extern "C" __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1)
-    gemm_nt_wgmma_128x256(const __grid_constant__ GemmArgs g,
+    gemm_nt_wgmma_128x192(const __grid_constant__ GemmArgs g,
                           const __grid_constant__ TensorMap lhs,
                           const __grid_constant__ TensorMap rhs,
                           const __grid_constant__ TensorMap low_lhs,
@@ -253,7 +265,7 @@ extern "C" __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThre
 }
 
 extern "C" __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1)
-    gemm_nn_wgmma_128x256(const __grid_constant__ GemmArgs g,
+    gemm_nn_wgmma_128x192(const __grid_constant__ GemmArgs g,
                           const __grid_constant__ TensorMap lhs,
                           const __grid_constant__ TensorMap rhs,
                           const __grid_constant__ TensorMap low_lhs,
@@ -262,7 +274,7 @@ extern "C" __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThre
 }
 
 extern "C" __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1)
-    gemm_tn_wgmma_128x256(const __grid_constant__ GemmArgs g,
+    gemm_tn_wgmma_128x192(const __grid_constant__ GemmArgs g,
                           const __grid_constant__ TensorMap lhs,
                           const __grid_constant__ TensorMap rhs,
                           const __grid_constant__ TensorMap low_lhs,
@@ -271,10 +283,10 @@ extern "C" __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThre
 }
 
 extern "C" __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1)
-    gemm_nn_masked_wgmma_128x128(const __grid_constant__ GemmArgs g,
+    gemm_nn_masked_wgmma_128x192(const __grid_constant__ GemmArgs g,
                                  const __grid_constant__ TensorMap lhs,
                                  const __grid_constant__ TensorMap rhs,
                                  const __grid_constant__ TensorMap low_lhs,
                                  const __grid_constant__ TensorMap low_rhs) {
-  gemm<Square, Layout::kNn, true>(g, {low_lhs, low_rhs}, {lhs, rhs});
+  gemm<Wide, Layout::kNn, true>(g, {low_lhs, low_rhs}, {lhs, rhs});
 }

@@ -18,6 +18,10 @@ enum OutputFlags : unsigned {
   kVector = 8,
 };
 
+// What a tile's results need: rounding or nothing beside the factor, as most do, or whatever the
+// flags say. Told apart once a tile, since the tests cost more than the work.
+enum class Writes { kBf16, kF32, kAny };
+
 struct Output {
   void* data;                     // [m, n] bf16, or fp32 with kOutF32
   const void* bias;               // [n] bf16, fp32 with kBiasF32, or null
@@ -45,10 +49,21 @@ struct Output {
     }
   }
 
+  __device__ __forceinline__ Writes writes() const {
+    if (bias || residual || (flags & (kVector | kAdd)) != kVector) return Writes::kAny;
+    return flags & kOutF32 ? Writes::kF32 : Writes::kBf16;
+  }
+
   // The same for four values of a row.
+  template <Writes kWrites = Writes::kAny>
   __device__ __forceinline__ void put4(unsigned row, unsigned col, float4 v) const {
     const size_t at = size_t(row) * n + col;
     v = make_float4(v.x * alpha, v.y * alpha, v.z * alpha, v.w * alpha);
+    if constexpr (kWrites == Writes::kBf16) return store4(at, v);
+    if constexpr (kWrites == Writes::kF32) {
+      *reinterpret_cast<float4*>(static_cast<float*>(data) + at) = v;
+      return;
+    }
     if (bias && flags & kBiasF32) {
       add(v, *reinterpret_cast<const float4*>(static_cast<const float*>(bias) + col));
     } else if (bias) {
@@ -60,14 +75,18 @@ struct Output {
       if (flags & kAdd) add(v, *out);
       *out = v;
     } else {
-      const __nv_bfloat162 pairs[2] = {__floats2bfloat162_rn(v.x, v.y),
-                                       __floats2bfloat162_rn(v.z, v.w)};
-      *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(data) + at) =
-          *reinterpret_cast<const uint2*>(pairs);
+      store4(at, v);
     }
   }
 
  private:
+  __device__ __forceinline__ void store4(size_t at, float4 v) const {
+    const __nv_bfloat162 pairs[2] = {__floats2bfloat162_rn(v.x, v.y),
+                                     __floats2bfloat162_rn(v.z, v.w)};
+    *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(data) + at) =
+        *reinterpret_cast<const uint2*>(pairs);
+  }
+
   static __device__ __forceinline__ void add(float4& v, float4 w) {
     v = make_float4(v.x + w.x, v.y + w.y, v.z + w.z, v.w + w.w);
   }
@@ -85,11 +104,9 @@ __device__ __forceinline__ void store_pair(uint32_t to, float a, float b) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(a), "f"(b) : "memory");
 }
 
-// Writes a warp's accumulators, which belong to the tile at (row, col). They pass through the
-// warp's own part of shared memory, 16 rows of kSlab columns at a time, so that whole sectors of a
-// row are written together. `shared` holds 16 x (kSlab + 8) floats a warp.
-template <class T, int kSlab = T::kWarpN>
-__device__ __forceinline__ void write_tile(
+// Writes a warp's accumulators as write_tile, below, says.
+template <class T, int kSlab, Writes kWrites>
+__device__ __forceinline__ void write_tile_as(
     const float (&acc)[T::kFragmentsM][T::kFragmentsN][4], const Output& out, unsigned row,
     unsigned col, float* shared) {
   // Eight floats of padding put the four rows of a store's phase into distinct banks.
@@ -118,8 +135,8 @@ __device__ __forceinline__ void write_tile(
       const float4 v = *reinterpret_cast<const float4*>(slab + r * kStride + lane % kLanes * 4);
       const unsigned at_row = row + i / kSlabs * kMmaM + r;
       if (at_row >= out.m) continue;
-      if (out.flags & kVector) {
-        if (at_col < out.n) out.put4(at_row, at_col, v);
+      if (kWrites != Writes::kAny || out.flags & kVector) {
+        if (at_col < out.n) out.put4<kWrites>(at_row, at_col, v);
       } else {
         const float values[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
@@ -128,5 +145,22 @@ __device__ __forceinline__ void write_tile(
         }
       }
     }
+  }
+}
+
+// Writes a warp's accumulators, which belong to the tile at (row, col). They pass through the
+// warp's own part of shared memory, 16 rows of kSlab columns at a time, so that whole sectors of a
+// row are written together. `shared` holds 16 x (kSlab + 8) floats a warp.
+template <class T, int kSlab = T::kWarpN>
+__device__ __forceinline__ void write_tile(
+    const float (&acc)[T::kFragmentsM][T::kFragmentsN][4], const Output& out, unsigned row,
+    unsigned col, float* shared) {
+  switch (out.writes()) {
+    case Writes::kBf16:
+      return write_tile_as<T, kSlab, Writes::kBf16>(acc, out, row, col, shared);
+    case Writes::kF32:
+      return write_tile_as<T, kSlab, Writes::kF32>(acc, out, row, col, shared);
+    case Writes::kAny:
+      return write_tile_as<T, kSlab, Writes::kAny>(acc, out, row, col, shared);
   }
 }

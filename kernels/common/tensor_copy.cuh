@@ -41,13 +41,14 @@ __device__ __forceinline__ void barrier_expect(uint32_t barrier, unsigned bytes)
                : "memory");
 }
 
-// Arrives at the barrier that block `rank` of the cluster has at the same address.
+// Arrives at the barrier that block `rank` of the cluster has at the same address. Orders what this
+// thread has read alone: a release for the cluster would wait for all its writes, at every stage.
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier, unsigned rank) {
   asm volatile(
       "{\n\t"
       ".reg .b32 there;\n\t"
       "mapa.shared::cluster.u32 there, %0, %1;\n\t"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n\t"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t"
       "}" ::"r"(barrier),
       "r"(rank)
       : "memory");

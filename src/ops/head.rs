@@ -18,11 +18,11 @@ pub(super) fn chunk_tokens(tokens: usize, vocab: usize, copies: usize) -> usize 
     tokens.div_ceil(tokens.div_ceil(fitting).max(1)).max(1)
 }
 
-/// The same for a GPU: at most 768 rows of logits, in whole tiles of 128 where there are several
+/// The same for a GPU: at most 1024 rows of logits, in whole tiles of 128 where there are several
 /// chunks. With so many rows reading the head's weights costs little beside the products.
 pub(super) fn cuda_chunk_tokens(tokens: usize, copies: usize) -> usize {
     const TILE: usize = 128;
-    let most = 6 * TILE / copies;
+    let most = 8 * TILE / copies;
     let even = tokens.div_ceil(tokens.div_ceil(most).max(1));
     even.next_multiple_of(TILE / copies).min(tokens).max(1)
 }

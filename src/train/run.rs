@@ -297,7 +297,14 @@ impl<'a> Run<'a> {
                 sae = Some((sparsify::load_at(root, layer, &self.target.config)?, layer));
             }
             let sae = sae.as_ref().map(|(sae, layer)| (sae, *layer));
-            let tuned = self.stage_two(session, sae, activations)?;
+            let tuned = {
+                // In the device's memory for as long as steps use it.
+                let mut here = sae.map(|(sae, layer)| (sae.clone(), layer));
+                here.as_mut()
+                    .map_or(Ok(()), |(sae, _)| sae.move_to(self.device))?;
+                let here = here.as_ref().map(|(sae, layer)| (sae, *layer));
+                self.stage_two(session, here, activations)?
+            };
             summary.loss = tuned.loss;
             if config.is_example()
                 && let Some(sae) = sae

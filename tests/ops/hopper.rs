@@ -79,8 +79,12 @@ fn products_have_the_same_bits_under_every_schedule_and_run_on_wgmma() {
         };
         println!("bits {bits:x}");
         let totals = cuda_emulator::emulator().unwrap().totals();
-        for kernel in ["nt", "nn", "nn_masked"] {
-            let kernel = format!("gemm_{kernel}_wgmma_128x128");
+        for kernel in [
+            "nt_wgmma_128x128",
+            "nn_wgmma_128x128",
+            "nn_masked_wgmma_128x192",
+        ] {
+            let kernel = format!("gemm_{kernel}");
             assert!(totals.contains(&kernel), "{kernel} was not launched");
         }
         return;

@@ -79,10 +79,15 @@ pub(super) fn squared_errors(
 ) -> Result<Vec<f64>> {
     expect_shape(NAME, y, x.shape())?;
     let (x, y) = (operand(cuda, x)?, operand(cuda, y)?);
-    let sums = distances(cuda, &x, (&y, y.matrix_dims().1), None, tokens)?;
+    // No block's rows lie in two parts.
+    let divides = |rows: &usize| tokens.is_multiple_of(*rows);
+    let per_block = (1..=ROWS).rev().find(divides).unwrap_or(1);
+    let sums = distances(cuda, &x, (&y, y.matrix_dims().1), None, per_block)?;
     let bytes = sums.read(0, sums.len())?;
     let (words, _) = bytes.as_chunks::<8>();
-    Ok(words.iter().map(|&word| f64::from_ne_bytes(word)).collect())
+    let sums: Vec<f64> = words.iter().map(|&word| f64::from_ne_bytes(word)).collect();
+    let parts = sums.chunks((tokens / per_block).max(1));
+    Ok(parts.map(|part| part.iter().sum()).collect())
 }
 
 /// f64 sums over `per_block` rows each. `y` has a row for each of x where its stride is d, and

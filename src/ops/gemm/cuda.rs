@@ -233,58 +233,33 @@ impl<'a> Product<'a> {
         let mut operands = vec![self.lhs, self.rhs];
         operands.extend(low_rank.iter().flat_map(|low| [low.lhs, low.rhs]));
         let aligned = operands.iter().all(Matrix::is_aligned);
-        let masked = low_rank.is_some_and(|low| low.dropout.is_some());
-        let tile = Tile::choose(self.layout, [m, n], aligned, masked, cuda.most_shared());
-        let splits = low_rank.map_or_else(|| tile.splits(m, n, k), |_| 1);
         let start = first_row * n * dtype.size();
         let mut args = GemmArgs {
             out: out.address() + start as u64,
             flags: self.flags(dtype, accumulate, n, start),
-            splits: size(splits)?,
             ..self.args(m, n, k)?
         };
         if let Some(low_rank) = low_rank {
             low_rank.add_to(&mut args, self.layout)?;
         }
-        let extents = [m, n, k];
-        if let Some(tile) = hopper::Tile::choose(cuda, self.layout, extents, aligned, masked) {
-            // SAFETY: as below.
-            return unsafe { tile.launch(cuda, args, &operands) };
+        if let Some(tile) = hopper::Tile::choose(cuda, self.layout, [m, n, k], aligned, low_rank) {
+            return sliced(cuda, args, tile.splits, |args| {
+                // SAFETY: as below.
+                unsafe { tile.launch(cuda, args, &operands) }
+            });
         }
+        let masked = low_rank.is_some_and(|low| low.dropout.is_some());
+        let tile = Tile::choose(self.layout, [m, n], aligned, masked, cuda.most_shared());
+        let splits = low_rank.map_or_else(|| tile.splits(m, n, k), |_| 1);
         let grid = Grid::of_blocks(tile.count(m, n) * splits, tile.threads, tile.shared());
-        if splits > 1 {
-            return Self::launch_slices(cuda, tile, grid, args);
-        }
-        let args = [Arg::Struct(bytemuck::cast(args))];
-        // SAFETY: `args` holds the addresses of lhs and rhs with the extents that `extents`
-        // compared, of the low-rank operands with those that `add_to` compared, bias [n] and
-        // residual [m, n] that were checked, and of m rows of n values within `out`. A kernel
-        // that expects aligned rows is chosen only where they are.
-        unsafe { cuda.launch(tile.kernel(), grid, &args) }
-    }
-
-    /// The slices of K side by side, and their sum.
-    fn launch_slices(cuda: &CudaDevice, tile: Tile, grid: Grid, args: GemmArgs) -> Result<()> {
-        let values = args.m as usize * args.n as usize;
-        let partial = cuda.alloc(DType::F32, args.splits as usize * values)?;
-        let slices = GemmArgs {
-            out: partial.address(),
-            bias: 0,
-            residual: 0,
-            alpha: 1.0,
-            flags: OUT_F32 | (args.flags & VECTOR),
-            ..args
-        };
-        // SAFETY: as in `launch`; the slices' results are [splits, m, n] f32.
-        unsafe { cuda.launch(tile.kernel(), grid, &[Arg::Struct(bytemuck::cast(slices))]) }?;
-        let width = if args.flags & VECTOR == 0 { 1 } else { 4 };
-        let sum = Kernel {
-            stem: NAME,
-            function: "gemm_sum",
-        };
-        let args = [Arg::Struct(bytemuck::cast(args)), Arg::from(&partial)];
-        // SAFETY: the same operands of the epilogue, and the slices' results.
-        unsafe { cuda.launch(sum, Grid::over(values.div_ceil(width)), &args) }
+        sliced(cuda, args, splits, |args| {
+            // SAFETY: `args` holds the addresses of lhs and rhs with the extents that `extents`
+            // compared, of the low-rank operands with those that `add_to` compared, bias [n] and
+            // residual [m, n] that were checked, and of m rows of n values within `out`, or of
+            // `splits` times as many for slices of K. A kernel that expects aligned rows is
+            // chosen only where they are.
+            unsafe { cuda.launch(tile.kernel(), grid, &[Arg::Struct(bytemuck::cast(args))]) }
+        })
     }
 
     /// M, N and K.
@@ -372,6 +347,41 @@ impl LowRank<'_> {
         }
         Ok(())
     }
+}
+
+/// Runs `launch` with `args`; where there are several slices of K, into memory of their own
+/// (\[splits, m, n\] f32), and adds them up.
+fn sliced(
+    cuda: &CudaDevice,
+    args: GemmArgs,
+    splits: usize,
+    launch: impl Fn(GemmArgs) -> Result<()>,
+) -> Result<()> {
+    let args = GemmArgs {
+        splits: size(splits)?,
+        ..args
+    };
+    if splits == 1 {
+        return launch(args);
+    }
+    let values = args.m as usize * args.n as usize;
+    let partial = cuda.alloc(DType::F32, splits * values)?;
+    launch(GemmArgs {
+        out: partial.address(),
+        bias: 0,
+        residual: 0,
+        alpha: 1.0,
+        flags: OUT_F32 | (args.flags & VECTOR),
+        ..args
+    })?;
+    let width = if args.flags & VECTOR == 0 { 1 } else { 4 };
+    let sum = Kernel {
+        stem: NAME,
+        function: "gemm_sum",
+    };
+    let args = [Arg::Struct(bytemuck::cast(args)), Arg::from(&partial)];
+    // SAFETY: the operands of the epilogue that the caller has checked, and the slices' results.
+    unsafe { cuda.launch(sum, Grid::over(values.div_ceil(width)), &args) }
 }
 
 /// An extent as the kernels take it.

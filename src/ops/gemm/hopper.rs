@@ -1,6 +1,6 @@
 //! Products on compute capability 9.0 (kernels/gemm_sm90a.cu): tiles, tensor maps and launch.
 
-use super::cuda::{GemmArgs, Layout, Matrix};
+use super::cuda::{GemmArgs, Layout, LowRank, Matrix};
 use super::tile::{SHORT, STAGE};
 use crate::device::CudaDevice;
 use crate::device::cuda::{Arg, Grid, Kernel};
@@ -19,62 +19,85 @@ const SLAB: usize = 16 * 40 * 4;
 /// Two barriers a stage.
 const BARRIERS: usize = 2 * 8;
 
-/// A kernel and the width of the tiles that its blocks compute.
+/// Clusters that an H100 runs at a time. Slices are chosen for so many whatever the device has, so
+/// that the order of a sum does not depend on it.
+const CLUSTERS: usize = 66;
+/// Most slices of K, and the fewest stages of one.
+const MOST_SPLITS: usize = 8;
+const LEAST_STAGES: usize = 4;
+
+/// A kernel, the width of the tiles that its blocks compute, and the slices of K.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Tile {
     function: &'static str,
     cols: usize,
     stages: usize,
-    /// Pairs of tiles that cover the result, and those computed at a time.
-    pairs: usize,
+    pub(super) splits: usize,
+    /// Clusters to launch.
     clusters: usize,
 }
 
 impl Tile {
     /// The tile for a product on this device; `None` where kernels/gemm.cu is to compute it:
     /// on another architecture, with rows that do not begin at multiples of 16 bytes (not
-    /// `aligned`), and where a side is so short that memory bounds it.
+    /// `aligned`), and where a side is so short that memory bounds it. With a low-rank product K
+    /// is not split.
     pub(super) fn choose(
         cuda: &CudaDevice,
         layout: Layout,
         extents: [usize; 3],
         aligned: bool,
-        masked: bool,
+        low_rank: Option<&LowRank>,
     ) -> Option<Self> {
         let suits = aligned && cuda.capability() == (9, 0);
-        let clusters = cuda.multiprocessors() / PAIR;
-        suits.then(|| Self::of(layout, extents, masked, clusters))?
+        let tile = suits.then(|| Self::of(layout, extents, low_rank))??;
+        let most = cuda.multiprocessors() / PAIR;
+        (most > 0).then_some(Self {
+            clusters: tile.clusters.min(most),
+            ..tile
+        })
     }
 
-    fn of(layout: Layout, [m, n, k]: [usize; 3], masked: bool, clusters: usize) -> Option<Self> {
-        if m <= ROWS || n <= SHORT || k == 0 || clusters == 0 {
+    fn of(layout: Layout, [m, n, k]: [usize; 3], low_rank: Option<&LowRank>) -> Option<Self> {
+        if m <= ROWS || n <= SHORT || k == 0 {
             return None;
         }
-        let tile = |function, cols: usize, stages| {
-            let pairs = m.div_ceil(PAIR * ROWS) * n.div_ceil(cols);
-            Self {
-                function,
-                cols,
-                stages,
-                pairs,
-                clusters: clusters.min(pairs),
-            }
-        };
         let (square, wide) = match layout {
-            Layout::Nt => ("gemm_nt_wgmma_128x128", "gemm_nt_wgmma_128x256"),
-            Layout::Nn => ("gemm_nn_wgmma_128x128", "gemm_nn_wgmma_128x256"),
-            Layout::Tn => ("gemm_tn_wgmma_128x128", "gemm_tn_wgmma_128x256"),
+            Layout::Nt => ("gemm_nt_wgmma_128x128", "gemm_nt_wgmma_128x192"),
+            Layout::Nn => ("gemm_nn_wgmma_128x128", "gemm_nn_wgmma_128x192"),
+            Layout::Tn => ("gemm_tn_wgmma_128x128", "gemm_tn_wgmma_128x192"),
         };
-        if masked {
-            return Some(tile("gemm_nn_masked_wgmma_128x128", 128, 6));
+        let tile = |function, cols: usize, stages, splits| Self {
+            function,
+            cols,
+            stages,
+            splits,
+            clusters: m.div_ceil(PAIR * ROWS) * n.div_ceil(cols) * splits,
+        };
+        if low_rank.is_some_and(|low| low.dropout.is_some()) {
+            return Some(tile("gemm_nn_masked_wgmma_128x192", 192, 5, 1));
         }
-        let (square, wide) = (tile(square, 128, 6), tile(wide, 256, 4));
-        // The narrow tile reads a third more of L2 for the same work.
-        let cost = |t: Tile, weight: usize| t.pairs.div_ceil(clusters) * t.cols * weight;
-        Some(match cost(square, 9) < cost(wide, 8) {
-            true => square,
-            false => wide,
-        })
+        let k_stages = k.div_ceil(STAGE);
+        let most_splits = match low_rank {
+            Some(_) => 1,
+            None => (k_stages / LEAST_STAGES).clamp(1, MOST_SPLITS),
+        };
+        let tiles = (1..=most_splits)
+            .filter(|splits| k_stages.div_ceil(k_stages.div_ceil(*splits)) == *splits)
+            .flat_map(|splits| [tile(wide, 192, 5, splits), tile(square, 128, 6, splits)]);
+        tiles.min_by_key(|tile| tile.cost(k_stages, m * n))
+    }
+
+    /// Estimated time for a result of `values`, in units of 53 ns: what an H100 took for a stage
+    /// of each tile, for the beginning and end of a tile, and for adding slices up.
+    fn cost(self, k_stages: usize, values: usize) -> usize {
+        let stage = if self.cols == 192 { 10 } else { 7 };
+        let rounds = self.clusters.div_ceil(CLUSTERS);
+        let adding = match self.splits {
+            1 => 0,
+            splits => 50 + 2 * splits * values * DType::F32.size() / 160_000,
+        };
+        rounds * (k_stages.div_ceil(self.splits) * stage + 20) + adding
     }
 
     /// Bytes of shared memory.
@@ -113,19 +136,39 @@ impl Tile {
 
 #[cfg(test)]
 mod tests {
-    use super::{Layout, Tile};
+    use super::{CLUSTERS, Layout, Tile};
 
     fn tile(m: usize, n: usize, k: usize) -> Option<Tile> {
-        // 132 multiprocessors.
-        Tile::of(Layout::Nt, [m, n, k], false, 66)
+        Tile::of(Layout::Nt, [m, n, k], None)
     }
 
     #[test]
-    fn a_wide_tile_is_taken_unless_it_leaves_multiprocessors_without_work() {
-        // 560 pairs of 256 columns: nine rounds. 96 and 192 pairs: two rounds, three of half.
-        assert_eq!(tile(4096, 8960, 1536).unwrap().cols, 256);
-        assert_eq!(tile(4096, 1536, 8960).unwrap().cols, 128);
-        assert_eq!(tile(4096, 256, 1536).unwrap().cols, 128);
+    fn the_tile_is_the_one_that_an_h100_was_fastest_with() {
+        // Layers of a 1.5B model on 2048 tokens.
+        for (n, k) in [(8960, 1536), (1536, 8960), (1536, 1536)] {
+            let tile = tile(2048, n, k).unwrap();
+            assert_eq!((tile.cols, tile.splits), (192, 1), "{n} {k}");
+        }
+        let narrow = tile(2048, 256, 1536).unwrap();
+        assert_eq!((narrow.cols, narrow.splits), (128, 1));
+    }
+
+    #[test]
+    fn a_long_sum_with_few_results_is_cut_into_slices_that_fill_the_device() {
+        // The gradient of 512 tokens' hidden states through a head of 151 936 words.
+        let tile = tile(512, 1536, 151_936).unwrap();
+        assert!(tile.splits > 1);
+        let rounds = tile.clusters as f64 / CLUSTERS as f64;
+        assert!(rounds / rounds.ceil() > 0.9, "{tile:?}");
+    }
+
+    #[test]
+    fn every_slice_has_a_stage() {
+        for k in [8, 64, 65, 1000, 4096, 100_000, 151_936] {
+            let splits = tile(256, 192, k).unwrap().splits;
+            let stages = k.div_ceil(64);
+            assert!((splits - 1) * stages.div_ceil(splits) < stages, "{k}");
+        }
     }
 
     #[test]
