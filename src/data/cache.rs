@@ -11,20 +11,20 @@ use crate::{Error, Result};
 /// The share of a disk's free space that a cache may take; the rest is left for checkpoints.
 const DISK_SHARE: f64 = 0.9;
 
-/// Rows of f32 numbers by index, stored as they come and given back to the bit.
+/// Rows of bytes by index.
 ///
 /// Rows live in memory if all of them fit into the limit, else in a memory-mapped file without a
 /// name, which vanishes with the cache or the process. Where the disk has no room for all rows, as
 /// many as fit are kept and the others are missed.
 #[derive(Debug)]
 pub struct ActivationCache {
-    row_len: usize,
+    row_bytes: usize,
     store: Store,
 }
 
 #[derive(Debug)]
 enum Store {
-    Memory(Vec<Option<Box<[f32]>>>),
+    Memory(Vec<Option<Box<[u8]>>>),
     Disk(Disk),
 }
 
@@ -40,15 +40,14 @@ struct Disk {
 }
 
 impl ActivationCache {
-    /// An empty cache for `rows` rows of `row_len` numbers. Up to `memory_limit` bytes they are
+    /// An empty cache for `rows` rows of `row_bytes` bytes. Up to `memory_limit` bytes they are
     /// kept in memory, above that in a file in `spill_dir`.
     ///
     /// # Errors
     /// When the sizes overflow, or the file cannot be made.
-    pub fn new(rows: usize, row_len: usize, memory_limit: u64, spill_dir: &Path) -> Result<Self> {
-        let row_bytes = row_len.checked_mul(size_of::<f32>());
-        let Some(bytes) = row_bytes.and_then(|bytes| bytes.checked_mul(rows)) else {
-            let got = format!("{rows} x {row_len}");
+    pub fn new(rows: usize, row_bytes: usize, memory_limit: u64, spill_dir: &Path) -> Result<Self> {
+        let Some(bytes) = row_bytes.checked_mul(rows) else {
+            let got = format!("{rows} x {row_bytes}");
             return Err(Error::operand(
                 "activation cache",
                 "a size that fits in memory",
@@ -58,17 +57,9 @@ impl ActivationCache {
         let store = if bytes as u64 <= memory_limit {
             Store::Memory(vec![None; rows])
         } else {
-            Store::Disk(Disk::new(rows, bytes / rows, spill_dir)?)
+            Store::Disk(Disk::new(rows, row_bytes, spill_dir)?)
         };
-        Ok(Self { row_len, store })
-    }
-
-    /// Whether row `i` is stored.
-    pub fn contains(&self, i: usize) -> bool {
-        match &self.store {
-            Store::Memory(rows) => rows.get(i).is_some_and(Option::is_some),
-            Store::Disk(disk) => disk.slots.get(i).is_some_and(Option::is_some),
-        }
+        Ok(Self { row_bytes, store })
     }
 
     /// Whether rows live in a file instead of memory.
@@ -76,47 +67,36 @@ impl ActivationCache {
         matches!(self.store, Store::Disk(_))
     }
 
-    /// Copies row `i` to `out` `[row_len]`; false, and `out` untouched, if it is not stored or
-    /// `out` has another length.
-    pub fn get(&self, i: usize, out: &mut [f32]) -> bool {
-        if !self.contains(i) || out.len() != self.row_len {
-            return false;
-        }
+    /// Row `i`, where it is stored.
+    pub fn get(&self, i: usize) -> Option<&[u8]> {
         match &self.store {
-            Store::Memory(rows) => {
-                if let Some(row) = &rows[i] {
-                    out.copy_from_slice(row);
-                }
-            }
+            Store::Memory(rows) => rows.get(i)?.as_deref(),
             Store::Disk(disk) => {
-                if let Some(slot) = disk.slots[i] {
-                    let bytes = bytemuck::cast_slice_mut(out);
-                    bytes.copy_from_slice(&disk.map[slot * bytes.len()..][..bytes.len()]);
-                }
+                let slot = (*disk.slots.get(i)?)?;
+                Some(&disk.map[slot * self.row_bytes..][..self.row_bytes])
             }
         }
-        true
     }
 
-    /// Stores row `i` `[row_len]`, or replaces it. Does nothing where the disk has no room for it.
+    /// Stores row `i`, or replaces it. Does nothing where the disk has no room for it.
     ///
     /// # Errors
     /// When the row has a wrong index or length, or writing fails for another reason than space.
-    pub fn put(&mut self, i: usize, row: &[f32]) -> Result<()> {
+    pub fn put(&mut self, i: usize, row: &[u8]) -> Result<()> {
         let rows = match &self.store {
             Store::Memory(rows) => rows.len(),
             Store::Disk(disk) => disk.slots.len(),
         };
-        if i >= rows || row.len() != self.row_len {
+        if i >= rows || row.len() != self.row_bytes {
             return Err(Error::operand(
                 "activation cache",
-                format!("a row below {rows} of {} numbers", self.row_len),
+                format!("a row below {rows} of {} bytes", self.row_bytes),
                 format!("row {i} of {}", row.len()),
             ));
         }
         match &mut self.store {
             Store::Memory(rows) => rows[i] = Some(row.into()),
-            Store::Disk(disk) => disk.put(i, bytemuck::cast_slice(row))?,
+            Store::Disk(disk) => disk.put(i, row)?,
         }
         Ok(())
     }
@@ -194,12 +174,10 @@ mod tests {
             panic!("above the memory limit");
         };
         disk.capacity = 1;
-        cache.put(2, &[1.0, 2.0]).unwrap();
-        cache.put(0, &[3.0, 4.0]).unwrap();
-        cache.put(2, &[5.0, 6.0]).unwrap();
-        let mut out = [0.0; 2];
-        assert!(!cache.contains(0) && !cache.get(0, &mut out));
-        assert!(cache.get(2, &mut out));
-        assert_eq!(out, [5.0, 6.0]);
+        cache.put(2, &[1, 2]).unwrap();
+        cache.put(0, &[3, 4]).unwrap();
+        cache.put(2, &[5, 6]).unwrap();
+        assert_eq!(cache.get(0), None);
+        assert_eq!(cache.get(2), Some(&[5, 6][..]));
     }
 }

@@ -2,9 +2,13 @@
 
 use std::path::Path;
 
+use bytemuck::{Pod, Zeroable};
+use half::bf16;
+
 use crate::data::cache::ActivationCache;
-use crate::error::Result;
-use crate::tensor::Tensor;
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::tensor::{DType, Tensor};
 
 /// Computes tensors for groups of rows and keeps them by row.
 ///
@@ -18,6 +22,8 @@ pub struct RowCache {
     seq_len: usize,
     width: usize,
     parts: usize,
+    /// What the device computes in, and so keeps every bit of.
+    dtype: DType,
     store: Option<ActivationCache>,
     /// The group computed last, for rows of it that the store does not hold.
     last: Option<(usize, Vec<Tensor>)>,
@@ -33,9 +39,11 @@ pub struct CacheSpace<'a> {
 }
 
 impl RowCache {
-    /// A cache whose groups are `order` cut into pieces of `group` rows. A row's result is
-    /// `parts` tensors of shape \[seq_len, width\]. Without `space` nothing is kept.
+    /// A cache of what `device` computes. Its groups are `order` cut into pieces of `group` rows.
+    /// A row's result is `parts` tensors of shape \[seq_len, width\]. Without `space` nothing is
+    /// kept.
     pub fn new(
+        device: &Device,
         order: &[usize],
         group: usize,
         [parts, seq_len, width]: [usize; 3],
@@ -46,8 +54,12 @@ impl RowCache {
         for (g, rows) in groups.iter().enumerate() {
             rows.iter().for_each(|&row| group_of[row] = g);
         }
-        let row_len = parts * seq_len * width;
-        let store = space.map(|s| ActivationCache::new(order.len(), row_len, s.memory, s.dir));
+        let dtype = match device {
+            Device::Cpu(_) => DType::F32,
+            Device::Cuda(_) => DType::Bf16,
+        };
+        let bytes = parts * seq_len * width * dtype.size();
+        let store = space.map(|s| ActivationCache::new(order.len(), bytes, s.memory, s.dir));
         let store = store.transpose()?;
         Ok(Self {
             groups,
@@ -55,6 +67,7 @@ impl RowCache {
             seq_len,
             width,
             parts,
+            dtype,
             store,
             last: None,
         })
@@ -68,39 +81,56 @@ impl RowCache {
         mut compute: impl FnMut(&[usize]) -> Result<Vec<Tensor>>,
     ) -> Result<Vec<Tensor>> {
         let group = self.group_of[rows[0]];
-        let new = |row: &usize| !self.store.as_ref().is_some_and(|s| s.contains(*row));
-        if self.groups[group] == rows && rows.iter().all(new) {
+        let is_new = |row: &usize| self.stored(*row).is_none();
+        if self.groups[group] == rows && rows.iter().all(is_new) {
             let parts = compute(rows)?;
             self.keep(rows, &parts)?;
             return Ok(parts);
         }
+        match self.dtype {
+            DType::Bf16 => self.gather::<bf16>(rows, Tensor::from_bf16, compute),
+            _ => self.gather::<f32>(rows, Tensor::from_vec, compute),
+        }
+    }
+
+    fn stored(&self, row: usize) -> Option<&[u8]> {
+        self.store.as_ref()?.get(row)
+    }
+
+    /// The parts of `rows` in host memory, as values of type T.
+    fn gather<T: Pod + Zeroable>(
+        &mut self,
+        rows: &[usize],
+        tensor: impl Fn(Vec<T>, [usize; 2]) -> Result<Tensor>,
+        mut compute: impl FnMut(&[usize]) -> Result<Vec<Tensor>>,
+    ) -> Result<Vec<Tensor>> {
         let block = self.seq_len * self.width;
-        let mut scratch = vec![0.0; self.parts * block];
-        let mut out = vec![Vec::with_capacity(rows.len() * block); self.parts];
-        for &row in rows {
-            if !self
-                .store
-                .as_ref()
-                .is_some_and(|s| s.get(row, &mut scratch))
+        let mut out = vec![vec![T::zeroed(); rows.len() * block]; self.parts];
+        for (i, &row) in rows.iter().enumerate() {
+            let recomputed;
+            let bytes = match self.stored(row) {
+                Some(bytes) => bytes,
+                None => {
+                    recomputed = self.recompute(row, &mut compute)?;
+                    &recomputed
+                }
+            };
+            for (out, part) in out
+                .iter_mut()
+                .zip(bytes.chunks_exact(block * size_of::<T>()))
             {
-                self.recompute(row, &mut scratch, &mut compute)?;
-            }
-            for (out, part) in out.iter_mut().zip(scratch.chunks_exact(block)) {
-                out.extend_from_slice(part);
+                bytemuck::cast_slice_mut(&mut out[i * block..][..block]).copy_from_slice(part);
             }
         }
         let shape = [rows.len() * self.seq_len, self.width];
-        out.into_iter()
-            .map(|part| Tensor::from_vec(part, shape))
-            .collect()
+        out.into_iter().map(|part| tensor(part, shape)).collect()
     }
 
     fn recompute(
         &mut self,
         row: usize,
-        scratch: &mut [f32],
         compute: &mut impl FnMut(&[usize]) -> Result<Vec<Tensor>>,
-    ) -> Result<()> {
+    ) -> Result<Vec<u8>> {
         let group = self.group_of[row];
         let parts = match self.last.take() {
             Some((last, parts)) if last == group => parts,
@@ -114,31 +144,47 @@ impl RowCache {
             .iter()
             .position(|&r| r == row)
             .unwrap_or(0);
-        self.copy_row(&parts, position, scratch)?;
+        let bytes = self.row_bytes(&parts, position)?;
         self.last = Some((group, parts));
-        Ok(())
+        Ok(bytes)
     }
 
     fn keep(&mut self, rows: &[usize], parts: &[Tensor]) -> Result<()> {
         if self.store.is_none() {
             return Ok(());
         }
-        let mut scratch = vec![0.0; self.parts * self.seq_len * self.width];
         for (position, &row) in rows.iter().enumerate() {
-            self.copy_row(parts, position, &mut scratch)?;
+            let bytes = self.row_bytes(parts, position)?;
             if let Some(store) = &mut self.store {
-                store.put(row, &scratch)?;
+                store.put(row, &bytes)?;
             }
         }
         Ok(())
     }
 
-    fn copy_row(&self, parts: &[Tensor], position: usize, out: &mut [f32]) -> Result<()> {
+    /// One row of each part, one part after the other.
+    fn row_bytes(&self, parts: &[Tensor], position: usize) -> Result<Vec<u8>> {
         let block = self.seq_len * self.width;
-        for (out, part) in out.chunks_exact_mut(block).zip(parts) {
-            part.read_f32(position * block, out)?;
+        let mut bytes = Vec::with_capacity(parts.len() * block * self.dtype.size());
+        for part in parts {
+            match (self.dtype, part.cuda()) {
+                (DType::Bf16, Some(buffer)) if buffer.dtype() == DType::Bf16 => {
+                    bytes.extend(buffer.read(position * block, block)?);
+                }
+                (DType::F32, _) => {
+                    let start = bytes.len();
+                    bytes.resize(start + block * size_of::<f32>(), 0);
+                    let mut values = vec![0.0f32; block];
+                    part.read_f32(position * block, &mut values)?;
+                    bytes[start..].copy_from_slice(bytemuck::cast_slice(&values));
+                }
+                _ => {
+                    let expected = format!("a part in {}", self.dtype.name());
+                    return Err(Error::operand("activation cache", expected, part.found()));
+                }
+            }
         }
-        Ok(())
+        Ok(bytes)
     }
 }
 
@@ -158,7 +204,8 @@ mod tests {
 
     fn cache(memory: u64, dir: &Path) -> RowCache {
         let space = CacheSpace { memory, dir };
-        RowCache::new(&[2, 0, 4, 1, 3], 2, [2, 2, 3], Some(space)).unwrap()
+        let device = Device::cpu(1).unwrap();
+        RowCache::new(&device, &[2, 0, 4, 1, 3], 2, [2, 2, 3], Some(space)).unwrap()
     }
 
     #[test]

@@ -348,6 +348,7 @@ impl<'a> Run<'a> {
         };
         // Source and target have one hidden size.
         let mut activations = RowCache::new(
+            self.device,
             &order(packed.rows(), config.shuffle.then_some(config.seed), 0),
             config.sae_batch,
             [hookpoints.len(), packed.seq_len, shape.hidden_size],

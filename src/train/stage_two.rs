@@ -180,6 +180,7 @@ impl StageTwo<'_> {
         let through = config.sae_grad == SaeGrad::Through;
         let parts = if through { 1 } else { 2 };
         let cache = RowCache::new(
+            self.device,
             &order(self.packed.rows(), seed, 0),
             config.sft_batch,
             [parts, self.packed.seq_len, width],

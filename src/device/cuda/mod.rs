@@ -12,7 +12,6 @@ use std::sync::Arc;
 
 use cudarc::driver::sys::{CUdevice_attribute, CUresult};
 use cudarc::driver::{CudaContext, CudaStream, DriverError};
-use half::bf16;
 
 pub(crate) use graph::Recorded;
 pub(crate) use kernel::{Arg, Grid, Kernel};
@@ -203,9 +202,9 @@ impl CudaDevice {
             DType::U32 => buffer.write(bytemuck::cast_slice(tensor.u32s()?))?,
             DType::F32 => buffer.write(bytemuck::cast_slice(tensor.to_f32()?.f32s()?))?,
             DType::Bf16 => {
-                let wide = tensor.to_f32()?;
-                let rounded: Vec<bf16> = wide.f32s()?.iter().map(|&v| bf16::from_f32(v)).collect();
-                buffer.write(bytemuck::cast_slice(&rounded))?;
+                let rounded = tensor.to_bf16()?;
+                buffer.write(bytemuck::cast_slice(rounded.bf16s().unwrap_or(&[])))?;
+                tensor.release_pages();
             }
             DType::F16 => {
                 return Err(Error::operand(

@@ -379,7 +379,7 @@ const SHARED: usize = (3 * (128 + RANKS) * 64 + ROWS * RANKS) * 2;
 /// Columns of dY for a block: as many blocks as keep a device busy, unless the shares of dU would
 /// cost more than half of reading dY again (at rank 32).
 fn span(row_blocks: usize, out: usize) -> usize {
-    const BLOCKS: usize = 64;
+    const BLOCKS: usize = 128;
     const LEAST: usize = 256;
     let spans = BLOCKS.div_ceil(row_blocks.max(1));
     out.div_ceil(spans).next_multiple_of(64).max(LEAST)
