@@ -82,7 +82,7 @@ impl ActivationCache {
     ///
     /// # Errors
     /// When the row has a wrong index or length, or writing fails for another reason than space.
-    pub fn put(&mut self, i: usize, row: &[u8]) -> Result<()> {
+    pub fn put(&mut self, i: usize, row: Vec<u8>) -> Result<()> {
         let rows = match &self.store {
             Store::Memory(rows) => rows.len(),
             Store::Disk(disk) => disk.slots.len(),
@@ -95,8 +95,8 @@ impl ActivationCache {
             ));
         }
         match &mut self.store {
-            Store::Memory(rows) => rows[i] = Some(row.into()),
-            Store::Disk(disk) => disk.put(i, row)?,
+            Store::Memory(rows) => rows[i] = Some(row.into_boxed_slice()),
+            Store::Disk(disk) => disk.put(i, &row)?,
         }
         Ok(())
     }
@@ -174,9 +174,9 @@ mod tests {
             panic!("above the memory limit");
         };
         disk.capacity = 1;
-        cache.put(2, &[1, 2]).unwrap();
-        cache.put(0, &[3, 4]).unwrap();
-        cache.put(2, &[5, 6]).unwrap();
+        cache.put(2, vec![1, 2]).unwrap();
+        cache.put(0, vec![3, 4]).unwrap();
+        cache.put(2, vec![5, 6]).unwrap();
         assert_eq!(cache.get(0), None);
         assert_eq!(cache.get(2), Some(&[5, 6][..]));
     }

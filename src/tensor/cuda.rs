@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::sys::{CUresult, CUstreamCaptureStatus};
-use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DriverError};
+use cudarc::driver::{CudaEvent, CudaSlice, CudaStream, DevicePtr, DriverError};
 
 use super::DType;
 use super::staging::Staging;
@@ -254,6 +254,19 @@ impl CudaBuffer {
 
     /// The bytes of elements `start..start + len`, once all that was launched before is done.
     pub(crate) fn read(&self, start: usize, len: usize) -> Result<Vec<u8>> {
+        self.memory.expect_unrecorded("a copy to the host")?;
+        self.read_on(&self.memory.stream, start, len)
+    }
+
+    /// The same as it was at `mark`, beside what the stream does meanwhile. Only for buffers that
+    /// nothing writes to after it.
+    pub(crate) fn read_after(&self, mark: &Mark, start: usize, len: usize) -> Result<Vec<u8>> {
+        let waited = mark.beside.wait(&mark.event);
+        waited.map_err(|e| self.memory.failed("waiting for the stream", e))?;
+        self.read_on(&mark.beside, start, len)
+    }
+
+    fn read_on(&self, stream: &Arc<CudaStream>, start: usize, len: usize) -> Result<Vec<u8>> {
         let size = self.dtype.size();
         let view = start
             .checked_add(len)
@@ -266,8 +279,6 @@ impl CudaBuffer {
                 format!("{start}..{start}+{len}"),
             ));
         };
-        self.memory.expect_unrecorded("a copy to the host")?;
-        let stream = &self.memory.stream;
         let mut bytes = vec![0; len * size];
         stream
             .memcpy_dtoh(&view, &mut bytes)
@@ -275,6 +286,24 @@ impl CudaBuffer {
             .and_then(|()| stream.context().check_err())
             .map_err(|e| self.memory.failed("a kernel or a copy from the device", e))?;
         Ok(bytes)
+    }
+}
+
+/// A point in the work of a device's stream, and a stream that copies what was there.
+#[derive(Debug)]
+pub(crate) struct Mark {
+    event: CudaEvent,
+    beside: Arc<CudaStream>,
+}
+
+impl Mark {
+    /// All that was launched on `stream` until now.
+    pub(crate) fn new(stream: &CudaStream, beside: Arc<CudaStream>) -> Result<Self> {
+        let event = stream.record_event(None).map_err(|e| {
+            let ordinal = stream.context().ordinal();
+            Error::cuda(ordinal, format!("no event: {}", error_name(e)))
+        })?;
+        Ok(Self { event, beside })
     }
 }
 

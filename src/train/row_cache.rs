@@ -1,32 +1,51 @@
 //! Results that depend on nothing but a row of tokens, kept from one epoch to the next.
 
 use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
 
 use bytemuck::{Pod, Zeroable};
 use half::bf16;
 
 use crate::data::cache::ActivationCache;
-use crate::device::Device;
+use crate::device::{CudaDevice, Device};
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{CudaBuffer, DType, Tensor};
 
 /// Computes tensors for groups of rows and keeps them by row.
 ///
 /// A row is always computed together with the same other rows, whether it is missed because it
 /// is new, because the cache had no room, or because the run was resumed: matrix products of
 /// another height may round differently, and then a resumed run would not reach the same bits.
+///
+/// What a GPU computes goes to the store, and comes back, on a thread beside the one that keeps
+/// the GPU busy.
 pub struct RowCache {
     groups: Vec<Vec<usize>>,
     group_of: Vec<usize>,
-    /// Rows of tokens x hidden size of each part of a row's result.
-    seq_len: usize,
-    width: usize,
-    parts: usize,
-    /// What the device computes in, and so keeps every bit of.
-    dtype: DType,
-    store: Option<ActivationCache>,
+    shape: RowShape,
+    /// Where there is one, what is computed comes from it and goes back to it.
+    gpu: Option<CudaDevice>,
+    store: Option<Arc<Mutex<ActivationCache>>>,
     /// The group computed last, for rows of it that the store does not hold.
     last: Option<(usize, Vec<Tensor>)>,
+    beside: Option<Job>,
+}
+
+/// What a thread does beside.
+enum Job {
+    Keep(JoinHandle<Result<()>>),
+    Fetch(Vec<usize>, JoinHandle<Result<Vec<Tensor>>>),
+}
+
+/// A row's results: `parts` tensors \[seq_len, width\].
+#[derive(Clone, Copy)]
+struct RowShape {
+    parts: usize,
+    seq_len: usize,
+    width: usize,
+    /// What the device computes in, and so keeps every bit of.
+    dtype: DType,
 }
 
 /// Where and how much a [`RowCache`] may keep.
@@ -54,22 +73,26 @@ impl RowCache {
         for (g, rows) in groups.iter().enumerate() {
             rows.iter().for_each(|&row| group_of[row] = g);
         }
-        let dtype = match device {
-            Device::Cpu(_) => DType::F32,
-            Device::Cuda(_) => DType::Bf16,
+        let (gpu, dtype) = match device {
+            Device::Cpu(_) => (None, DType::F32),
+            Device::Cuda(cuda) => (Some(cuda.clone()), DType::Bf16),
         };
-        let bytes = parts * seq_len * width * dtype.size();
+        let shape = RowShape {
+            parts,
+            seq_len,
+            width,
+            dtype,
+        };
+        let bytes = shape.bytes();
         let store = space.map(|s| ActivationCache::new(order.len(), bytes, s.memory, s.dir));
-        let store = store.transpose()?;
         Ok(Self {
             groups,
             group_of,
-            seq_len,
-            width,
-            parts,
-            dtype,
-            store,
+            shape,
+            gpu,
+            store: store.transpose()?.map(|store| Arc::new(Mutex::new(store))),
             last: None,
+            beside: None,
         })
     }
 
@@ -80,50 +103,51 @@ impl RowCache {
         rows: &[usize],
         mut compute: impl FnMut(&[usize]) -> Result<Vec<Tensor>>,
     ) -> Result<Vec<Tensor>> {
+        match self.beside.take() {
+            Some(Job::Fetch(fetched, job)) => {
+                let parts = join(job)?;
+                if fetched == rows {
+                    return Ok(parts);
+                }
+            }
+            Some(Job::Keep(job)) => join(job)?,
+            None => {}
+        }
         let group = self.group_of[rows[0]];
-        let is_new = |row: &usize| self.stored(*row).is_none();
-        if self.groups[group] == rows && rows.iter().all(is_new) {
+        if self.groups[group] == rows && rows.iter().all(|&row| !self.holds(row)) {
             let parts = compute(rows)?;
             self.keep(rows, &parts)?;
             return Ok(parts);
         }
-        match self.dtype {
-            DType::Bf16 => self.gather::<bf16>(rows, Tensor::from_bf16, compute),
-            _ => self.gather::<f32>(rows, Tensor::from_vec, compute),
-        }
-    }
-
-    fn stored(&self, row: usize) -> Option<&[u8]> {
-        self.store.as_ref()?.get(row)
-    }
-
-    /// The parts of `rows` in host memory, as values of type T.
-    fn gather<T: Pod + Zeroable>(
-        &mut self,
-        rows: &[usize],
-        tensor: impl Fn(Vec<T>, [usize; 2]) -> Result<Tensor>,
-        mut compute: impl FnMut(&[usize]) -> Result<Vec<Tensor>>,
-    ) -> Result<Vec<Tensor>> {
-        let block = self.seq_len * self.width;
-        let mut out = vec![vec![T::zeroed(); rows.len() * block]; self.parts];
-        for (i, &row) in rows.iter().enumerate() {
-            let recomputed;
-            let bytes = match self.stored(row) {
-                Some(bytes) => bytes,
-                None => {
-                    recomputed = self.recompute(row, &mut compute)?;
-                    &recomputed
-                }
-            };
-            for (out, part) in out
-                .iter_mut()
-                .zip(bytes.chunks_exact(block * size_of::<T>()))
-            {
-                bytemuck::cast_slice_mut(&mut out[i * block..][..block]).copy_from_slice(part);
+        let mut missed = Vec::new();
+        for &row in rows {
+            if !self.holds(row) {
+                missed.push((row, self.recompute(row, &mut compute)?));
             }
         }
-        let shape = [rows.len() * self.seq_len, self.width];
-        out.into_iter().map(|part| tensor(part, shape)).collect()
+        self.shape.gather(self.store.as_deref(), rows, &missed)
+    }
+
+    /// Begins to bring `rows`, which are asked for next, to the GPU, if all of them are stored.
+    pub fn prefetch(&mut self, rows: &[usize]) {
+        let (Some(gpu), Some(store), None) = (&self.gpu, &self.store, &self.beside) else {
+            return;
+        };
+        if !rows.iter().all(|&row| self.holds(row)) {
+            return;
+        }
+        let (shape, rows) = (self.shape, rows.to_vec());
+        let (gpu, store, wanted) = (gpu.clone(), store.clone(), rows.clone());
+        let job = thread::spawn(move || {
+            let parts = shape.gather(Some(&store), &wanted, &[])?;
+            parts.iter().map(|p| gpu.resident(p, shape.dtype)).collect()
+        });
+        self.beside = Some(Job::Fetch(rows, job));
+    }
+
+    fn holds(&self, row: usize) -> bool {
+        let store = self.store.as_deref();
+        store.is_some_and(|store| lock(store).get(row).is_some())
     }
 
     fn recompute(
@@ -137,6 +161,9 @@ impl RowCache {
             _ => {
                 let parts = compute(&self.groups[group])?;
                 self.keep(&self.groups[group].clone(), &parts)?;
+                if let Some(Job::Keep(job)) = self.beside.take() {
+                    join(job)?;
+                }
                 parts
             }
         };
@@ -144,39 +171,68 @@ impl RowCache {
             .iter()
             .position(|&r| r == row)
             .unwrap_or(0);
-        let bytes = self.row_bytes(&parts, position)?;
+        let bytes = self.shape.row(&parts, position, CudaBuffer::read)?;
         self.last = Some((group, parts));
         Ok(bytes)
     }
 
+    /// Stores the results of `rows`.
     fn keep(&mut self, rows: &[usize], parts: &[Tensor]) -> Result<()> {
-        if self.store.is_none() {
+        let Some(store) = &self.store else {
             return Ok(());
-        }
-        for (position, &row) in rows.iter().enumerate() {
-            let bytes = self.row_bytes(parts, position)?;
-            if let Some(store) = &mut self.store {
-                store.put(row, &bytes)?;
-            }
-        }
+        };
+        let Some(gpu) = &self.gpu else {
+            return self.shape.keep(store, rows, parts, CudaBuffer::read);
+        };
+        let (shape, done) = (self.shape, gpu.mark()?);
+        let (store, rows, parts) = (store.clone(), rows.to_vec(), parts.to_vec());
+        self.beside = Some(Job::Keep(thread::spawn(move || {
+            let read = |part: &CudaBuffer, start, len| part.read_after(&done, start, len);
+            shape.keep(&store, &rows, &parts, read)
+        })));
         Ok(())
     }
+}
 
-    /// One row of each part, one part after the other.
-    fn row_bytes(&self, parts: &[Tensor], position: usize) -> Result<Vec<u8>> {
-        let block = self.seq_len * self.width;
-        let mut bytes = Vec::with_capacity(parts.len() * block * self.dtype.size());
+impl Drop for RowCache {
+    fn drop(&mut self) {
+        // No thread may go on with the device when its owner is gone; what went wrong is lost
+        // with the cache.
+        match self.beside.take() {
+            Some(Job::Keep(job)) => drop(job.join()),
+            Some(Job::Fetch(_, job)) => drop(job.join()),
+            None => {}
+        }
+    }
+}
+
+impl RowShape {
+    fn part_values(self) -> usize {
+        self.seq_len * self.width
+    }
+
+    fn bytes(self) -> usize {
+        self.parts * self.part_values() * self.dtype.size()
+    }
+
+    /// One row of each part, one part after the other; `read` reads a GPU's memory.
+    fn row(
+        self,
+        parts: &[Tensor],
+        position: usize,
+        read: impl Fn(&CudaBuffer, usize, usize) -> Result<Vec<u8>>,
+    ) -> Result<Vec<u8>> {
+        let block = self.part_values();
+        let mut bytes = Vec::with_capacity(self.bytes());
         for part in parts {
             match (self.dtype, part.cuda()) {
                 (DType::Bf16, Some(buffer)) if buffer.dtype() == DType::Bf16 => {
-                    bytes.extend(buffer.read(position * block, block)?);
+                    bytes.extend(read(buffer, position * block, block)?);
                 }
                 (DType::F32, _) => {
-                    let start = bytes.len();
-                    bytes.resize(start + block * size_of::<f32>(), 0);
                     let mut values = vec![0.0f32; block];
                     part.read_f32(position * block, &mut values)?;
-                    bytes[start..].copy_from_slice(bytemuck::cast_slice(&values));
+                    bytes.extend_from_slice(bytemuck::cast_slice(&values));
                 }
                 _ => {
                     let expected = format!("a part in {}", self.dtype.name());
@@ -186,6 +242,74 @@ impl RowCache {
         }
         Ok(bytes)
     }
+
+    fn keep(
+        self,
+        store: &Mutex<ActivationCache>,
+        rows: &[usize],
+        parts: &[Tensor],
+        read: impl Fn(&CudaBuffer, usize, usize) -> Result<Vec<u8>>,
+    ) -> Result<()> {
+        for (position, &row) in rows.iter().enumerate() {
+            let bytes = self.row(parts, position, &read)?;
+            lock(store).put(row, bytes)?;
+        }
+        Ok(())
+    }
+
+    /// The parts of `rows` in host memory, from the store or from `missed`.
+    fn gather(
+        self,
+        store: Option<&Mutex<ActivationCache>>,
+        rows: &[usize],
+        missed: &[(usize, Vec<u8>)],
+    ) -> Result<Vec<Tensor>> {
+        match self.dtype {
+            DType::Bf16 => self.gather_as::<bf16>(store, rows, missed, Tensor::from_bf16),
+            _ => self.gather_as::<f32>(store, rows, missed, Tensor::from_vec),
+        }
+    }
+
+    fn gather_as<T: Pod + Zeroable>(
+        self,
+        store: Option<&Mutex<ActivationCache>>,
+        rows: &[usize],
+        missed: &[(usize, Vec<u8>)],
+        tensor: impl Fn(Vec<T>, [usize; 2]) -> Result<Tensor>,
+    ) -> Result<Vec<Tensor>> {
+        let block = self.part_values();
+        let mut out = vec![vec![T::zeroed(); rows.len() * block]; self.parts];
+        let store = store.map(lock);
+        for (i, &row) in rows.iter().enumerate() {
+            let computed = missed.iter().find(|(missed, _)| *missed == row);
+            let bytes = match (computed, &store) {
+                (Some((_, bytes)), _) => Some(&bytes[..]),
+                (None, Some(store)) => store.get(row),
+                (None, None) => None,
+            };
+            let bytes = bytes
+                .ok_or_else(|| Error::operand("activation cache", format!("row {row}"), "none"))?;
+            for (out, part) in out
+                .iter_mut()
+                .zip(bytes.chunks_exact(block * size_of::<T>()))
+            {
+                bytemuck::cast_slice_mut(&mut out[i * block..][..block]).copy_from_slice(part);
+            }
+        }
+        let shape = [rows.len() * self.seq_len, self.width];
+        out.into_iter().map(|part| tensor(part, shape)).collect()
+    }
+}
+
+fn lock(store: &Mutex<ActivationCache>) -> MutexGuard<'_, ActivationCache> {
+    // A row is put as a whole or not at all, also where a thread panicked.
+    store.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What a thread returns; its panic goes on here.
+fn join<T>(job: JoinHandle<Result<T>>) -> Result<T> {
+    job.join()
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 #[cfg(test)]

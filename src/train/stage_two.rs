@@ -102,14 +102,23 @@ impl StageTwo<'_> {
             session.check_cancelled()?;
             let began = Instant::now();
             let rows = self.rows(config, step);
-            let micro: Vec<&[usize]> = rows.chunks(config.sft_batch).collect();
+            let next = self.rows(config, (step + 1).min(steps - 1));
+            // What is computed together, and what comes after it.
+            let groups = rows.chunks(config.sft_batch);
+            let micro: Vec<&[usize]> = groups
+                .chain(next.chunks(config.sft_batch).take(1))
+                .collect();
             let measured = self.device.run(|| {
                 trainer.step(
                     self.device,
                     self.model,
-                    micro.len(),
+                    micro.len() - 1,
                     |i| match &mut teacher {
-                        Some(teacher) => teacher.micro_batch(micro[i], activations.as_mut()),
+                        Some(teacher) => {
+                            let made = teacher.micro_batch(micro[i], activations.as_mut())?;
+                            teacher.cache.prefetch(micro[i + 1]);
+                            Ok(made)
+                        }
                         None => self.supervised(micro[i], &layout),
                     },
                 )

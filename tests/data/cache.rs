@@ -19,9 +19,9 @@ fn rows_come_back_to_the_bit_from_memory_and_from_disk() {
     for mut cache in caches(10, 1000, &dir) {
         assert_eq!(cache.get(3), None);
         for i in [9, 0, 3] {
-            cache.put(i, &row(i, 1000)).unwrap();
+            cache.put(i, row(i, 1000)).unwrap();
         }
-        cache.put(9, &row(4, 1000)).unwrap();
+        cache.put(9, row(4, 1000)).unwrap();
         for (i, same_as) in [(0, 0), (3, 3), (9, 4)] {
             assert_eq!(cache.get(i), Some(&row(same_as, 1000)[..]));
         }
@@ -33,7 +33,7 @@ fn rows_come_back_to_the_bit_from_memory_and_from_disk() {
 fn the_spill_file_leaves_nothing_behind() {
     let dir = TempDir::new().unwrap();
     let [_, mut disk] = caches(4, 100, &dir);
-    disk.put(0, &row(0, 100)).unwrap();
+    disk.put(0, row(0, 100)).unwrap();
     drop(disk);
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
 }
@@ -49,7 +49,7 @@ fn a_cache_larger_than_the_disk_keeps_what_fits_and_misses_the_rest() {
     // 4 TiB: more than most disks, but one row fits.
     let len = 1 << 22;
     let mut cache = ActivationCache::new(1 << 20, len, 1 << 20, dir.path()).unwrap();
-    cache.put(1_000_000, &row(5, len)).unwrap();
+    cache.put(1_000_000, row(5, len)).unwrap();
     assert_eq!(cache.get(1_000_000), Some(&row(5, len)[..]));
 }
 
@@ -57,10 +57,10 @@ fn a_cache_larger_than_the_disk_keeps_what_fits_and_misses_the_rest() {
 fn wrong_rows_lengths_and_places_are_refused() {
     let dir = TempDir::new().unwrap();
     for mut cache in caches(4, 10, &dir) {
-        assert!(cache.put(4, &row(0, 10)).is_err());
-        let message = cache.put(0, &row(0, 9)).unwrap_err().to_string();
+        assert!(cache.put(4, row(0, 10)).is_err());
+        let message = cache.put(0, row(0, 9)).unwrap_err().to_string();
         assert!(message.contains("10") && message.contains('9'), "{message}");
-        cache.put(0, &row(0, 10)).unwrap();
+        cache.put(0, row(0, 10)).unwrap();
     }
     assert!(ActivationCache::new(usize::MAX, 2, 0, dir.path()).is_err());
     let message = ActivationCache::new(4, 4, 0, &dir.path().join("none")).unwrap_err();

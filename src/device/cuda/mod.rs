@@ -18,7 +18,7 @@ pub(crate) use kernel::{Arg, Grid, Kernel};
 
 use super::CpuDevice;
 use crate::error::{Error, Result};
-use crate::tensor::cuda::{Memory, error_name};
+use crate::tensor::cuda::{Mark, Memory, error_name};
 use crate::tensor::{CudaBuffer, DType, Tensor};
 use kernel::Kernels;
 
@@ -35,6 +35,8 @@ pub(crate) const WIDE_F32: usize = 4;
 #[derive(Clone, Debug)]
 pub struct CudaDevice {
     stream: Arc<CudaStream>,
+    /// For copies to the host while the stream works on.
+    beside: Arc<CudaStream>,
     memory: Arc<Memory>,
     kernels: Arc<Kernels>,
     capability: (i32, i32),
@@ -104,10 +106,12 @@ impl CudaDevice {
         // synchronisation that memory needs.
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(|e| failed("no stream", e))?;
+        let beside = context.new_stream().map_err(|e| failed("no stream", e))?;
         Ok(Self {
             memory: Arc::new(Memory::new(stream.clone())),
             kernels: Arc::new(Kernels::new(context)),
             stream,
+            beside,
             capability: (major, minor),
             multiprocessors: usize::try_from(count).unwrap_or(0),
             host: CpuDevice::new(threads)?,
@@ -134,6 +138,11 @@ impl CudaDevice {
     pub fn name(&self) -> Result<String> {
         let name = self.stream.context().name();
         name.map_err(|e| Error::cuda(self.ordinal(), format!("no name: {}", error_name(e))))
+    }
+
+    /// The point that the stream's work has come to.
+    pub(crate) fn mark(&self) -> Result<Mark> {
+        Mark::new(&self.stream, self.beside.clone())
     }
 
     /// Bytes of shared memory that a block may have.
