@@ -31,7 +31,7 @@ struct Forward {
                                              const __nv_bfloat16* v, const unsigned* doc_starts,
                                              const Shape& s) {
     extern __shared__ __align__(1024) char shared[];
-    const Owner owner(s, s.heads, true);
+    const Owner owner(s, s.heads, true, blockIdx.x, gridDim.x);
     const unsigned kv_head = owner.head / (s.heads / s.kv_heads);
     const auto keys = rows_of(k, s, owner.seq, kv_head, s.kv_heads);
     const auto values = rows_of(v, s, owner.seq, kv_head, s.kv_heads);

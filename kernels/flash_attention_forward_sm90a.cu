@@ -124,7 +124,7 @@ __device__ __forceinline__ void forward(__nv_bfloat16* o, float* log_sum, const 
     }
     barrier_init_done();
   }
-  const Owner owner(s, s.heads, true);
+  const Owner owner(s, s.heads, true, blockIdx.x, gridDim.x);
   const unsigned* starts = starts_of(doc_starts, s, owner.seq);
   auto* here = starts ? reinterpret_cast<unsigned*>(shared + F::kStarts) : nullptr;
   unsigned key = first_visible<kThreads>(here, starts, owner.first, s.seq_len);

@@ -46,11 +46,9 @@ const LOCAL: usize = 6;
 const THREADS: u32 = 256;
 
 /// Dynamic shared memory of a block, by the beginning of the kernel's name.
-const DYNAMIC_SHARED: [(&str, u32); 26] = [
-    ("flash_attention_backward_kv_bf16_d128", 99_360),
-    ("flash_attention_backward_kv_bf16_d64", 50_208),
-    ("flash_attention_backward_q_bf16_d128", 99_360),
-    ("flash_attention_backward_q_bf16_d64", 50_208),
+const DYNAMIC_SHARED: [(&str, u32); 24] = [
+    ("flash_attention_backward_bf16_d128", 99_072),
+    ("flash_attention_backward_bf16_d64", 49_920),
     ("flash_attention_forward_bf16_d128", 66_080),
     ("flash_attention_forward_bf16_d64", 49_696),
     ("flash_attention_forward_wgmma_bf16_d128", 164_456),
@@ -90,11 +88,12 @@ const MULTIPROCESSORS: [(&str, u32, u32, u32); 6] = [
 ];
 
 /// Kernels of matrix products, by the beginnings of their names.
-const PRODUCTS: [&str; 6] = [
+const PRODUCTS: [&str; 7] = [
     "gemm_nt",
     "gemm_nn",
     "gemm_tn",
-    "flash_attention_",
+    "flash_attention_forward",
+    "flash_attention_backward_bf16",
     "topk_extend_lists",
     "lora_up_backward",
 ];

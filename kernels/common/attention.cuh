@@ -50,9 +50,10 @@ __device__ __forceinline__ const unsigned* starts_of(const unsigned* doc_starts,
 struct Owner {
   unsigned first, head, seq;
 
-  __device__ __forceinline__ Owner(const Shape& s, unsigned heads, bool late_first) {
-    const unsigned tiles = (s.seq_len + kRows - 1) / kRows, others = gridDim.x / tiles;
-    const unsigned tile = blockIdx.x / others, other = blockIdx.x % others;
+  __device__ __forceinline__ Owner(const Shape& s, unsigned heads, bool late_first, unsigned block,
+                                   unsigned blocks) {
+    const unsigned tiles = (s.seq_len + kRows - 1) / kRows, others = blocks / tiles;
+    const unsigned tile = block / others, other = block % others;
     first = (late_first ? tiles - 1 - tile : tile) * kRows;
     head = other % heads;
     seq = other / heads;

@@ -7,7 +7,8 @@ use resa_engine::tape::{Tape, Var};
 use resa_engine::tensor::Tensor;
 
 use super::harness::{
-    check_in_steps, counters, cuda, devices, random, relative_error, round_bf16, to_f64,
+    check_in_steps, counters, counters_of_all, cuda, devices, random, relative_error, round_bf16,
+    to_f64,
 };
 
 #[derive(Clone, Copy)]
@@ -314,11 +315,14 @@ struct Tiling {
     step: usize,
     /// Matrix products, of 2 D FLOP for each pair of a query and a key.
     products: usize,
-    /// Bytes besides rows of heads: statistics.
-    others: usize,
-    /// Tensors of query heads and of key/value heads that are read, once and in every tile.
+    /// Bytes besides rows of heads: statistics and parts of sums, read and written.
+    others: [usize; 2],
+    /// Reads of a tensor of query heads and of key/value heads.
     once: [usize; 2],
+    /// Tensors of which rows are read for every tile.
     in_tiles: usize,
+    /// Tensors of query heads and of key/value heads that are written.
+    written: [usize; 2],
 }
 
 impl Tiling {
@@ -335,7 +339,7 @@ impl Tiling {
     }
 }
 
-/// Counters of forward and of the two passes of backward; `None` on a real GPU.
+/// Counters of forward and of backward with either pass alone; `None` on a real GPU.
 fn counters_of(device: &Device, case: Case) -> Option<[Counters; 3]> {
     let inputs = case.inputs();
     let inputs: Vec<&Tensor> = inputs.iter().collect();
@@ -347,7 +351,7 @@ fn counters_of(device: &Device, case: Case) -> Option<[Counters; 3]> {
             .1
     };
     let backward = |saved, needed| {
-        counters(|| {
+        counters_of_all(|| {
             let grads = case
                 .op(None)
                 .backward(device, saved, vec![Some(up.clone())], needed);
@@ -358,7 +362,7 @@ fn counters_of(device: &Device, case: Case) -> Option<[Counters; 3]> {
         Some([
             counters(|| drop(forward()))?,
             backward(forward(), &[true, false, false])?,
-            backward(forward(), &[true; 3])?,
+            backward(forward(), &[false, true, true])?,
         ])
     })
 }
@@ -381,43 +385,50 @@ fn kernels_read_and_multiply_no_more_than_their_tiles_need() {
             warp: if on_hopper { 64 } else { 32 },
             step: if on_hopper { 64 } else { keys_met },
             products: 2,
-            others: 0,
+            others: [0, statistics],
             once: [1, 0],
             in_tiles: 2,
+            written: [1, 0],
         };
+        // Before either pass a kernel reads two tensors and log_sum and writes three statistics.
         let queries = Tiling {
             warp,
             step: 32,
             products: 3,
-            others: statistics,
-            once: [3, 0],
+            others: [3 * statistics, 3 * statistics],
+            once: [4, 0],
             in_tiles: 2,
+            written: [1, 0],
         };
+        // Each of the two heads that read a key/value head has a block of its own, whose sums,
+        // of fp32, a last kernel reads. Tiles read statistics as they read rows.
+        let (row, rows_met) = (2 * head_dim, 1280);
+        let parts = 2 * 2 * 2 * case.kv_heads * case.seq_len * row;
         let keys = Tiling {
             warp,
             step: 32,
             products: 4,
-            others: 5 * statistics,
-            once: [0, 2],
+            others: [
+                statistics + 3 * 4 * case.heads * rows_met + parts,
+                3 * statistics + parts,
+            ],
+            once: [2, 2 * 2],
             in_tiles: 2,
+            written: [0, 2],
         };
-        let written = [(1, 0, 1), (1, 0, 1), (0, 2, 0)];
         // Tiles of 128 rows meet 128, 256, 384 and 512 rows of the other side.
-        let (row, rows_met) = (2 * head_dim, 1280);
-        for ((tiling, counted), written) in
-            [forward, queries, keys].iter().zip(&counted).zip(written)
-        {
-            let rows = |of_queries: usize, of_keys: usize| {
+        for (tiling, counted) in [forward, queries, keys].iter().zip(&counted) {
+            let rows = |[of_queries, of_keys]: [usize; 2]| {
                 (of_queries * case.heads + of_keys * case.kv_heads) * case.seq_len * row
             };
-            let read = rows(tiling.once[0], tiling.once[1])
+            let read = rows(tiling.once)
                 + tiling.in_tiles * rows_met * case.heads * row
-                + tiling.others;
+                + tiling.others[0];
             let sectors = |bytes: usize| (bytes / 32) as u64;
             // A random schedule may split a load.
             let beyond = counted.global_load_sectors as f64 / sectors(read) as f64;
             assert!((1.0..1.01).contains(&beyond), "{beyond}");
-            let write = rows(written.0, written.1) + written.2 * statistics;
+            let write = rows(tiling.written) + tiling.others[1];
             assert_eq!(counted.global_store_sectors, sectors(write));
             let flop = tiling.pairs(case.seq_len) * case.heads * tiling.products * 2 * head_dim;
             assert_eq!(counted.mma_flop, flop as u64);

@@ -1,5 +1,4 @@
-//! The launches of `kernels/flash_attention_forward.cu`, of its variant for Hopper and of
-//! `flash_attention_backward.cu`.
+//! What the launches of `kernels/flash_attention_*.cu` share, and those of the forward pass.
 
 use std::f32::consts::LOG2_E;
 
@@ -11,22 +10,13 @@ use crate::ops::Operator;
 use crate::tensor::{CudaBuffer, DType, Tensor};
 
 /// Rows that a block owns.
-const ROWS: usize = 128;
-/// Rows that a backward pass meets at a time.
-const STREAM: usize = 32;
+pub(super) const ROWS: usize = 128;
 /// Bytes for document starts of a block's rows, and a number for each warp.
 const STARTS: usize = (ROWS + 8) * size_of::<u32>();
 
 const fn forward(function: &'static str) -> Kernel {
     Kernel {
         stem: "flash_attention_forward",
-        function,
-    }
-}
-
-const fn backward(function: &'static str) -> Kernel {
-    Kernel {
-        stem: "flash_attention_backward",
         function,
     }
 }
@@ -80,9 +70,6 @@ struct Kernels {
     forward_threads: u32,
     /// Keys of a step of forward.
     keys: usize,
-    backward_q: Kernel,
-    backward_kv: Kernel,
-    backward_threads: u32,
 }
 
 const SMALL_HEAD: Kernels = Kernels {
@@ -90,18 +77,12 @@ const SMALL_HEAD: Kernels = Kernels {
     forward: forward("flash_attention_forward_bf16_d64"),
     forward_threads: 128,
     keys: 64,
-    backward_q: backward("flash_attention_backward_q_bf16_d64"),
-    backward_kv: backward("flash_attention_backward_kv_bf16_d64"),
-    backward_threads: 128,
 };
 const LARGE_HEAD: Kernels = Kernels {
     head_dim: 128,
     forward: forward("flash_attention_forward_bf16_d128"),
     forward_threads: 128,
     keys: 32,
-    backward_q: backward("flash_attention_backward_q_bf16_d128"),
-    backward_kv: backward("flash_attention_backward_kv_bf16_d128"),
-    backward_threads: 256,
 };
 
 impl Kernels {
@@ -114,17 +95,11 @@ impl Kernels {
     fn forward_shared(&self) -> usize {
         (ROWS + 4 * self.keys) * self.row() + STARTS
     }
-
-    /// Two tiles that stay and two pairs of tiles that come and go; a number for each row that
-    /// stays and document starts, which is more than three numbers for each row of these pairs.
-    fn backward_shared(&self) -> usize {
-        let statistics = ROWS * DType::F32.size() + STARTS;
-        (2 * ROWS + 4 * STREAM) * self.row() + statistics
-    }
 }
 
 impl FlashAttention {
-    fn kernels(&self) -> Result<&'static Kernels> {
+    /// Whether heads are those of the small kernels; an error where no kernel takes them.
+    pub(super) fn is_small(&self) -> Result<bool> {
         if self.head_dim > LARGE_HEAD.head_dim || !self.head_dim.is_multiple_of(WIDE) {
             return Err(Error::operand(
                 Self::NAME,
@@ -135,17 +110,20 @@ impl FlashAttention {
                 format!("{}", self.head_dim),
             ));
         }
-        let small = self.head_dim <= SMALL_HEAD.head_dim;
-        Ok(if small { &SMALL_HEAD } else { &LARGE_HEAD })
+        Ok(self.head_dim <= SMALL_HEAD.head_dim)
     }
 
     /// One block for each tile of rows of `heads` heads.
-    fn grid(&self, heads: usize, threads: u32, shared: usize) -> Grid {
-        let tiles = self.seq_len.div_ceil(ROWS);
-        Grid::of_blocks(tiles * heads * self.batch, threads, shared)
+    pub(super) fn blocks(&self, heads: usize) -> usize {
+        self.seq_len.div_ceil(ROWS) * heads * self.batch
     }
 
-    /// The last arguments of every kernel, document starts first.
+    /// Scores times this are in base 2.
+    pub(super) fn scale(&self) -> f32 {
+        LOG2_E / (self.head_dim as f32).sqrt()
+    }
+
+    /// The last arguments of the forward kernels, document starts first.
     fn shape_args(&self, starts: Option<&Tensor>) -> Result<[Arg; 6]> {
         Ok([
             starts.map_or(Ok(Arg::Pointer(0)), Tensor::arg)?,
@@ -153,17 +131,17 @@ impl FlashAttention {
             Arg::size(Self::NAME, self.heads)?,
             Arg::size(Self::NAME, self.kv_heads)?,
             Arg::size(Self::NAME, self.head_dim)?,
-            Arg::F32(LOG2_E / (self.head_dim as f32).sqrt()),
+            Arg::F32(self.scale()),
         ])
     }
 
-    fn resident_starts(&self, cuda: &CudaDevice) -> Result<Option<Tensor>> {
+    pub(super) fn resident_starts(&self, cuda: &CudaDevice) -> Result<Option<Tensor>> {
         let starts = self.doc_starts.as_ref();
         starts.map(|s| cuda.resident(s, DType::U32)).transpose()
     }
 
     /// A map of the rows of `heads` heads, a matrix for each sequence.
-    fn map(&self, cuda: &CudaDevice, tensor: &Tensor, heads: usize) -> Result<Arg> {
+    pub(super) fn map(&self, cuda: &CudaDevice, tensor: &Tensor, heads: usize) -> Result<Arg> {
         let address = tensor.cuda().map_or(0, CudaBuffer::address);
         let row = heads * self.head_dim;
         cuda.block_map(address, &[self.batch, self.seq_len, row], row)
@@ -177,7 +155,8 @@ impl FlashAttention {
         k: &Tensor,
         v: &Tensor,
     ) -> Result<(Vec<Tensor>, Saved)> {
-        let kernels = self.kernels()?;
+        let small = self.is_small()?;
+        let kernels = if small { &SMALL_HEAD } else { &LARGE_HEAD };
         let [q, k, v] = [q, k, v].map(|t| cuda.resident(t, DType::Bf16));
         let (q, k, v) = (q?, k?, v?);
         let starts = self.resident_starts(cuda)?;
@@ -201,7 +180,7 @@ impl FlashAttention {
                 kernels.forward_shared(),
             ),
         };
-        let grid = self.grid(self.heads, threads, shared);
+        let grid = Grid::of_blocks(self.blocks(self.heads), threads, shared);
         // SAFETY: q and o are [T, heads * D], k and v [T, kv_heads * D], bf16; log_sum has one
         // f32 for each row and head; starts is null or [T] u32, none after its row. Shared memory
         // holds the kernel's tiles. The kernels of `hopper` take maps of q, k and v.
@@ -216,63 +195,5 @@ impl FlashAttention {
             log_sum,
         };
         Ok((vec![o], saved))
-    }
-
-    pub(super) fn backward_cuda(
-        &self,
-        cuda: &CudaDevice,
-        saved: &Saved,
-        grad: &Tensor,
-        needed: &[bool],
-    ) -> Result<Vec<Option<Tensor>>> {
-        let kernels = self.kernels()?;
-        let Saved {
-            q,
-            k,
-            v,
-            o,
-            log_sum,
-        } = saved;
-        let grad = cuda.resident(grad, DType::Bf16)?;
-        let starts = self.resident_starts(cuda)?;
-        let shape = self.shape_args(starts.as_ref())?;
-        let (threads, shared) = (kernels.backward_threads, kernels.backward_shared());
-        let dq = cuda.alloc(DType::Bf16, q.len())?;
-        let delta = cuda.alloc(DType::F32, log_sum.len())?;
-        let mut args = vec![Arg::from(&dq), Arg::from(&delta)];
-        for tensor in [&grad, q, k, v, o, log_sum] {
-            args.push(tensor.arg()?);
-        }
-        args.extend(shape);
-        let grid = self.grid(self.heads, threads, shared);
-        // SAFETY: dq, grad, q and o are [T, heads * D], k and v [T, kv_heads * D], bf16; delta is
-        // as long as log_sum, one f32 for each row and head, which forward wrote; starts is null
-        // or [T] u32. Shared memory holds the kernel's tiles and statistics.
-        unsafe { cuda.launch(kernels.backward_q, grid, &args) }?;
-        let dq = Tensor::from_cuda(dq, q.shape())?;
-        let mut result = vec![needed[0].then_some(dq), None, None];
-        if needed[1] || needed[2] {
-            let (dk, dv) = (
-                cuda.alloc(DType::Bf16, k.len())?,
-                cuda.alloc(DType::Bf16, v.len())?,
-            );
-            let mut args = vec![Arg::from(&dk), Arg::from(&dv)];
-            for tensor in [&grad, q, k, v, log_sum] {
-                args.push(tensor.arg()?);
-            }
-            args.push(Arg::from(&delta));
-            args.extend(shape);
-            let grid = self.grid(self.kv_heads, threads, shared);
-            // SAFETY: as above; dk and dv are as long as k and v; delta was written by the
-            // launch before.
-            unsafe { cuda.launch(kernels.backward_kv, grid, &args) }?;
-            let (dk, dv) = (
-                Tensor::from_cuda(dk, k.shape())?,
-                Tensor::from_cuda(dv, v.shape())?,
-            );
-            result[1] = needed[1].then_some(dk);
-            result[2] = needed[2].then_some(dv);
-        }
-        Ok(result)
     }
 }

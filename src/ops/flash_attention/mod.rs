@@ -12,6 +12,7 @@
 //! Least work for each head and sequence of n rows: 2 n^2 D FLOP forward, 5 n^2 D backward
 //! (7 n^2 D here: dQ and dK, dV are found in two passes, each parallel without shared sums).
 
+mod backward;
 mod cpu;
 mod cuda;
 mod softmax;

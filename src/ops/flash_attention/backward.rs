@@ -1,0 +1,175 @@
+//! The launches of `kernels/flash_attention_backward.cu`.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::cuda::ROWS;
+use super::{FlashAttention, Saved};
+use crate::device::CudaDevice;
+use crate::device::cuda::{Arg, Grid, Kernel};
+use crate::error::{Error, Result};
+use crate::ops::Operator;
+use crate::tensor::{CudaBuffer, DType, Tensor};
+
+/// Rows of the other side that a pass meets at a time.
+const STREAM: usize = 32;
+/// Queries whose statistics lie together: three words for each.
+const SPAN: usize = 64;
+/// Blocks that fill the largest device with short ones to spare. A constant, so that the order of a
+/// sum does not depend on the device.
+const BLOCKS: usize = 256;
+/// Values that a thread adds up.
+const WIDTH: usize = 4;
+
+/// `BackwardArgs` of kernels/common/attention_backward.cuh.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct BackwardArgs {
+    dq: u64,
+    dk: u64,
+    dv: u64,
+    partial: u64,
+    dout: u64,
+    q: u64,
+    k: u64,
+    v: u64,
+    o: u64,
+    log_sum: u64,
+    statistics: u64,
+    doc_starts: u64,
+    seq_len: u32,
+    heads: u32,
+    kv_heads: u32,
+    d: u32,
+    scale: f32,
+    parts: u32,
+    key_blocks: u32,
+    unused: u32,
+}
+
+const fn kernel(function: &'static str) -> Kernel {
+    Kernel {
+        stem: "flash_attention_backward",
+        function,
+    }
+}
+
+impl FlashAttention {
+    /// How many blocks share the query heads of a key/value head: enough for `BLOCKS`, if there
+    /// are as many heads.
+    fn parts(&self) -> usize {
+        let (group, blocks) = (self.group(), self.blocks(self.kv_heads));
+        let divisors = (1..=group).filter(|parts| group.is_multiple_of(*parts));
+        let enough = divisors.into_iter().find(|parts| parts * blocks >= BLOCKS);
+        enough.unwrap_or(group)
+    }
+
+    /// The kernel of both passes and its launch over `blocks` blocks.
+    fn passes(&self, blocks: usize) -> Result<(Kernel, Grid)> {
+        let (function, head_dim, threads) = match self.is_small()? {
+            true => ("flash_attention_backward_bf16_d64", 64, 128),
+            false => ("flash_attention_backward_bf16_d128", 128, 256),
+        };
+        // Two tiles that stay, two pairs of tiles that come and go and the statistics of those.
+        let row = head_dim * DType::Bf16.size();
+        let statistics = 2 * 3 * STREAM * size_of::<f32>();
+        let shared = (2 * ROWS + 4 * STREAM) * row + statistics;
+        Ok((kernel(function), Grid::of_blocks(blocks, threads, shared)))
+    }
+
+    pub(super) fn backward_cuda(
+        &self,
+        cuda: &CudaDevice,
+        saved: &Saved,
+        grad: &Tensor,
+        needed: &[bool],
+    ) -> Result<Vec<Option<Tensor>>> {
+        let Saved {
+            q,
+            k,
+            v,
+            o,
+            log_sum,
+        } = saved;
+        let grad = cuda.resident(grad, DType::Bf16)?;
+        let starts = self.resident_starts(cuda)?;
+        let of_keys = needed[1] || needed[2];
+        let parts = if of_keys { self.parts() } else { 1 };
+        let alloc = |wanted: bool, dtype, len| match wanted {
+            true => cuda.alloc(dtype, len).map(Some),
+            false => Ok(None),
+        };
+        let dq = alloc(needed[0], DType::Bf16, q.len())?;
+        let (dk, dv) = (
+            alloc(of_keys, DType::Bf16, k.len())?,
+            alloc(of_keys, DType::Bf16, v.len())?,
+        );
+        let partial = alloc(parts > 1, DType::F32, parts * (k.len() + v.len()))?;
+        let spans = self.batch * self.heads * self.seq_len.div_ceil(SPAN);
+        let statistics = cuda.alloc(DType::F32, spans * 3 * SPAN)?;
+        let address = |tensor: &Tensor| tensor.cuda().map_or(0, CudaBuffer::address);
+        let written = |buffer: &Option<CudaBuffer>| buffer.as_ref().map_or(0, CudaBuffer::address);
+        let key_blocks = match of_keys {
+            true => self.blocks(self.kv_heads * parts),
+            false => 0,
+        };
+        let args = BackwardArgs {
+            dq: written(&dq),
+            dk: written(&dk),
+            dv: written(&dv),
+            partial: written(&partial),
+            dout: address(&grad),
+            q: address(q),
+            k: address(k),
+            v: address(v),
+            o: address(o),
+            log_sum: address(log_sum),
+            statistics: statistics.address(),
+            doc_starts: starts.as_ref().map_or(0, address),
+            seq_len: size(self.seq_len)?,
+            heads: size(self.heads)?,
+            kv_heads: size(self.kv_heads)?,
+            d: size(self.head_dim)?,
+            scale: self.scale(),
+            parts: size(parts)?,
+            key_blocks: size(key_blocks)?,
+            unused: 0,
+        };
+        let of_queries = if needed[0] {
+            self.blocks(self.heads)
+        } else {
+            0
+        };
+        let (passes, grid) = self.passes(key_blocks + of_queries)?;
+        let args = Arg::Struct(bytemuck::cast(args));
+        let first = kernel("flash_attention_backward_statistics_bf16");
+        // SAFETY: `args` holds grad, q and o [T, heads * D], k and v [T, kv_heads * D], bf16;
+        // log_sum with one f32 for each row and head, which forward wrote, and statistics with
+        // three words for each, in whole spans; starts, null or [T] u32. dq is as long as q unless
+        // no block owns queries, dk and dv as k and v unless none owns keys; of both, `partial`
+        // has a sum for each part if there are several.
+        unsafe { cuda.launch(first, Grid::of_blocks(spans, 256, 0), &[args]) }?;
+        // SAFETY: as above, after the statistics. Shared memory holds the kernel's tiles.
+        unsafe { cuda.launch(passes, grid, &[args]) }?;
+        if parts > 1 {
+            let sum = kernel("flash_attention_backward_sum_bf16");
+            let grid = Grid::over((k.len() + v.len()).div_ceil(WIDTH));
+            // SAFETY: as above, after the passes.
+            unsafe { cuda.launch(sum, grid, &[args, Arg::size(Self::NAME, k.len())?]) }?;
+        }
+        let tensor = |buffer: Option<CudaBuffer>, like: &Tensor| {
+            let tensor = buffer.map(|buffer| Tensor::from_cuda(buffer, like.shape()));
+            tensor.transpose()
+        };
+        let (dk, dv) = (tensor(dk, k)?, tensor(dv, v)?);
+        Ok(vec![
+            tensor(dq, q)?,
+            dk.filter(|_| needed[1]),
+            dv.filter(|_| needed[2]),
+        ])
+    }
+}
+
+fn size(size: usize) -> Result<u32> {
+    let fits = u32::try_from(size);
+    fits.map_err(|_| Error::operand(FlashAttention::NAME, "a size below 2^32", format!("{size}")))
+}
