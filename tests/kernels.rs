@@ -46,9 +46,11 @@ const LOCAL: usize = 6;
 const THREADS: u32 = 256;
 
 /// Dynamic shared memory of a block, by the beginning of the kernel's name.
-const DYNAMIC_SHARED: [(&str, u32); 24] = [
+const DYNAMIC_SHARED: [(&str, u32); 26] = [
     ("flash_attention_backward_bf16_d128", 99_072),
     ("flash_attention_backward_bf16_d64", 49_920),
+    ("flash_attention_backward_wgmma_bf16_d128", 200_328),
+    ("flash_attention_backward_wgmma_bf16_d64", 170_696),
     ("flash_attention_forward_bf16_d128", 66_080),
     ("flash_attention_forward_bf16_d64", 49_696),
     ("flash_attention_forward_wgmma_bf16_d128", 164_456),

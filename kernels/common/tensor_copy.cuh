@@ -41,6 +41,11 @@ __device__ __forceinline__ void barrier_expect(uint32_t barrier, unsigned bytes)
                : "memory");
 }
 
+// Arrives at a barrier of this block.
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 // Arrives at the barrier that block `rank` of the cluster has at the same address. Orders what this
 // thread has read alone: a release for the cluster would wait for all its writes, at every stage.
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier, unsigned rank) {
@@ -68,6 +73,16 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, unsigned parity) 
         : "r"(barrier), "r"(parity)
         : "memory");
   } while (!done);
+}
+
+// Starts copying `bytes` that lie together; both addresses and `bytes` must be multiples of 16.
+__device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, uint32_t barrier,
+                                           unsigned bytes) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(to),
+      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
+      : "memory");
 }
 
 // Starts copying the map's block that begins at (row, col). What lies outside the matrix becomes

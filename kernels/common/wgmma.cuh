@@ -12,10 +12,10 @@ constexpr unsigned kBlockBytes = kBlock * kBlock * 2;
 
 // What the instruction needs to know of an operand that begins at `address`; after the matrix
 // descriptor of the PTX ISA. Along K eight rows are 1 KiB and further blocks continue them; across
-// K eight rows, of K, are 1 KiB too, and the next 64 of the extent one block on.
-template <bool kAlongK>
+// K eight rows, of K, are 1 KiB too, and the next 64 of the extent kBlocks blocks on.
+template <bool kAlongK, unsigned kBlocks = 1>
 __device__ __forceinline__ uint64_t operand_descriptor(uint32_t address) {
-  constexpr uint64_t kLeading = kAlongK ? 1 : kBlockBytes / 16, kStride = 1024 / 16;
+  constexpr uint64_t kLeading = kAlongK ? 1 : kBlocks * kBlockBytes / 16, kStride = 1024 / 16;
   constexpr uint64_t kSwizzle128 = 1;
   return kSwizzle128 << 62 | kStride << 32 | kLeading << 16 | (address & 0x3ffff) / 16;
 }

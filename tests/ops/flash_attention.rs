@@ -376,14 +376,18 @@ fn kernels_read_and_multiply_no_more_than_their_tiles_need() {
             println!("skipped: counters are the emulator's");
             return;
         };
-        let (warp, keys_met) = if head_dim == 64 { (32, 64) } else { (16, 32) };
-        let statistics = case.seq_len * case.heads * 4;
-        // On Hopper a warpgroup's rows meet 128 keys at a time, 64 on the diagonal.
+        // On Hopper a warpgroup's rows meet 64 queries or 128 keys at a time, 64 on the diagonal.
         let Device::Cuda(gpu) = device else { return };
         let on_hopper = gpu.name().unwrap().contains("H100");
+        let (warp, step, keys_met) = match head_dim {
+            _ if on_hopper => (64, 64, 64),
+            64 => (32, 32, 64),
+            _ => (16, 32, 32),
+        };
+        let statistics = case.seq_len * case.heads * 4;
         let forward = Tiling {
             warp: if on_hopper { 64 } else { 32 },
-            step: if on_hopper { 64 } else { keys_met },
+            step: keys_met,
             products: 2,
             others: [0, statistics],
             once: [1, 0],
@@ -393,7 +397,7 @@ fn kernels_read_and_multiply_no_more_than_their_tiles_need() {
         // Before either pass a kernel reads two tensors and log_sum and writes three statistics.
         let queries = Tiling {
             warp,
-            step: 32,
+            step,
             products: 3,
             others: [3 * statistics, 3 * statistics],
             once: [4, 0],
@@ -406,7 +410,7 @@ fn kernels_read_and_multiply_no_more_than_their_tiles_need() {
         let parts = 2 * 2 * 2 * case.kv_heads * case.seq_len * row;
         let keys = Tiling {
             warp,
-            step: 32,
+            step,
             products: 4,
             others: [
                 statistics + 3 * 4 * case.heads * rows_met + parts,

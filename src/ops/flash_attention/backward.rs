@@ -1,4 +1,4 @@
-//! The launches of `kernels/flash_attention_backward.cu`.
+//! The launches of `kernels/flash_attention_backward.cu` and of its variant for Hopper.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -17,6 +17,8 @@ const SPAN: usize = 64;
 /// Blocks that fill the largest device with short ones to spare. A constant, so that the order of a
 /// sum does not depend on the device.
 const BLOCKS: usize = 256;
+/// Bytes for the tiles that come and go on Hopper.
+const RING: usize = 128 << 10;
 /// Values that a thread adds up.
 const WIDTH: usize = 4;
 
@@ -61,6 +63,26 @@ impl FlashAttention {
         let divisors = (1..=group).filter(|parts| group.is_multiple_of(*parts));
         let enough = divisors.into_iter().find(|parts| parts * blocks >= BLOCKS);
         enough.unwrap_or(group)
+    }
+
+    /// The same on compute capability 9.0, if there is one for heads of this size.
+    fn hopper_passes(&self, blocks: usize) -> Option<(Kernel, Grid)> {
+        let function = match self.head_dim {
+            64 => "flash_attention_backward_wgmma_bf16_d64",
+            128 => "flash_attention_backward_wgmma_bf16_d128",
+            _ => return None,
+        };
+        // Two tiles that stay, pairs of tiles that come and go, which for the pass over keys are
+        // of SPAN rows, with the statistics of these; document starts and a number for each warp;
+        // a barrier for the first tiles, two for each pair.
+        let owned = 2 * ROWS * self.head_dim * DType::Bf16.size();
+        let stages = RING / (2 * SPAN * self.head_dim * DType::Bf16.size());
+        let shared = owned + RING + stages * 3 * SPAN * 4 + (ROWS + 16) * 4 + 8 * (1 + 2 * stages);
+        let kernel = Kernel {
+            stem: "flash_attention_backward_sm90a",
+            function,
+        };
+        Some((kernel, Grid::of_blocks(blocks, 384, shared)))
     }
 
     /// The kernel of both passes and its launch over `blocks` blocks.
@@ -139,8 +161,18 @@ impl FlashAttention {
         } else {
             0
         };
-        let (passes, grid) = self.passes(key_blocks + of_queries)?;
+        let blocks = key_blocks + of_queries;
         let args = Arg::Struct(bytemuck::cast(args));
+        let on_hopper = cuda.capability() == (9, 0) && !q.is_empty();
+        let hopper = self.hopper_passes(blocks).filter(|_| on_hopper);
+        let mut passes_args = vec![args];
+        if hopper.is_some() {
+            let (heads, kv_heads) = (self.heads, self.kv_heads);
+            for (tensor, heads) in [(q, heads), (k, kv_heads), (v, kv_heads), (&grad, heads)] {
+                passes_args.push(self.map(cuda, tensor, heads)?);
+            }
+        }
+        let (passes, grid) = hopper.map_or_else(|| self.passes(blocks), Ok)?;
         let first = kernel("flash_attention_backward_statistics_bf16");
         // SAFETY: `args` holds grad, q and o [T, heads * D], k and v [T, kv_heads * D], bf16;
         // log_sum with one f32 for each row and head, which forward wrote, and statistics with
@@ -148,8 +180,9 @@ impl FlashAttention {
         // no block owns queries, dk and dv as k and v unless none owns keys; of both, `partial`
         // has a sum for each part if there are several.
         unsafe { cuda.launch(first, Grid::of_blocks(spans, 256, 0), &[args]) }?;
-        // SAFETY: as above, after the statistics. Shared memory holds the kernel's tiles.
-        unsafe { cuda.launch(passes, grid, &[args]) }?;
+        // SAFETY: as above, after the statistics. Shared memory holds the kernel's tiles. The
+        // kernels of Hopper take maps of q, k, v and grad besides.
+        unsafe { cuda.launch(passes, grid, &passes_args) }?;
         if parts > 1 {
             let sum = kernel("flash_attention_backward_sum_bf16");
             let grid = Grid::over((k.len() + v.len()).div_ceil(WIDTH));
