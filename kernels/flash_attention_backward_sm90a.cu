@@ -112,29 +112,6 @@ struct Ring : Layout<D> {
   }
 };
 
-// Accumulators as left operands, rounded to bf16.
-template <int N>
-__device__ __forceinline__ void pack(uint32_t (&left)[N / 2][4], const float (&p)[N][4]) {
-#pragma unroll
-  for (unsigned i = 0; i < N / 2; ++i) {
-#pragma unroll
-    for (unsigned j = 0; j < 4; ++j) {
-      const float(&pair)[4] = p[2 * i + j / 2];
-      left[i][j] = pack_bf16(pair[j % 2 * 2], pair[j % 2 * 2 + 1]);
-    }
-  }
-}
-
-// Waits for the warpgroup's threads.
-__device__ __forceinline__ void warpgroup_sync(unsigned group) {
-  asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "n"(kWarpgroup) : "memory");
-}
-
-// Taken from one lane, so that the compiler knows it to be the same in a warp.
-__device__ __forceinline__ unsigned warpgroup() {
-  return __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);
-}
-
 // A block owns queries.
 template <int D>
 __device__ __forceinline__ void queries(const BackwardArgs& args, const TensorMap& q,
@@ -149,10 +126,11 @@ __device__ __forceinline__ void queries(const BackwardArgs& args, const TensorMa
   const Owner owner(s, s.heads, true, blockIdx.x - args.key_blocks, gridDim.x - args.key_blocks);
   const unsigned* starts = starts_of(args.doc_starts, s, owner.seq);
   auto* here = starts ? reinterpret_cast<unsigned*>(shared + R::kStarts) : nullptr;
-  unsigned key = first_visible<kThreads>(here, starts, owner.first, s.seq_len) / kKeys * kKeys;
+  unsigned key = uniform(first_visible<kThreads>(here, starts, owner.first, s.seq_len));
+  key = key / kKeys * kKeys;
   const unsigned end = min(owner.first + kRows, s.seq_len);
   __syncthreads();
-  const unsigned group = warpgroup();
+  const unsigned group = uniform(threadIdx.x / kWarpgroup);
   // 168 registers a thread at the launch, and as many in all after this.
   if (group == kWorkers) {
     release_registers<24>();
@@ -228,11 +206,11 @@ __device__ __forceinline__ void keys(const BackwardArgs& args, const TensorMap& 
   const Shape s = shape_of(args);
   const KeyOwner owner(args);
   const unsigned* starts = starts_of(args.doc_starts, s, owner.seq);
-  const unsigned end =
+  const unsigned end = uniform(
       end_of_viewers<kThreads>(starts, owner.first, owner.first + kRows, s.seq_len,
-                               reinterpret_cast<unsigned*>(shared + R::kStarts));
+                               reinterpret_cast<unsigned*>(shared + R::kStarts)));
   __syncthreads();
-  const unsigned group = warpgroup();
+  const unsigned group = uniform(threadIdx.x / kWarpgroup);
   Turn<R::kStages> turn;
   if (group == kWorkers) {
     release_registers<24>();

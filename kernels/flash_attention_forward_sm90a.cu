@@ -86,14 +86,7 @@ struct Forward {
   static __device__ __forceinline__ void add_values(float (&out)[D / 8][4],
                                                     const float (&p)[N][4], uint32_t values) {
     uint32_t left[N / 2][4];
-#pragma unroll
-    for (unsigned i = 0; i < N / 2; ++i) {
-#pragma unroll
-      for (unsigned j = 0; j < 4; ++j) {
-        const float(&pair)[4] = p[2 * i + j / 2];
-        left[i][j] = pack_bf16(pair[j % 2 * 2], pair[j % 2 * 2 + 1]);
-      }
-    }
+    pack(left, p);
     const uint64_t right = operand_descriptor<false>(values);
     hold(out);
     wgmma_fence();
@@ -131,8 +124,7 @@ __device__ __forceinline__ void forward(__nv_bfloat16* o, float* log_sum, const 
   key = key / F::kKeys * F::kKeys;
   const unsigned end = min(owner.first + kRows, s.seq_len);
   __syncthreads();
-  // Taken from one lane, so that the compiler knows it to be the same in a warp.
-  const unsigned group = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);
+  const unsigned group = uniform(threadIdx.x / kWarpgroup);
   // 168 registers a thread at the launch, and as many in all after this.
   if (group == kWorkers) {
     release_registers<40>();
@@ -168,7 +160,7 @@ __device__ __forceinline__ void forward(__nv_bfloat16* o, float* log_sum, const 
   log_sum += statistics_at(s, owner.seq, owner.head);
   softmax.finish(out, s.scale, log_sum, query, s.seq_len);
   // The result passes through the queries' memory, which other warps of the warpgroup may read.
-  asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "n"(kWarpgroup) : "memory");
+  warpgroup_sync(group);
   store_rows<D>(rows_of(o, s, owner.seq, owner.head, s.heads), owner.first, out, shared, row);
 }
 

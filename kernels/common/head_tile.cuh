@@ -20,6 +20,19 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
+// 8 N columns of 16 rows as accumulators hold them, as left operands, rounded to bf16.
+template <int N>
+__device__ __forceinline__ void pack(uint32_t (&left)[N / 2][4], const float (&p)[N][4]) {
+#pragma unroll
+  for (unsigned i = 0; i < N / 2; ++i) {
+#pragma unroll
+    for (unsigned j = 0; j < 4; ++j) {
+      const float(&pair)[4] = p[2 * i + j / 2];
+      left[i][j] = pack_bf16(pair[j % 2 * 2], pair[j % 2 * 2 + 1]);
+    }
+  }
+}
+
 // Bytes from the start of a tile to a chunk.
 template <int D>
 __device__ __forceinline__ uint32_t chunk_at(unsigned row, unsigned chunk) {

@@ -61,6 +61,14 @@ __device__ __forceinline__ void claim_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
+// Waits for the warpgroup's threads.
+__device__ __forceinline__ void warpgroup_sync(unsigned group) {
+  asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "n"(kWarpgroup) : "memory");
+}
+
+// Taken from one lane, so that the compiler knows it to be the same in a warp.
+__device__ __forceinline__ unsigned uniform(unsigned x) { return __shfl_sync(0xffffffff, x, 0); }
+
 // What the instructions below have in common: the names of 32 accumulators in assembly, and 4 or
 // 32 accumulators as its operands.
 #define WGMMA_SUMS_0 \

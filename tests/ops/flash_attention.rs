@@ -253,12 +253,17 @@ fn textbook(
 fn many_blocks_agree_with_float64() {
     // Around the tiles' sizes: 64 queries, 128 and 256 keys. The last documents begin so late
     // that some rows of a tile see nothing of a block of keys that other rows see.
-    let cases: [(Case, &[u32]); 5] = [
+    // Blocks that own keys are one for a group of heads in the next to last case, for half of one
+    // in the last.
+    let cases: [(Case, &[u32]); 8] = [
         (case(1, 257, 3, 1, 64), &[]),
         (case(2, 129, 6, 1, 16), &[]),
         (case(1, 383, 2, 2, 32), &[0, 70, 140, 200, 290]),
         (case(1, 130, 9, 3, 128), &[0, 1, 128]),
         (case(1, 345, 2, 1, 16), &[0, 301]),
+        (case(1, 200, 2, 2, 64), &[0, 3, 64, 150]),
+        (case(24, 5, 16, 8, 128), &[0, 2]),
+        (case(12, 6, 32, 8, 64), &[]),
     ];
     for (case, documents) in cases {
         let rows = case.batch * case.seq_len;

@@ -5,6 +5,7 @@
 use std::process::Command;
 
 use cuda_emulator::Backend;
+use resa_engine::ops::flash_attention::FlashAttention;
 use resa_engine::ops::gemm::Linear;
 use resa_engine::ops::lora::{Dropout, Frozen, LoraLinear};
 use resa_engine::rng::{Purpose, Stream};
@@ -37,9 +38,20 @@ fn operators_with_kernels_for_hopper_pass_their_tests_on_it() {
     on_hopper(&["gemm::", "lora::", "flash_attention::"], None);
 }
 
-/// A hash (FNV-1a) of the bits of a linear layer's and an adapted one's outputs and gradients.
+/// A hash (FNV-1a) of the bits of the outputs and gradients of a linear layer, an adapted one and
+/// attention.
 fn bits_of_products() -> Option<u64> {
     let device = cuda()?;
+    let attention = FlashAttention {
+        batch: 1,
+        seq_len: 200,
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 64,
+        doc_starts: None,
+    };
+    let inputs = [(7, 256), (8, 128), (9, 128)].map(|(seed, n)| random(seed, &[200, n], 2.0));
+    let attended = run(device, attention, &inputs, &[random(10, &[200, 256], 1.0)]);
     let (t, k, n, r) = (264, 200, 136, 8);
     let weight = round_bf16(&random(1, &[n, k], 1.0));
     let bias = Some(round_bf16(&random(2, &[n], 1.0)));
@@ -65,7 +77,8 @@ fn bits_of_products() -> Option<u64> {
     };
     let inputs = [x, random(5, &[r, k], 1.0), random(6, &[n, r], 1.0)];
     let adapted = run(device, adapted, &inputs, &[dy]);
-    let all = [plain.0, plain.1, adapted.0, adapted.1].concat().concat();
+    let all = [plain, adapted, attended].map(|(outputs, gradients)| [outputs, gradients].concat());
+    let all = all.concat().concat();
     let mix = |hash: u64, bits: u32| (hash ^ u64::from(bits)).wrapping_mul(0x0100_0000_01b3);
     Some(all.into_iter().fold(0xcbf2_9ce4_8422_2325, mix))
 }
@@ -80,12 +93,13 @@ fn products_have_the_same_bits_under_every_schedule_and_run_on_wgmma() {
         println!("bits {bits:x}");
         let totals = cuda_emulator::emulator().unwrap().totals();
         for kernel in [
-            "nt_wgmma_128x128",
-            "nn_wgmma_128x128",
-            "nn_masked_wgmma_128x192",
+            "gemm_nt_wgmma_128x128",
+            "gemm_nn_wgmma_128x128",
+            "gemm_nn_masked_wgmma_128x192",
+            "flash_attention_forward_wgmma_bf16_d64",
+            "flash_attention_backward_wgmma_bf16_d64",
         ] {
-            let kernel = format!("gemm_{kernel}");
-            assert!(totals.contains(&kernel), "{kernel} was not launched");
+            assert!(totals.contains(kernel), "{kernel} was not launched");
         }
         return;
     }

@@ -14,9 +14,10 @@ use crate::tensor::{CudaBuffer, DType, Tensor};
 const STREAM: usize = 32;
 /// Queries whose statistics lie together: three words for each.
 const SPAN: usize = 64;
-/// Blocks that fill the largest device with short ones to spare. A constant, so that the order of a
-/// sum does not depend on the device.
-const BLOCKS: usize = 256;
+/// Blocks of keys among which the longest takes less than its share of the largest device's time
+/// (170 multiprocessors; both passes). A constant, so that the order of a sum does not depend on
+/// the device.
+const BLOCKS: usize = 192;
 /// Bytes for the tiles that come and go on Hopper.
 const RING: usize = 128 << 10;
 /// Values that a thread adds up.
