@@ -56,34 +56,29 @@ const fn kernel(function: &'static str) -> Kernel {
     }
 }
 
+/// What a backward pass writes. Gradients are there where something needs them, those of keys and
+/// values both or neither; parts of their sums where several blocks share them.
+struct Buffers {
+    dq: Option<CudaBuffer>,
+    dk: Option<CudaBuffer>,
+    dv: Option<CudaBuffer>,
+    partial: Option<CudaBuffer>,
+    statistics: CudaBuffer,
+}
+
 impl FlashAttention {
     /// How many blocks share the query heads of a key/value head: enough for `BLOCKS`, if there
     /// are as many heads.
     fn parts(&self) -> usize {
         let (group, blocks) = (self.group(), self.blocks(self.kv_heads));
-        let divisors = (1..=group).filter(|parts| group.is_multiple_of(*parts));
-        let enough = divisors.into_iter().find(|parts| parts * blocks >= BLOCKS);
+        let mut divisors = (1..=group).filter(|parts| group.is_multiple_of(*parts));
+        let enough = divisors.find(|parts| parts * blocks >= BLOCKS);
         enough.unwrap_or(group)
     }
 
-    /// The same on compute capability 9.0, if there is one for heads of this size.
-    fn hopper_passes(&self, blocks: usize) -> Option<(Kernel, Grid)> {
-        let function = match self.head_dim {
-            64 => "flash_attention_backward_wgmma_bf16_d64",
-            128 => "flash_attention_backward_wgmma_bf16_d128",
-            _ => return None,
-        };
-        // Two tiles that stay, pairs of tiles that come and go, which for the pass over keys are
-        // of SPAN rows, with the statistics of these; document starts and a number for each warp;
-        // a barrier for the first tiles, two for each pair.
-        let owned = 2 * ROWS * self.head_dim * DType::Bf16.size();
-        let stages = RING / (2 * SPAN * self.head_dim * DType::Bf16.size());
-        let shared = owned + RING + stages * 3 * SPAN * 4 + (ROWS + 16) * 4 + 8 * (1 + 2 * stages);
-        let kernel = Kernel {
-            stem: "flash_attention_backward_sm90a",
-            function,
-        };
-        Some((kernel, Grid::of_blocks(blocks, 384, shared)))
+    /// Spans of statistics.
+    fn spans(&self) -> usize {
+        self.batch * self.heads * self.seq_len.div_ceil(SPAN)
     }
 
     /// The kernel of both passes and its launch over `blocks` blocks.
@@ -99,55 +94,75 @@ impl FlashAttention {
         Ok((kernel(function), Grid::of_blocks(blocks, threads, shared)))
     }
 
-    pub(super) fn backward_cuda(
+    /// The same on compute capability 9.0, if there is one for heads of this size.
+    fn hopper_passes(&self, blocks: usize) -> Option<(Kernel, Grid)> {
+        let function = match self.head_dim {
+            64 => "flash_attention_backward_wgmma_bf16_d64",
+            128 => "flash_attention_backward_wgmma_bf16_d128",
+            _ => return None,
+        };
+        // Two tiles that stay, pairs of tiles that come and go, which for the pass over keys are
+        // of SPAN rows, with the statistics of these; document starts and a number for each warp;
+        // a barrier for the first tiles, two for each pair.
+        let row = self.head_dim * DType::Bf16.size();
+        let stages = RING / (2 * SPAN * row);
+        let words = stages * 3 * SPAN + ROWS + 16;
+        let shared = 2 * ROWS * row + RING + words * size_of::<f32>() + 8 * (1 + 2 * stages);
+        let kernel = Kernel {
+            stem: "flash_attention_backward_sm90a",
+            function,
+        };
+        Some((kernel, Grid::of_blocks(blocks, 384, shared)))
+    }
+
+    fn buffers(
         &self,
         cuda: &CudaDevice,
-        saved: &Saved,
-        grad: &Tensor,
+        [q, k, v]: [usize; 3],
         needed: &[bool],
-    ) -> Result<Vec<Option<Tensor>>> {
-        let Saved {
-            q,
-            k,
-            v,
-            o,
-            log_sum,
-        } = saved;
-        let grad = cuda.resident(grad, DType::Bf16)?;
-        let starts = self.resident_starts(cuda)?;
-        let of_keys = needed[1] || needed[2];
-        let parts = if of_keys { self.parts() } else { 1 };
+        parts: usize,
+    ) -> Result<Buffers> {
         let alloc = |wanted: bool, dtype, len| match wanted {
             true => cuda.alloc(dtype, len).map(Some),
             false => Ok(None),
         };
-        let dq = alloc(needed[0], DType::Bf16, q.len())?;
-        let (dk, dv) = (
-            alloc(of_keys, DType::Bf16, k.len())?,
-            alloc(of_keys, DType::Bf16, v.len())?,
-        );
-        let partial = alloc(parts > 1, DType::F32, parts * (k.len() + v.len()))?;
-        let spans = self.batch * self.heads * self.seq_len.div_ceil(SPAN);
-        let statistics = cuda.alloc(DType::F32, spans * 3 * SPAN)?;
-        let address = |tensor: &Tensor| tensor.cuda().map_or(0, CudaBuffer::address);
+        let of_keys = needed[1] || needed[2];
+        Ok(Buffers {
+            dq: alloc(needed[0], DType::Bf16, q)?,
+            dk: alloc(of_keys, DType::Bf16, k)?,
+            dv: alloc(of_keys, DType::Bf16, v)?,
+            partial: alloc(of_keys && parts > 1, DType::F32, parts * (k + v))?,
+            statistics: cuda.alloc(DType::F32, self.spans() * 3 * SPAN)?,
+        })
+    }
+
+    fn backward_args(
+        &self,
+        saved: &Saved,
+        grad: &Tensor,
+        starts: Option<&Tensor>,
+        buffers: &Buffers,
+        parts: usize,
+    ) -> Result<BackwardArgs> {
+        let read = |tensor: &Tensor| tensor.cuda().map_or(0, CudaBuffer::address);
         let written = |buffer: &Option<CudaBuffer>| buffer.as_ref().map_or(0, CudaBuffer::address);
-        let key_blocks = match of_keys {
-            true => self.blocks(self.kv_heads * parts),
-            false => 0,
+        let key_blocks = match buffers.dk {
+            Some(_) => self.blocks(self.kv_heads * parts),
+            None => 0,
         };
-        let args = BackwardArgs {
-            dq: written(&dq),
-            dk: written(&dk),
-            dv: written(&dv),
-            partial: written(&partial),
-            dout: address(&grad),
-            q: address(q),
-            k: address(k),
-            v: address(v),
-            o: address(o),
-            log_sum: address(log_sum),
-            statistics: statistics.address(),
-            doc_starts: starts.as_ref().map_or(0, address),
+        Ok(BackwardArgs {
+            dq: written(&buffers.dq),
+            dk: written(&buffers.dk),
+            dv: written(&buffers.dv),
+            partial: written(&buffers.partial),
+            dout: read(grad),
+            q: read(&saved.q),
+            k: read(&saved.k),
+            v: read(&saved.v),
+            o: read(&saved.o),
+            log_sum: read(&saved.log_sum),
+            statistics: buffers.statistics.address(),
+            doc_starts: starts.map_or(0, read),
             seq_len: size(self.seq_len)?,
             heads: size(self.heads)?,
             kv_heads: size(self.kv_heads)?,
@@ -156,13 +171,28 @@ impl FlashAttention {
             parts: size(parts)?,
             key_blocks: size(key_blocks)?,
             unused: 0,
-        };
-        let of_queries = if needed[0] {
+        })
+    }
+
+    pub(super) fn backward_cuda(
+        &self,
+        cuda: &CudaDevice,
+        saved: &Saved,
+        grad: &Tensor,
+        needed: &[bool],
+    ) -> Result<Vec<Option<Tensor>>> {
+        let Saved { q, k, v, .. } = saved;
+        let grad = cuda.resident(grad, DType::Bf16)?;
+        let starts = self.resident_starts(cuda)?;
+        let parts = self.parts();
+        let buffers = self.buffers(cuda, [q, k, v].map(Tensor::len), needed, parts)?;
+        let args = self.backward_args(saved, &grad, starts.as_ref(), &buffers, parts)?;
+        let query_blocks = if needed[0] {
             self.blocks(self.heads)
         } else {
             0
         };
-        let blocks = key_blocks + of_queries;
+        let blocks = args.key_blocks as usize + query_blocks;
         let args = Arg::Struct(bytemuck::cast(args));
         let on_hopper = cuda.capability() == (9, 0) && !q.is_empty();
         let hopper = self.hopper_passes(blocks).filter(|_| on_hopper);
@@ -174,31 +204,32 @@ impl FlashAttention {
             }
         }
         let (passes, grid) = hopper.map_or_else(|| self.passes(blocks), Ok)?;
-        let first = kernel("flash_attention_backward_statistics_bf16");
+        let statistics = kernel("flash_attention_backward_statistics_bf16");
         // SAFETY: `args` holds grad, q and o [T, heads * D], k and v [T, kv_heads * D], bf16;
         // log_sum with one f32 for each row and head, which forward wrote, and statistics with
         // three words for each, in whole spans; starts, null or [T] u32. dq is as long as q unless
         // no block owns queries, dk and dv as k and v unless none owns keys; of both, `partial`
         // has a sum for each part if there are several.
-        unsafe { cuda.launch(first, Grid::of_blocks(spans, 256, 0), &[args]) }?;
+        unsafe { cuda.launch(statistics, Grid::of_blocks(self.spans(), 256, 0), &[args]) }?;
         // SAFETY: as above, after the statistics. Shared memory holds the kernel's tiles. The
         // kernels of Hopper take maps of q, k, v and grad besides.
         unsafe { cuda.launch(passes, grid, &passes_args) }?;
-        if parts > 1 {
+        if buffers.partial.is_some() {
             let sum = kernel("flash_attention_backward_sum_bf16");
             let grid = Grid::over((k.len() + v.len()).div_ceil(WIDTH));
             // SAFETY: as above, after the passes.
             unsafe { cuda.launch(sum, grid, &[args, Arg::size(Self::NAME, k.len())?]) }?;
         }
-        let tensor = |buffer: Option<CudaBuffer>, like: &Tensor| {
-            let tensor = buffer.map(|buffer| Tensor::from_cuda(buffer, like.shape()));
-            tensor.transpose()
+        let tensor = |buffer: Option<CudaBuffer>, like: &Tensor, needed: bool| {
+            let buffer = buffer.filter(|_| needed);
+            buffer
+                .map(|b| Tensor::from_cuda(b, like.shape()))
+                .transpose()
         };
-        let (dk, dv) = (tensor(dk, k)?, tensor(dv, v)?);
         Ok(vec![
-            tensor(dq, q)?,
-            dk.filter(|_| needed[1]),
-            dv.filter(|_| needed[2]),
+            tensor(buffers.dq, q, needed[0])?,
+            tensor(buffers.dk, k, needed[1])?,
+            tensor(buffers.dv, v, needed[2])?,
         ])
     }
 }
