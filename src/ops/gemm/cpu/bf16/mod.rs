@@ -7,12 +7,12 @@
 //! order, block by block, whatever the tasks are: results do not depend on the number of threads,
 //! nor on how many other rows are computed along.
 
+mod output;
 mod pack;
 mod tile;
 
-#[cfg(target_arch = "x86_64")]
-use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
 use std::ops::Range;
+use std::slice::ChunksExact;
 
 use rayon::prelude::*;
 
@@ -20,18 +20,18 @@ pub(crate) use pack::{Operand, Side, Values};
 pub(crate) use tile::{COLS, Level, ROWS, Tile};
 
 use crate::device::Device;
-use crate::device::simd::vectorized;
 use crate::tensor::Buffer;
-use tile::{Multiplier, PAIRS, Step, Sums};
+use output::{Output, finish_streams};
+use tile::{Multiplier, PAIRS, Step};
 
 /// Most steps of the reduction that are packed at a time.
 const STEPS: usize = 48;
+/// Most steps of a right panel that all left panels of a task go by in turn: 20 KiB.
+const PART: usize = 10;
 /// Bytes of the left panels of a task, which stay in a core's L2 cache while the right ones go by.
-const LEFT_BYTES: usize = 1 << 20;
+const LEFT_BYTES: usize = 768 << 10;
 /// Bytes of right panels that are packed at a time: they are used from the caches.
 const RIGHT_BYTES: usize = 4 << 20;
-/// Values of a vector of 512 bits.
-const VECTOR: usize = 16;
 
 /// out \[m, n\] (+)= alpha · a · bᵀ with sums over k values: `a` has m outer indices, `b` n.
 pub(crate) struct Product<'a> {
@@ -55,7 +55,6 @@ impl Product<'_> {
         if m == 0 || n == 0 {
             return;
         }
-        assert!(n <= stride && (m - 1) * stride + n <= out.len());
         if k == 0 {
             if !self.add {
                 out.chunks_mut(stride).for_each(|row| row[..n].fill(0.0));
@@ -66,10 +65,7 @@ impl Product<'_> {
         let steps = steps.div_ceil(steps.div_ceil(STEPS));
         let panel_bytes = steps * size_of::<Step>();
         let right_panels = (RIGHT_BYTES / panel_bytes).max(1);
-        let out = SharedOut {
-            first: out.as_mut_ptr(),
-            stride,
-        };
+        let out = Output::new(out, [m, n, stride], self.alpha, self.level);
         for from in (0..k).step_by(2 * PAIRS * steps) {
             let block = from..k.min(from + 2 * PAIRS * steps);
             let add = self.add || from > 0;
@@ -97,118 +93,49 @@ impl Product<'_> {
         left: &Panels,
         right: &Panels,
         (first_col, add): (usize, bool),
-        out: &SharedOut,
+        out: &Output,
     ) {
-        let [m, n, _] = self.dims;
-        let multiplier = Multiplier::new(self.level);
-        let mut tile = Tile::ZERO;
+        let first_row = task.left.start * ROWS;
+        let rows = self.dims[0] - first_row;
+        let left = left.range(task.left.clone());
+        let mut tiles = vec![Tile::ZERO; left.len()];
         for j in task.right.clone() {
-            for i in task.left.clone() {
-                let (row, col) = (i * ROWS, first_col + j * COLS);
-                let block = Block {
-                    // SAFETY: row < m and col < n, which `run` has checked to lie within.
-                    first: unsafe { out.first.add(row * out.stride + col) },
-                    stride: out.stride,
-                    rows: ROWS.min(m - row),
-                    cols: COLS.min(n - col),
-                };
-                let (left, right) = (left.panel(i), right.panel(j));
-                block.prefetch();
-                // SAFETY: the block lies within the output, no other task has it, and a tile's
-                // rows are all there, as are those of a whole block.
-                unsafe {
-                    if self.alpha != 1.0 {
-                        multiplier.add(left, right, Sums::from(&mut tile), block.rows, false);
-                        vectorized!(block.write(&tile, |out, sum| match add {
-                            true => *out += self.alpha * sum,
-                            false => *out = self.alpha * sum,
-                        }));
-                    } else if block.rows == ROWS && block.cols == COLS {
-                        multiplier.add(left, right, block.sums(), ROWS, add);
-                    } else {
-                        if add {
-                            block.read(&mut tile);
-                        }
-                        multiplier.add(left, right, Sums::from(&mut tile), block.rows, add);
-                        vectorized!(block.write(&tile, |out, sum| *out = sum));
-                    }
-                }
+            let place = |i| (first_row + i * ROWS, first_col + j * COLS);
+            let (left, right) = (left.clone(), right.panel(j));
+            multiply(self.level, left, right, rows, &mut tiles, |i| {
+                out.prefetch(place(i), add)
+            });
+            for (i, tile) in tiles.iter().enumerate() {
+                // SAFETY: no other task has this tile.
+                unsafe { out.write(tile, place(i), add) };
             }
         }
+        finish_streams();
     }
 }
 
-/// An output that tasks write disjoint blocks of.
-struct SharedOut {
-    first: *mut f32,
-    stride: usize,
-}
-
-// SAFETY: tasks reach the data by way of blocks alone, of which no two overlap.
-unsafe impl Sync for SharedOut {}
-
-/// Some rows and columns of an output.
-struct Block {
-    first: *mut f32,
-    stride: usize,
+/// The products of left panels, of which `rows` rows are used, with a right one: part by part of
+/// the reduction, so that the part of the right panel stays in the L1 cache. `before_last` is
+/// called with the index of each tile before its last part.
+fn multiply(
+    level: Level,
+    left: ChunksExact<Step>,
+    right: &[Step],
     rows: usize,
-    cols: usize,
-}
-
-impl Block {
-    /// Has the block brought into the cache while its sums are computed: products whose output
-    /// is larger than the cache spent a fifth of their time waiting for it.
-    #[inline(always)]
-    fn prefetch(&self) {
-        #[cfg(target_arch = "x86_64")]
-        for r in 0..self.rows {
-            for col in (0..self.cols).step_by(VECTOR) {
-                let address = self.first.wrapping_add(r * self.stride + col);
-                // SAFETY: a prefetch reads nothing, whatever the address.
-                unsafe { _mm_prefetch::<_MM_HINT_T0>(address as *const i8) };
+    tiles: &mut [Tile],
+    before_last: impl Fn(usize),
+) {
+    let part = right.len().div_ceil(right.len().div_ceil(PART));
+    let multiplier = Multiplier::new(level);
+    for from in (0..right.len()).step_by(part) {
+        let part = from..right.len().min(from + part);
+        let last = part.end == right.len();
+        for ((i, left), tile) in left.clone().enumerate().zip(&mut *tiles) {
+            if last {
+                before_last(i);
             }
-        }
-    }
-
-    fn sums(&self) -> Sums {
-        Sums {
-            first: self.first,
-            stride: self.stride,
-        }
-    }
-
-    /// Copies the block into a tile.
-    ///
-    /// # Safety
-    /// The block lies within the output, and nobody else writes it meanwhile.
-    unsafe fn read(&self, tile: &mut Tile) {
-        for (r, sums) in tile.0.iter_mut().enumerate().take(self.rows) {
-            // SAFETY: the caller's promise.
-            let row =
-                unsafe { std::slice::from_raw_parts(self.first.add(r * self.stride), self.cols) };
-            sums[..self.cols].copy_from_slice(row);
-        }
-    }
-
-    /// Calls `write` with the values of the block and the tile's sums.
-    ///
-    /// # Safety
-    /// The block lies within the output, and nobody else reads or writes it meanwhile.
-    #[inline(always)]
-    unsafe fn write(&self, tile: &Tile, write: impl Fn(&mut f32, f32)) {
-        for (r, sums) in tile.0.iter().enumerate().take(self.rows) {
-            // SAFETY: the caller's promise.
-            let row = unsafe {
-                std::slice::from_raw_parts_mut(self.first.add(r * self.stride), self.cols)
-            };
-            // The whole width is a case of its own so that its loop has no remainder.
-            match <&mut [f32; COLS]>::try_from(&mut *row) {
-                Ok(row) => (0..COLS).for_each(|i| write(&mut row[i], sums[i])),
-                Err(_) => row
-                    .iter_mut()
-                    .zip(sums)
-                    .for_each(|(out, &sum)| write(out, sum)),
-            }
+            let (left, right) = (&left[part.clone()], &right[part.clone()]);
+            multiplier.multiply(left, right, tile, ROWS.min(rows - i * ROWS), from > 0);
         }
     }
 }
@@ -302,6 +229,11 @@ impl Panels {
         self.steps().len() / self.steps
     }
 
+    fn range(&self, panels: Range<usize>) -> ChunksExact<'_, Step> {
+        let steps = panels.start * self.steps..panels.end * self.steps;
+        self.steps()[steps].chunks_exact(self.steps)
+    }
+
     fn panel(&self, i: usize) -> &[Step] {
         &self.steps()[i * self.steps..][..self.steps]
     }
@@ -322,16 +254,18 @@ impl Panels {
         right: &Panels,
         mut use_tile: impl FnMut(usize, usize, &Tile) -> Result<(), E>,
     ) -> Result<(), E> {
-        let mut tiles = vec![Tile::ZERO; self.len()];
+        let left = self.range(0..self.len());
+        let rows = self.len() * ROWS;
+        let mut tiles = vec![Tile::ZERO; left.len()];
         for j in 0..right.len() {
-            let multiplier = Multiplier::new(level);
-            for (i, tile) in tiles.iter_mut().enumerate() {
-                // SAFETY: the whole tile is there, and ours.
-                unsafe {
-                    multiplier.add(self.panel(i), right.panel(j), Sums::from(tile), ROWS, false);
-                }
-            }
-            drop(multiplier);
+            multiply(
+                level,
+                left.clone(),
+                right.panel(j),
+                rows,
+                &mut tiles,
+                |_| (),
+            );
             for (i, tile) in tiles.iter().enumerate() {
                 use_tile(i * ROWS, j * COLS, tile)?;
             }

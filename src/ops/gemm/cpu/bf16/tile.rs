@@ -29,7 +29,7 @@ const _: () = assert!(ROWS == COLS);
 pub(crate) struct Tile(pub [[f32; COLS]; ROWS]);
 
 impl Tile {
-    pub(crate) const ZERO: Self = Self([[0.0; COLS]; ROWS]);
+    pub(super) const ZERO: Self = Self([[0.0; COLS]; ROWS]);
 }
 
 /// The instructions that a tile is computed with.
@@ -65,6 +65,14 @@ impl Level {
         }
         Self::Plain
     }
+
+    /// Whether a machine of this level has AVX-512 with bf16, whatever tiles are computed with.
+    pub(super) fn has_avx512(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return matches!(self, Self::Amx | Self::Avx512Bf16);
+        #[cfg(not(target_arch = "x86_64"))]
+        return false;
+    }
 }
 
 #[cfg(test)]
@@ -79,23 +87,6 @@ impl Level {
         }
         #[cfg(not(target_arch = "x86_64"))]
         vec![Self::Plain]
-    }
-}
-
-/// Where the sums of a tile are: [`ROWS`] rows of [`COLS`] values.
-#[derive(Clone, Copy)]
-pub(super) struct Sums {
-    pub first: *mut f32,
-    /// Distance of two rows.
-    pub stride: usize,
-}
-
-impl From<&mut Tile> for Sums {
-    fn from(tile: &mut Tile) -> Self {
-        Self {
-            first: tile.0.as_flattened_mut().as_mut_ptr(),
-            stride: COLS,
-        }
     }
 }
 
@@ -116,40 +107,34 @@ impl Multiplier {
         }
     }
 
-    /// sums\[i\]\[j\] (+)= Σ_p a\[i\]\[p\] · b\[p\]\[j\], each product being that of two pairs of
+    /// tile\[i\]\[j\] (+)= Σ_p a\[i\]\[p\] · b\[p\]\[j\], each product being that of two pairs of
     /// bf16 (the lower index of the reduction in the lower half) and the sum of its two terms.
     /// Rows from `rows` on may stay as they are.
-    ///
-    /// # Safety
-    /// All rows of `sums` are there, and nobody else reads or writes them meanwhile.
-    pub(super) unsafe fn add(&self, a: &[Step], b: &[Step], sums: Sums, rows: usize, add: bool) {
+    pub(super) fn multiply(&self, a: &[Step], b: &[Step], tile: &mut Tile, rows: usize, add: bool) {
         let b = &b[..a.len()];
-        // SAFETY: the caller's promise; `Level::best` has seen that this machine has the level's
-        // instructions, and no other code makes a level. A machine with AVX-512 has AVX2 and FMA
-        // as well. The tiles are configured for as long as `self` lives.
-        unsafe {
-            match self.level {
-                #[cfg(target_arch = "x86_64")]
-                Level::Amx => x86::multiply_amx(a, b, sums, add),
-                #[cfg(target_arch = "x86_64")]
-                Level::Avx512Bf16 => x86::multiply_avx512_bf16(a, b, sums, rows, add),
-                #[cfg(target_arch = "x86_64")]
-                Level::Avx2 => x86::multiply_avx2(a, b, sums, rows, add),
-                Level::Plain => multiply_widened::<false>(a, b, sums, rows, add),
-            }
+        match self.level {
+            // SAFETY: the tiles are configured for as long as `self` lives, and there are as many
+            // steps of one side as of the other.
+            #[cfg(target_arch = "x86_64")]
+            Level::Amx => unsafe { x86::multiply_amx(a, b, tile, add) },
+            // SAFETY: `Level::best` has seen that this machine has these instructions, and no
+            // other code makes this level.
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Bf16 => unsafe { x86::multiply_avx512_bf16(a, b, tile, rows, add) },
+            // SAFETY: as above; a machine with AVX-512 has AVX2 and FMA as well.
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => unsafe { x86::multiply_avx2(a, b, tile, rows, add) },
+            Level::Plain => multiply_widened::<false>(a, b, tile, rows, add),
         }
     }
 }
 
 /// Widens to f32, for a strip of the tile at a time so that its sums stay in registers.
-///
-/// # Safety
-/// As [`Multiplier::add`].
 #[inline(always)]
-unsafe fn multiply_widened<const FUSED: bool>(
+fn multiply_widened<const FUSED: bool>(
     a: &[Step],
     b: &[Step],
-    out: Sums,
+    tile: &mut Tile,
     rows: usize,
     add: bool,
 ) {
@@ -157,14 +142,12 @@ unsafe fn multiply_widened<const FUSED: bool>(
     const WIDTH: usize = 16;
     for first_row in (0..rows).step_by(STRIP) {
         for first_col in (0..COLS).step_by(WIDTH) {
-            let place = |row| {
-                let offset = (first_row + row) * out.stride + first_col;
-                out.first.wrapping_add(offset).cast::<[f32; WIDTH]>()
-            };
+            let strip = &mut tile.0[first_row..][..STRIP];
             let mut sums = [[0.0f32; WIDTH]; STRIP];
             if add {
-                // SAFETY: the caller's promise.
-                sums = std::array::from_fn(|row| unsafe { *place(row) });
+                for (sums, row) in sums.iter_mut().zip(&*strip) {
+                    sums.copy_from_slice(&row[first_col..][..WIDTH]);
+                }
             }
             for (a, b) in a.iter().zip(b) {
                 let a: [&[u32]; STRIP] =
@@ -178,9 +161,8 @@ unsafe fn multiply_widened<const FUSED: bool>(
                     }
                 }
             }
-            for (row, sums) in sums.iter().enumerate() {
-                // SAFETY: the caller's promise.
-                unsafe { *place(row) = *sums };
+            for (row, sums) in strip.iter_mut().zip(&sums) {
+                row[first_col..][..WIDTH].copy_from_slice(sums);
             }
         }
     }
@@ -210,36 +192,31 @@ fn add_product<const FUSED: bool>(sum: f32, a: f32, b: f32) -> f32 {
 mod x86 {
     use std::arch::asm;
     use std::arch::x86_64::{
-        __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_loadu_ps, _mm512_set1_epi32, _mm512_setzero_ps,
-        _mm512_storeu_ps,
+        __m512, __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_set1_epi32, _mm512_setzero_ps,
     };
 
-    use super::{COLS, PAIRS, Step, Sums};
+    use super::{COLS, PAIRS, ROWS, Step, Tile};
 
     const VECTOR: usize = 16;
 
     /// Four accumulators: the halves of the left panel's rows by those of the right one's columns.
     ///
     /// # Safety
-    /// As [`super::Multiplier::add`]; this thread's tiles are configured, and there are as many
-    /// steps in `b` as in `a`.
-    pub(super) unsafe fn multiply_amx(a: &[Step], b: &[Step], sums: Sums, add: bool) {
+    /// This thread's tiles are configured, and there are as many steps in `b` as in `a`.
+    pub(super) unsafe fn multiply_amx(a: &[Step], b: &[Step], tile: &mut Tile, add: bool) {
         if a.is_empty() {
-            // SAFETY: the caller's promise.
-            return unsafe { super::multiply_widened::<false>(a, b, sums, super::ROWS, add) };
+            return super::multiply_widened::<false>(a, b, tile, ROWS, add);
         }
-        let stride = sums.stride * size_of::<f32>();
-        // SAFETY: reads as many steps as `a` and `b` hold, 2 KiB each, and reads and writes sums
-        // that the caller says are there. No other code uses the tiles between the first line
-        // and the last.
+        // SAFETY: reads as many steps as `a` and `b` hold, 2 KiB each, and reads and writes the
+        // 4 KiB of `tile`. No other code uses the registers between the first line and the last.
         unsafe {
             asm!(
                 "test {add}, {add}",
                 "jz 3f",
-                "tileloadd tmm0, [{upper} + {stride}]",
-                "tileloadd tmm1, [{upper} + {stride} + 64]",
-                "tileloadd tmm2, [{lower} + {stride}]",
-                "tileloadd tmm3, [{lower} + {stride} + 64]",
+                "tileloadd tmm0, [{sums} + {wide}]",
+                "tileloadd tmm1, [{sums} + {wide} + 64]",
+                "tileloadd tmm2, [{sums} + {wide} + 2048]",
+                "tileloadd tmm3, [{sums} + {wide} + 2112]",
                 "jmp 2f",
                 "3:",
                 "tilezero tmm0",
@@ -247,30 +224,29 @@ mod x86 {
                 "tilezero tmm2",
                 "tilezero tmm3",
                 "2:",
-                "tileloadd tmm4, [{a} + {a_row}]",
-                "tileloadd tmm6, [{b} + {b_row}]",
-                "tileloadd tmm7, [{b} + {b_row} + 64]",
+                "tileloadd tmm4, [{a} + {narrow}]",
+                "tileloadd tmm6, [{b} + {wide}]",
+                "tileloadd tmm7, [{b} + {wide} + 64]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
                 "tdpbf16ps tmm1, tmm4, tmm7",
-                "tileloadd tmm5, [{a} + {a_row} + 1024]",
+                "tileloadd tmm5, [{a} + {narrow} + 1024]",
                 "tdpbf16ps tmm2, tmm5, tmm6",
                 "tdpbf16ps tmm3, tmm5, tmm7",
                 "add {a}, 2048",
                 "add {b}, 2048",
                 "dec {steps}",
                 "jnz 2b",
-                "tilestored [{upper} + {stride}], tmm0",
-                "tilestored [{upper} + {stride} + 64], tmm1",
-                "tilestored [{lower} + {stride}], tmm2",
-                "tilestored [{lower} + {stride} + 64], tmm3",
+                "tilestored [{sums} + {wide}], tmm0",
+                "tilestored [{sums} + {wide} + 64], tmm1",
+                "tilestored [{sums} + {wide} + 2048], tmm2",
+                "tilestored [{sums} + {wide} + 2112], tmm3",
                 a = inout(reg) a.as_ptr() => _,
                 b = inout(reg) b.as_ptr() => _,
                 steps = inout(reg) a.len() => _,
-                upper = in(reg) sums.first,
-                lower = in(reg) sums.first.add(16 * sums.stride),
-                stride = in(reg) stride,
-                a_row = in(reg) PAIRS * size_of::<u32>(),
-                b_row = in(reg) COLS * size_of::<u32>(),
+                sums = in(reg) tile,
+                // Bytes of a row of 16 pairs, and of 32 pairs or sums.
+                narrow = in(reg) PAIRS * size_of::<u32>(),
+                wide = in(reg) COLS * size_of::<u32>(),
                 add = in(reg) usize::from(add),
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
@@ -279,53 +255,40 @@ mod x86 {
         }
     }
 
-    /// # Safety
-    /// As [`super::Multiplier::add`].
     #[target_feature(enable = "avx512f,avx512bf16")]
-    pub(super) unsafe fn multiply_avx512_bf16(
+    pub(super) fn multiply_avx512_bf16(
         a: &[Step],
         b: &[Step],
-        out: Sums,
+        tile: &mut Tile,
         rows: usize,
         add: bool,
     ) {
         const STRIP: usize = 8;
-        for first in (0..rows).step_by(STRIP) {
-            let place = |row: usize, part: usize| {
-                let offset = (first + row) * out.stride + part * VECTOR;
-                out.first.wrapping_add(offset)
-            };
+        let strips = tile.0.as_chunks_mut::<STRIP>().0.iter_mut();
+        for (s, strip) in strips.enumerate().take(rows.div_ceil(STRIP)) {
             let mut sums = [[_mm512_setzero_ps(); COLS / VECTOR]; STRIP];
             if add {
-                for (row, sums) in sums.iter_mut().enumerate() {
-                    for (part, sum) in sums.iter_mut().enumerate() {
-                        // SAFETY: the caller's promise.
-                        *sum = unsafe { _mm512_loadu_ps(place(row, part)) };
-                    }
-                }
+                // SAFETY: 8 x 32 f32 on either side, row by row, as below.
+                sums = unsafe { std::mem::transmute::<[[f32; COLS]; STRIP], _>(*strip) };
             }
             for (a, b) in a.iter().zip(b) {
-                let strip: &[u32; STRIP * PAIRS] = a[first * PAIRS..]
-                    .first_chunk()
-                    .expect("strips divide the rows of a tile");
+                let a = &a.as_chunks::<{ STRIP * PAIRS }>().0[s];
                 for (p, b) in b.as_chunks::<COLS>().0.iter().enumerate() {
                     // SAFETY: arrays of 32 u32 and of two vectors of 512 bits have the same
                     // size, and every bit pattern is a value of both.
                     let b: [__m512bh; COLS / VECTOR] = unsafe { std::mem::transmute(*b) };
                     for (row, sums) in sums.iter_mut().enumerate() {
-                        let a = pairs(_mm512_set1_epi32(strip[row * PAIRS + p] as i32));
+                        let a = pairs(_mm512_set1_epi32(a[row * PAIRS + p] as i32));
                         for (sum, &b) in sums.iter_mut().zip(&b) {
                             *sum = _mm512_dpbf16_ps(*sum, a, b);
                         }
                     }
                 }
             }
-            for (row, sums) in sums.iter().enumerate() {
-                for (part, &sum) in sums.iter().enumerate() {
-                    // SAFETY: the caller's promise.
-                    unsafe { _mm512_storeu_ps(place(row, part), sum) };
-                }
-            }
+            // SAFETY: as above.
+            *strip = unsafe {
+                std::mem::transmute::<[[__m512; COLS / VECTOR]; STRIP], [[f32; COLS]; STRIP]>(sums)
+            };
         }
     }
 
@@ -335,11 +298,8 @@ mod x86 {
         unsafe { std::mem::transmute(bits) }
     }
 
-    /// # Safety
-    /// As [`super::Multiplier::add`].
     #[target_feature(enable = "avx2,fma")]
-    pub(super) unsafe fn multiply_avx2(a: &[Step], b: &[Step], out: Sums, rows: usize, add: bool) {
-        // SAFETY: the caller's promise.
-        unsafe { super::multiply_widened::<true>(a, b, out, rows, add) };
+    pub(super) fn multiply_avx2(a: &[Step], b: &[Step], tile: &mut Tile, rows: usize, add: bool) {
+        super::multiply_widened::<true>(a, b, tile, rows, add);
     }
 }
