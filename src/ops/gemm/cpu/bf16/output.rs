@@ -18,6 +18,7 @@ pub(super) struct Output {
     cols: usize,
     stride: usize,
     alpha: f32,
+    #[cfg(target_arch = "x86_64")]
     avx512: bool,
     /// Whether blocks are written past the caches where nothing is added to them.
     streamed: bool,
@@ -39,31 +40,23 @@ impl Output {
     ) -> Self {
         assert!(cols <= stride && (rows - 1) * stride + cols <= values.len());
         let large = size_of_val(values) >= STREAMED_BYTES;
-        let aligned = values.as_ptr().addr() % 64 == 0 && stride % 16 == 0;
+        let aligned = values.as_ptr().addr().is_multiple_of(64) && stride.is_multiple_of(16);
         Self {
             first: values.as_mut_ptr(),
             rows,
             cols,
             stride,
             alpha,
+            #[cfg(target_arch = "x86_64")]
             avx512: level.has_avx512(),
             streamed: large && aligned && level.has_avx512(),
         }
     }
 
-    /// Has the block of a tile brought into the cache while the sums are computed.
+    /// Has the block of a tile brought into the cache, while the sums are computed.
     pub(super) fn prefetch(&self, (row, col): (usize, usize), add: bool) {
-        #[cfg(target_arch = "x86_64")]
         if add || !self.streamed {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            let block = self.block(row, col);
-            for r in 0..block.rows {
-                for col in (0..block.cols).step_by(VECTOR) {
-                    let address = block.first.wrapping_add(r * block.stride + col);
-                    // SAFETY: a prefetch reads nothing, whatever the address.
-                    unsafe { _mm_prefetch::<_MM_HINT_T0>(address as *const i8) };
-                }
-            }
+            self.block(row, col).prefetch();
         }
     }
 
@@ -118,6 +111,19 @@ const ADD: u8 = 1;
 const STREAM: u8 = 2;
 
 impl Block {
+    #[inline(always)]
+    fn prefetch(&self) {
+        #[cfg(target_arch = "x86_64")]
+        for r in 0..self.rows {
+            for col in (0..self.cols).step_by(VECTOR) {
+                use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+                let address = self.first.wrapping_add(r * self.stride + col);
+                // SAFETY: a prefetch reads nothing, whatever the address.
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(address as *const i8) };
+            }
+        }
+    }
+
     /// Writes or adds alpha times the tile's sums.
     ///
     /// # Safety

@@ -271,7 +271,10 @@ impl Value for bf16 {
     #[inline(always)]
     unsafe fn zipped(low: &[bf16; PAIRS], high: &[bf16; PAIRS]) -> x86::Vector {
         // SAFETY: both are 64 bytes, of which every pattern is a value, and the caller's promise.
-        unsafe { x86::zipped_halves(std::mem::transmute([*low, *high])) }
+        unsafe {
+            let values = std::mem::transmute::<[[bf16; PAIRS]; 2], x86::Vector>([*low, *high]);
+            x86::zipped_halves(values)
+        }
     }
 }
 

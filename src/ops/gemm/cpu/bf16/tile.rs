@@ -269,7 +269,11 @@ mod x86 {
             let mut sums = [[_mm512_setzero_ps(); COLS / VECTOR]; STRIP];
             if add {
                 // SAFETY: 8 x 32 f32 on either side, row by row, as below.
-                sums = unsafe { std::mem::transmute::<[[f32; COLS]; STRIP], _>(*strip) };
+                sums = unsafe {
+                    std::mem::transmute::<[[f32; COLS]; STRIP], [[__m512; COLS / VECTOR]; STRIP]>(
+                        *strip,
+                    )
+                };
             }
             for (a, b) in a.iter().zip(b) {
                 let a = &a.as_chunks::<{ STRIP * PAIRS }>().0[s];
