@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 use rayon::prelude::*;
 use serde::Serialize;
 
+#[cfg(target_arch = "x86_64")]
+use crate::device::amx;
 use crate::device::{Device, Precision};
 
 /// Rates of the host's cores.
@@ -15,8 +17,8 @@ pub struct Ceilings {
     pub f32_flop_per_s_one_thread: f64,
     /// The same, all threads.
     pub f32_flop_per_s: f64,
-    /// FLOP a second of bf16 products added to f32 (AVX512_BF16), one thread, where the machine
-    /// has them.
+    /// FLOP a second of bf16 products added to f32 (AMX, else AVX512_BF16), one thread, where the
+    /// machine has them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bf16_flop_per_s_one_thread: Option<f64>,
     /// The same, all threads.
@@ -160,6 +162,14 @@ fn f32_kernel() -> Kernel {
 
 fn bf16_kernel() -> Option<Kernel> {
     #[cfg(target_arch = "x86_64")]
+    if amx::available() {
+        return Some(Kernel {
+            // SAFETY: the machine has just been seen to have AMX.
+            run: |rounds| unsafe { x86::bf16_amx(rounds) },
+            flop: x86::AMX_ACCUMULATORS * 16 * 16 * 32 * 2,
+        });
+    }
+    #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512f") {
         return Some(Kernel {
             // SAFETY: the machine has just been seen to have AVX512_BF16.
@@ -186,10 +196,11 @@ fn f32_portable(rounds: usize) -> f32 {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
+    use std::arch::asm;
     use std::arch::x86_64::*;
     use std::hint::black_box;
 
-    use super::ACCUMULATORS;
+    use super::{ACCUMULATORS, amx::Tiles};
 
     /// As many as 16 registers allow beside two operands.
     pub(super) const FMA_ACCUMULATORS: usize = 12;
@@ -218,6 +229,49 @@ mod x86 {
             }
         }
         sums.map(|sum| _mm512_reduce_add_ps(sum)).iter().sum()
+    }
+
+    /// Tiles that are added to; the others hold operands.
+    pub(super) const AMX_ACCUMULATORS: usize = 6;
+
+    /// # Safety
+    /// [`super::amx::available`] has said yes.
+    pub(super) unsafe fn bf16_amx(rounds: usize) -> f32 {
+        let mut sums = [0.0f32; 16];
+        // SAFETY: the caller's promise.
+        let tiles = unsafe { Tiles::new() };
+        // SAFETY: writes the 16 values of one row, as the distance of two rows is none; what was
+        // in the tiles does not matter, and they are configured.
+        unsafe {
+            asm!(
+                "tilezero tmm6",
+                "tilezero tmm7",
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
+                "tilezero tmm4",
+                "tilezero tmm5",
+                "2:",
+                "tdpbf16ps tmm0, tmm6, tmm7",
+                "tdpbf16ps tmm1, tmm6, tmm7",
+                "tdpbf16ps tmm2, tmm6, tmm7",
+                "tdpbf16ps tmm3, tmm6, tmm7",
+                "tdpbf16ps tmm4, tmm6, tmm7",
+                "tdpbf16ps tmm5, tmm6, tmm7",
+                "dec {rounds}",
+                "jnz 2b",
+                "tilestored [{sums} + {stride}], tmm0",
+                rounds = inout(reg) rounds.max(1) => _,
+                sums = in(reg) sums.as_mut_ptr(),
+                stride = in(reg) 0usize,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            );
+        }
+        drop(tiles);
+        sums[0]
     }
 
     #[target_feature(enable = "avx,fma")]

@@ -1,5 +1,6 @@
 //! Where tensors live and operators run. A device is passed explicitly; there are no globals.
 
+pub(crate) mod amx;
 mod cpu;
 pub(crate) mod cuda;
 pub(crate) mod simd;

@@ -174,12 +174,18 @@ fn widen<const N: usize>(bytes: &[u8], out: &mut [f32], convert: impl Fn([u8; N]
     }
 }
 
+/// Values of a cache line.
+const CACHE_LINE: usize = 16;
+
 /// f32 memory that returns to its pool when dropped. A training step asks for the same sizes
 /// over and over; handing the same memory out again spares the page faults and the clearing
-/// that a fresh allocation of this size costs.
+/// that a fresh allocation of this size costs. What comes from a pool begins a cache line, so that
+/// no vector that is read or written lies across two.
 #[derive(Debug)]
 pub struct Buffer {
     data: Vec<f32>,
+    /// The part of `data` that is used.
+    range: Range<usize>,
     pool: Option<Arc<Pool>>,
 }
 
@@ -195,27 +201,31 @@ impl Buffer {
 
 impl From<Vec<f32>> for Buffer {
     fn from(data: Vec<f32>) -> Self {
-        Self { data, pool: None }
+        Self {
+            range: 0..data.len(),
+            data,
+            pool: None,
+        }
     }
 }
 
 impl Deref for Buffer {
     type Target = [f32];
     fn deref(&self) -> &[f32] {
-        &self.data
+        &self.data[self.range.clone()]
     }
 }
 
 impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [f32] {
-        &mut self.data
+        &mut self.data[self.range.clone()]
     }
 }
 
 impl Drop for Buffer {
     fn drop(&mut self) {
         if let Some(pool) = self.pool.take() {
-            pool.put(std::mem::take(&mut self.data));
+            pool.put(self.range.len(), std::mem::take(&mut self.data));
         }
     }
 }
@@ -235,8 +245,12 @@ impl Pool {
     /// A buffer of `len` values **with unspecified contents** (zeros or what an earlier user left).
     pub fn take(self: &Arc<Self>, len: usize) -> Buffer {
         let reused = self.lock().get_mut(&len).and_then(Vec::pop);
+        let data = reused.unwrap_or_else(|| vec![0.0; len + CACHE_LINE]);
+        let skip = data.as_ptr().align_offset(CACHE_LINE * size_of::<f32>());
+        let skip = skip.min(CACHE_LINE);
         Buffer {
-            data: reused.unwrap_or_else(|| vec![0.0; len]),
+            data,
+            range: skip..skip + len,
             pool: Some(self.clone()),
         }
     }
@@ -246,9 +260,9 @@ impl Pool {
         self.lock().clear();
     }
 
-    fn put(&self, data: Vec<f32>) {
-        if !data.is_empty() {
-            self.lock().entry(data.len()).or_default().push(data);
+    fn put(&self, len: usize, data: Vec<f32>) {
+        if len > 0 {
+            self.lock().entry(len).or_default().push(data);
         }
     }
 

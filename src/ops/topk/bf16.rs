@@ -8,7 +8,7 @@ use super::{Encoder, not_finite};
 use crate::device::Device;
 use crate::device::simd::vectorized;
 use crate::error::Result;
-use crate::ops::gemm::bf16::{COLS, Operand, Packed, ROWS, Values};
+use crate::ops::gemm::bf16::{COLS, Level, Operand, Panels, ROWS, Side, Values};
 
 /// Tokens of a task: their packed values stay in the second-level cache.
 const TASK_TOKENS: usize = 16 * ROWS;
@@ -23,19 +23,21 @@ pub(super) fn select(
     (acts, indices): (&mut [f32], &mut [u32]),
     k: usize,
 ) -> Result<()> {
+    let level = Level::best();
     let d = encoder.centre.len();
     let mut selections: Vec<_> = (0..x.len() / d).map(|_| RowSelection::new(k)).collect();
     let slabs = encoder.w.chunks(SLAB * d).zip(encoder.b.chunks(SLAB));
     for (slab, (w, b)) in slabs.enumerate() {
-        let latents = Packed::in_parallel(device, &Operand::rows(Values::F32(w), d), b.len(), d);
+        let w = Operand::rows(Values::F32(w), d);
+        let latents = Panels::in_parallel(device, level, (&w, Side::Right), 0..b.len(), 0..d);
         selections
             .par_chunks_mut(TASK_TOKENS)
             .zip(x.par_chunks(TASK_TOKENS * d))
             .with_max_len(1)
             .enumerate()
             .try_for_each(|(task, (selections, x))| {
-                let tokens = packed_tokens(device, x, encoder.centre);
-                offer_tiles(&tokens, &latents, (slab * SLAB, b), selections)
+                let tokens = packed_tokens(device, level, x, encoder.centre);
+                offer_tiles(level, (&tokens, &latents), (slab * SLAB, b), selections)
                     .map_err(|row| not_finite(task * TASK_TOKENS + row))
             })?;
     }
@@ -48,7 +50,7 @@ pub(super) fn select(
 }
 
 /// x − b_dec, packed.
-fn packed_tokens(device: &Device, x: &[f32], centre: &[f32]) -> Packed<ROWS> {
+fn packed_tokens(device: &Device, level: Level, x: &[f32], centre: &[f32]) -> Panels {
     let d = centre.len();
     let mut centred = device.buffer(x.len());
     vectorized!({
@@ -58,26 +60,22 @@ fn packed_tokens(device: &Device, x: &[f32], centre: &[f32]) -> Packed<ROWS> {
             }
         }
     });
-    Packed::new(
-        device,
-        &Operand::rows(Values::F32(&centred), d),
-        x.len() / d,
-        d,
-    )
+    let centred = Operand::rows(Values::F32(&centred), d);
+    Panels::new(device, level, (&centred, Side::Left), 0..x.len() / d, 0..d)
 }
 
 /// Offers the pre-activations of a slab, of which `first` is the first latent. The error is the
 /// row of a value that is not finite.
 fn offer_tiles(
-    tokens: &Packed<ROWS>,
-    latents: &Packed<COLS>,
+    level: Level,
+    (tokens, latents): (&Panels, &Panels),
     (first, bias): (usize, &[f32]),
     selections: &mut [RowSelection],
 ) -> std::result::Result<(), usize> {
-    latents.for_each_tile(tokens, |row, col, tile| {
+    tokens.for_each_tile(level, latents, |row, col, tile| {
         let bias = &bias[col..bias.len().min(col + COLS)];
         vectorized!({
-            for (r, sums) in tile.iter().enumerate().take(selections.len() - row) {
+            for (r, sums) in tile.0.iter().enumerate().take(selections.len() - row) {
                 let products = &sums[..bias.len()];
                 if !selections[row + r].offer_block((first + col) as u32, products, bias) {
                     return Err(row + r);

@@ -1,38 +1,37 @@
 //! Products of bf16 values with sums in f32.
 //!
-//! The left operand (activations) is packed once for a product, blocks of the right one (a
-//! weight, stored as its file has it) by the task that uses them: packing costs a few hundredths of a
-//! nanosecond a value, which some hundred rows of the other side pay for, and so a weight exists
-//! once in memory whatever way round it is used. A sum runs over the reduction in order, block
-//! by block, whatever the tasks are: results do not depend on the number of threads, nor on how
-//! many other rows are computed along.
+//! Operands are packed by all threads: the left one (activations) once for a product, the right
+//! one (a weight, stored as its file has it) some columns at a time. Packing costs a few
+//! hundredths of a nanosecond a value, which some hundred rows of the other side pay for, and so
+//! a weight exists once in memory whatever way round it is used. A sum runs over the reduction in
+//! order, block by block, whatever the tasks are: results do not depend on the number of threads,
+//! nor on how many other rows are computed along.
 
+mod output;
 mod pack;
 mod tile;
 
-#[cfg(target_arch = "x86_64")]
-use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
 use std::ops::Range;
+use std::slice::ChunksExact;
 
 use rayon::prelude::*;
 
-pub(crate) use pack::{Operand, Values};
-pub(crate) use tile::Level;
+pub(crate) use pack::{Operand, Side, Values};
+pub(crate) use tile::{COLS, Level, ROWS, Tile};
 
 use crate::device::Device;
-use crate::device::simd::vectorized;
 use crate::tensor::Buffer;
-use tile::Tile;
-pub(crate) use tile::{COLS, ROWS};
+use output::{Output, finish_streams};
+use tile::{Multiplier, PAIRS, Step};
 
-/// Pairs of the reduction that are packed at a time: a right panel of 32 columns takes 40 KiB.
-const PAIRS: usize = 400;
-/// Right panels of a task at most: 160 KiB of a core's L2 cache.
-const TASK_PANELS: usize = 4;
-/// Left panels that go through a task's right panels in turn: 240 KiB of the L2 cache.
-const GROUP_PANELS: usize = 16;
-/// Values of a vector of 512 bits.
-const ALIGN: usize = 16;
+/// Most steps of the reduction that are packed at a time.
+const STEPS: usize = 48;
+/// Most steps of a right panel that all left panels of a task go by in turn: 20 KiB.
+const PART: usize = 10;
+/// Bytes of the left panels of a task, which stay in a core's L2 cache while the right ones go by.
+const LEFT_BYTES: usize = 768 << 10;
+/// Bytes of right panels that are packed at a time: they are used from the caches.
+const RIGHT_BYTES: usize = 4 << 20;
 
 /// out \[m, n\] (+)= alpha · a · bᵀ with sums over k values: `a` has m outer indices, `b` n.
 pub(crate) struct Product<'a> {
@@ -56,135 +55,87 @@ impl Product<'_> {
         if m == 0 || n == 0 {
             return;
         }
-        assert!(n <= stride && (m - 1) * stride + n <= out.len());
         if k == 0 {
             if !self.add {
                 out.chunks_mut(stride).for_each(|row| row[..n].fill(0.0));
             }
             return;
         }
-        let pairs = k.div_ceil(2);
-        let pairs = pairs.div_ceil(pairs.div_ceil(PAIRS));
-        let left_panels = m.div_ceil(ROWS);
-        let mut left = Panels::<ROWS>::new(device, left_panels * pairs);
-        let tasks = tasks(left_panels, n.div_ceil(COLS), device.threads());
-        let out = SharedOut {
-            first: out.as_mut_ptr(),
-            stride,
-        };
-        for from in (0..k).step_by(2 * pairs) {
-            let block = (from, k.min(from + 2 * pairs));
-            left.pairs()
-                .par_chunks_mut(pairs)
-                .with_min_len(4)
-                .enumerate()
-                .for_each(|(i, panel)| self.a.pack(self.level, panel, (i * ROWS, m), block));
-            let left: &[_] = left.pairs();
-            tasks.par_iter().with_max_len(1).for_each(|task| {
-                let mut right = Panels::<COLS>::new(device, TASK_PANELS * pairs);
-                let right = &mut right.pairs()[..task.right.len() * pairs];
-                for (panel, j) in right.chunks_mut(pairs).zip(task.right.clone()) {
-                    self.b.pack(self.level, panel, (j * COLS, n), block);
-                }
-                self.tiles(task, left, right, pairs, (self.add || from > 0, &out));
-            });
+        let steps = k.div_ceil(2 * PAIRS);
+        let steps = steps.div_ceil(steps.div_ceil(STEPS));
+        let panel_bytes = steps * size_of::<Step>();
+        let right_panels = (RIGHT_BYTES / panel_bytes).max(1);
+        let out = Output::new(out, [m, n, stride], self.alpha, self.level);
+        for from in (0..k).step_by(2 * PAIRS * steps) {
+            let block = from..k.min(from + 2 * PAIRS * steps);
+            let add = self.add || from > 0;
+            let pack = |operand: &Operand, side, outer| {
+                Panels::in_parallel(device, self.level, (operand, side), outer, block.clone())
+            };
+            let left = pack(&self.a, Side::Left, 0..m);
+            for col in (0..n).step_by(right_panels * COLS) {
+                let cols = col..n.min(col + right_panels * COLS);
+                let right = pack(&self.b, Side::Right, cols);
+                let most = (LEFT_BYTES / panel_bytes).max(1);
+                tasks(left.len(), right.len(), most, device.threads())
+                    .par_iter()
+                    .with_max_len(1)
+                    .for_each(|task| self.tiles(task, &left, &right, (col, add), &out));
+            }
         }
     }
 
-    /// A task's tiles for one block of the reduction.
+    /// A task's tiles for one block of the reduction. The first of the right panels has column
+    /// `first_col`.
     fn tiles(
         &self,
         task: &Task,
-        left: &[[u32; ROWS]],
-        right: &[[u32; COLS]],
-        pairs: usize,
-        (add, out): (bool, &SharedOut),
+        left: &Panels,
+        right: &Panels,
+        (first_col, add): (usize, bool),
+        out: &Output,
     ) {
-        let [m, n, _] = self.dims;
-        let mut tile: Tile = [[0.0; COLS]; ROWS];
-        for group in task.left.clone().step_by(GROUP_PANELS) {
-            for (j, right) in task.right.clone().zip(right.chunks_exact(pairs)) {
-                for i in group..task.left.end.min(group + GROUP_PANELS) {
-                    let left = &left[i * pairs..][..pairs];
-                    let (row, col) = (i * ROWS, j * COLS);
-                    let block = Block {
-                        // SAFETY: row < m and col < n, which `run` has checked to lie within.
-                        first: unsafe { out.first.add(row * out.stride + col) },
-                        stride: out.stride,
-                        rows: ROWS.min(m - row),
-                        cols: COLS.min(n - col),
-                    };
-                    block.prefetch();
-                    tile::multiply(self.level, left, right, &mut tile);
-                    // SAFETY: the block lies within the output, and no other task has it.
-                    vectorized!(unsafe { block.write(&tile, self.alpha, add) });
-                }
+        let first_row = task.left.start * ROWS;
+        let rows = self.dims[0] - first_row;
+        let left = left.range(task.left.clone());
+        let mut tiles = vec![Tile::ZERO; left.len()];
+        for j in task.right.clone() {
+            let place = |i| (first_row + i * ROWS, first_col + j * COLS);
+            let (left, right) = (left.clone(), right.panel(j));
+            multiply(self.level, left, right, rows, &mut tiles, |i| {
+                out.prefetch(place(i), add)
+            });
+            for (i, tile) in tiles.iter().enumerate() {
+                // SAFETY: no other task has this tile.
+                unsafe { out.write(tile, place(i), add) };
             }
         }
+        finish_streams();
     }
 }
 
-/// An output that tasks write disjoint blocks of.
-struct SharedOut {
-    first: *mut f32,
-    stride: usize,
-}
-
-// SAFETY: tasks reach the data by way of blocks alone, of which no two overlap.
-unsafe impl Sync for SharedOut {}
-
-/// Some rows and columns of an output.
-struct Block {
-    first: *mut f32,
-    stride: usize,
+/// The products of left panels, of which `rows` rows are used, with a right one: part by part of
+/// the reduction, so that the part of the right panel stays in the L1 cache. `before_last` is
+/// called with the index of each tile before its last part.
+fn multiply(
+    level: Level,
+    left: ChunksExact<Step>,
+    right: &[Step],
     rows: usize,
-    cols: usize,
-}
-
-impl Block {
-    /// Has the block brought into the cache while its sums are computed: products whose output
-    /// is larger than the cache spent a fifth of their time waiting for it.
-    #[inline(always)]
-    fn prefetch(&self) {
-        #[cfg(target_arch = "x86_64")]
-        for r in 0..self.rows {
-            for col in (0..self.cols).step_by(ALIGN) {
-                let address = self.first.wrapping_add(r * self.stride + col);
-                // SAFETY: a prefetch reads nothing, whatever the address.
-                unsafe { _mm_prefetch::<_MM_HINT_T0>(address as *const i8) };
+    tiles: &mut [Tile],
+    before_last: impl Fn(usize),
+) {
+    let part = right.len().div_ceil(right.len().div_ceil(PART));
+    let multiplier = Multiplier::new(level);
+    for from in (0..right.len()).step_by(part) {
+        let part = from..right.len().min(from + part);
+        let last = part.end == right.len();
+        for ((i, left), tile) in left.clone().enumerate().zip(&mut *tiles) {
+            if last {
+                before_last(i);
             }
-        }
-    }
-
-    /// Writes or adds the tile's sums.
-    ///
-    /// # Safety
-    /// The block lies within the output, and nobody else reads or writes it meanwhile.
-    #[inline(always)]
-    unsafe fn write(&self, tile: &Tile, alpha: f32, add: bool) {
-        for (r, sums) in tile.iter().enumerate().take(self.rows) {
-            // SAFETY: the caller's promise.
-            let row = unsafe {
-                std::slice::from_raw_parts_mut(self.first.add(r * self.stride), self.cols)
-            };
-            // The whole width is a case of its own so that its loops have no remainder.
-            match <&mut [f32; COLS]>::try_from(&mut *row) {
-                Ok(row) => write_row(row, sums, alpha, add),
-                Err(_) => write_row(row, sums, alpha, add),
-            }
-        }
-    }
-}
-
-#[inline(always)]
-fn write_row(row: &mut [f32], sums: &[f32; COLS], alpha: f32, add: bool) {
-    if add {
-        for (out, sum) in row.iter_mut().zip(sums) {
-            *out += alpha * sum;
-        }
-    } else {
-        for (out, sum) in row.iter_mut().zip(sums) {
-            *out = alpha * sum;
+            let (left, right) = (&left[part.clone()], &right[part.clone()]);
+            multiplier.multiply(left, right, tile, ROWS.min(rows - i * ROWS), from > 0);
         }
     }
 }
@@ -195,111 +146,131 @@ struct Task {
     right: Range<usize>,
 }
 
-/// Cuts the panels into tasks: columns first, since each task packs its own right panels, and
-/// rows where the columns alone would leave threads idle.
-fn tasks(left: usize, right: usize, threads: usize) -> Vec<Task> {
+/// Cuts the panels into tasks of at most `most` left panels, several for each thread. Those that
+/// share left panels are neighbours.
+fn tasks(left: usize, right: usize, most: usize, threads: usize) -> Vec<Task> {
     let wanted = 4 * threads;
-    let cols = right.div_ceil(wanted).clamp(1, TASK_PANELS);
-    let row_blocks = wanted
-        .div_ceil(right.div_ceil(cols))
-        .min(left.div_ceil(GROUP_PANELS));
-    let rows = left.div_ceil(row_blocks.max(1));
+    let rows = left.div_ceil(left.div_ceil(most));
+    let row_blocks = left.div_ceil(rows);
+    let cols = right.div_ceil(wanted.div_ceil(row_blocks).min(right));
     let ranges = |n: usize, step: usize| (0..n).step_by(step).map(move |i| i..n.min(i + step));
-    ranges(right, cols)
-        .flat_map(|right| {
-            ranges(left, rows).map(move |left| Task {
-                left,
-                right: right.clone(),
+    ranges(left, rows)
+        .flat_map(|left| {
+            ranges(right, cols).map(move |right| Task {
+                left: left.clone(),
+                right,
             })
         })
         .collect()
 }
 
-/// An operand packed whole, for a use of the product tile by tile.
-pub(crate) struct Packed<const P: usize> {
-    panels: Panels<P>,
-    /// Pairs of the reduction in a panel.
-    pairs: usize,
+/// An operand's panels for some of its outer indices and a block of the reduction.
+pub(crate) struct Panels {
+    memory: Buffer,
+    /// Steps of a panel.
+    steps: usize,
 }
 
-impl<const P: usize> Packed<P> {
-    /// `outer` indices of `k` values, at least one each.
-    pub(crate) fn new(device: &Device, operand: &Operand, outer: usize, k: usize) -> Self {
-        let mut packed = Self::empty(device, outer, k);
-        let panels = packed.panels.pairs().chunks_mut(packed.pairs);
-        for (i, panel) in panels.enumerate() {
-            operand.pack(Level::best(), panel, (i * P, outer), (0, k));
+impl Panels {
+    /// Packs on this thread.
+    pub(crate) fn new(
+        device: &Device,
+        level: Level,
+        (operand, side): (&Operand, Side),
+        outer: Range<usize>,
+        reduction: Range<usize>,
+    ) -> Self {
+        let mut panels = Self::empty(device, &outer, &reduction);
+        let reduction = (reduction.start, reduction.end);
+        let steps = panels.steps;
+        for (i, panel) in panels.steps_mut().chunks_mut(steps).enumerate() {
+            let outer = (outer.start + i * ROWS, outer.end);
+            operand.pack(level, side, panel, outer, reduction);
         }
-        packed
+        panels
     }
 
-    /// The same by all threads of the current pool.
-    pub(crate) fn in_parallel(device: &Device, operand: &Operand, outer: usize, k: usize) -> Self {
-        let mut packed = Self::empty(device, outer, k);
-        let panels = packed.panels.pairs().par_chunks_mut(packed.pairs);
-        panels.enumerate().for_each(|(i, panel)| {
-            operand.pack(Level::best(), panel, (i * P, outer), (0, k));
-        });
-        packed
+    /// Packs on all threads of the current pool.
+    pub(crate) fn in_parallel(
+        device: &Device,
+        level: Level,
+        (operand, side): (&Operand, Side),
+        outer: Range<usize>,
+        reduction: Range<usize>,
+    ) -> Self {
+        // So many values are packed in a fraction of the time that it takes to wake a thread.
+        const LEAST: usize = 1 << 14;
+        let mut panels = Self::empty(device, &outer, &reduction);
+        let least = (LEAST / reduction.len()).div_ceil(ROWS).max(1);
+        let reduction = (reduction.start, reduction.end);
+        let steps = panels.steps;
+        panels
+            .steps_mut()
+            .par_chunks_mut(steps)
+            .with_min_len(least)
+            .enumerate()
+            .for_each(|(i, panel)| {
+                let outer = (outer.start + i * ROWS, outer.end);
+                operand.pack(level, side, panel, outer, reduction);
+            });
+        panels
     }
 
-    fn empty(device: &Device, outer: usize, k: usize) -> Self {
-        let pairs = k.div_ceil(2);
-        let panels = Panels::new(device, outer.div_ceil(P) * pairs);
-        Self { panels, pairs }
+    fn empty(device: &Device, outer: &Range<usize>, reduction: &Range<usize>) -> Self {
+        let steps = reduction.len().div_ceil(2 * PAIRS);
+        let words = outer.len().div_ceil(ROWS) * steps * size_of::<Step>() / size_of::<f32>();
+        Self {
+            memory: device.buffer(words),
+            steps,
+        }
     }
-}
 
-impl Packed<COLS> {
+    fn len(&self) -> usize {
+        self.steps().len() / self.steps
+    }
+
+    fn range(&self, panels: Range<usize>) -> ChunksExact<'_, Step> {
+        let steps = panels.start * self.steps..panels.end * self.steps;
+        self.steps()[steps].chunks_exact(self.steps)
+    }
+
+    fn panel(&self, i: usize) -> &[Step] {
+        &self.steps()[i * self.steps..][..self.steps]
+    }
+
+    fn steps(&self) -> &[Step] {
+        bytemuck::cast_slice(&self.memory)
+    }
+
+    fn steps_mut(&mut self) -> &mut [Step] {
+        bytemuck::cast_slice_mut(&mut self.memory)
+    }
+
     /// Calls `use_tile` with the first row, the first column and the sums of each tile of
-    /// left · selfᵀ; what lies beyond the operands is zero. Columns ascend.
+    /// self · rightᵀ; what lies beyond the operands is zero. Columns ascend.
     pub(crate) fn for_each_tile<E>(
         &self,
-        left: &Packed<ROWS>,
+        level: Level,
+        right: &Panels,
         mut use_tile: impl FnMut(usize, usize, &Tile) -> Result<(), E>,
     ) -> Result<(), E> {
-        let level = Level::best();
-        let mut tile: Tile = [[0.0; COLS]; ROWS];
-        for (j, right) in self.panels.chunks(self.pairs).enumerate() {
-            for (i, left) in left.panels.chunks(left.pairs).enumerate() {
-                tile::multiply(level, left, right, &mut tile);
-                use_tile(i * ROWS, j * COLS, &tile)?;
+        let left = self.range(0..self.len());
+        let rows = self.len() * ROWS;
+        let mut tiles = vec![Tile::ZERO; left.len()];
+        for j in 0..right.len() {
+            multiply(
+                level,
+                left.clone(),
+                right.panel(j),
+                rows,
+                &mut tiles,
+                |_| (),
+            );
+            for (i, tile) in tiles.iter().enumerate() {
+                use_tile(i * ROWS, j * COLS, tile)?;
             }
         }
         Ok(())
-    }
-}
-
-/// Memory for packed panels of `P` outer indices, aligned to the vectors that read it.
-struct Panels<const P: usize> {
-    memory: Buffer,
-    skip: usize,
-    pairs: usize,
-}
-
-impl<const P: usize> Panels<P> {
-    fn new(device: &Device, pairs: usize) -> Self {
-        let memory = device.buffer(pairs * P + ALIGN);
-        let skip = memory.as_ptr().align_offset(ALIGN * size_of::<f32>());
-        Self {
-            memory,
-            skip: skip.min(ALIGN),
-            pairs,
-        }
-    }
-
-    /// Panels of `pairs` pairs each.
-    fn chunks(&self, pairs: usize) -> impl Iterator<Item = &[[u32; P]]> {
-        let words = &self.memory[self.skip..][..self.pairs * P];
-        let words = bytemuck::cast_slice::<f32, u32>(words).as_chunks().0;
-        words.chunks(pairs)
-    }
-
-    fn pairs(&mut self) -> &mut [[u32; P]] {
-        let words = &mut self.memory[self.skip..][..self.pairs * P];
-        bytemuck::cast_slice_mut::<f32, u32>(words)
-            .as_chunks_mut()
-            .0
     }
 }
 

@@ -1,9 +1,21 @@
 //! Operands cut into panels of bf16 pairs, as [`tile`](super::tile) reads them.
+//!
+//! Squares of 16 outer indices by 16 pairs are read as the operand is stored, turned where the
+//! panel wants them the other way round, and written.
 
 use half::bf16;
 
-use super::tile::Level;
+use super::tile::{COLS, Level, PAIRS, Step};
 use crate::device::simd::vectorized;
+
+/// Which side of a product a panel is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Side {
+    /// A step is row by row.
+    Left,
+    /// A step is pair by pair.
+    Right,
+}
 
 /// One side of a product, seen as outer index x reduction index.
 #[derive(Clone, Copy)]
@@ -43,114 +55,227 @@ impl<'a> Operand<'a> {
         }
     }
 
-    /// Packs outer indices `outer..outer + P` and `out.len()` pairs of the reduction from index
-    /// `from` on, up to the ends `outer_end` and `end`; what is beyond them is zero.
-    pub(super) fn pack<const P: usize>(
+    /// Packs outer indices from `outer` on and the steps of the reduction from index `from` on,
+    /// up to the ends `outer_end` and `end`; what is beyond them is zero.
+    pub(super) fn pack(
         &self,
         level: Level,
-        out: &mut [[u32; P]],
+        side: Side,
+        out: &mut [Step],
+        outer: (usize, usize),
+        reduction: (usize, usize),
+    ) {
+        match self.values {
+            Values::F32(values) => self.pack_values(values, level, side, out, outer, reduction),
+            Values::Bf16(values) => self.pack_values(values, level, side, out, outer, reduction),
+        }
+    }
+
+    fn pack_values<T: Value>(
+        &self,
+        values: &[T],
+        level: Level,
+        side: Side,
+        out: &mut [Step],
         (outer, outer_end): (usize, usize),
         (from, end): (usize, usize),
     ) {
-        let width = P.min(outer_end - outer);
-        let len = (end - from).min(2 * out.len());
-        #[cfg(target_arch = "x86_64")]
-        if level == Level::Avx512Bf16 && self.along && width == P {
-            let (first, stride) = (outer * self.stride + from, self.stride);
-            match self.values {
-                // SAFETY: the level says that the machine has the instructions.
-                Values::F32(v) => unsafe { x86::pack_along(out, &v[first..], stride, len) },
-                // SAFETY: as above.
-                Values::Bf16(v) => unsafe { x86::pack_along(out, &v[first..], stride, len) },
-            }
-            return;
-        }
-        match self.values {
-            Values::F32(v) if self.along => {
-                let rows = |i| &v[(outer + i) * self.stride + from..][..len];
-                vectorized!(pack_along(out, width, len, rows, pair_of_f32))
-            }
-            Values::F32(v) => {
-                let rows = |p| &v[(from + p) * self.stride + outer..][..width];
-                vectorized!(pack_across(out, width, len, rows, pair_of_f32))
-            }
-            Values::Bf16(v) if self.along => {
-                let rows = |i| &v[(outer + i) * self.stride + from..][..len];
-                vectorized!(pack_along(out, width, len, rows, pair_of_bf16))
-            }
-            Values::Bf16(v) => {
-                let rows = |p| &v[(from + p) * self.stride + outer..][..width];
-                vectorized!(pack_across(out, width, len, rows, pair_of_bf16))
-            }
-        }
-    }
-}
-
-/// Rows along the reduction: row i gives column i of the panel.
-#[inline(always)]
-fn pack_along<'a, T: Copy + Default + 'a, const P: usize>(
-    out: &mut [[u32; P]],
-    width: usize,
-    len: usize,
-    rows: impl Fn(usize) -> &'a [T],
-    pair: impl Fn(T, T) -> u32,
-) {
-    if width < P || len < 2 * out.len() {
-        out.as_flattened_mut().fill(0);
-    }
-    for i in 0..width {
-        let (pairs, rest) = rows(i).as_chunks::<2>();
-        for (out, &[low, high]) in out.iter_mut().zip(pairs) {
-            out[i] = pair(low, high);
-        }
-        if let (Some(&low), Some(out)) = (rest.first(), out.get_mut(len / 2)) {
-            out[i] = pair(low, T::default());
-        }
-    }
-}
-
-/// Rows across the reduction: rows 2p and 2p + 1 give row p of the panel.
-#[inline(always)]
-fn pack_across<'a, T: Copy + Default + 'a, const P: usize>(
-    out: &mut [[u32; P]],
-    width: usize,
-    len: usize,
-    rows: impl Fn(usize) -> &'a [T],
-    pair: impl Fn(T, T) -> u32,
-) {
-    let zeros = [T::default(); P];
-    for (p, out) in out.iter_mut().enumerate() {
-        let low = if 2 * p < len {
-            rows(2 * p)
-        } else {
-            &zeros[..width]
+        let along = self.along;
+        let (line, offset) = if along { (outer, from) } else { (from, outer) };
+        let matrix = Matrix {
+            values: &values[line * self.stride + offset..],
+            stride: self.stride,
+            outer: outer_end - outer,
+            len: end - from,
         };
-        let high = if 2 * p + 1 < len {
-            rows(2 * p + 1)
-        } else {
-            &zeros[..width]
-        };
-        if let (Ok(low), Ok(high)) = (<&[T; P]>::try_from(low), <&[T; P]>::try_from(high)) {
-            for i in 0..P {
-                out[i] = pair(low[i], high[i]);
-            }
-        } else {
-            out.fill(0);
-            for ((out, &low), &high) in out.iter_mut().zip(low).zip(high) {
-                *out = pair(low, high);
+        match level {
+            // SAFETY: the level says that the machine has the instructions.
+            #[cfg(target_arch = "x86_64")]
+            Level::Amx | Level::Avx512Bf16 => unsafe { x86::pack(matrix, along, side, out) },
+            // SAFETY: plain vectors need no instructions.
+            _ => vectorized!(unsafe { pack::<Plain, T>(matrix, along, side, out) }),
+        }
+    }
+}
+
+/// The part of an operand that a panel is packed from, beginning at its first value.
+#[derive(Clone, Copy)]
+struct Matrix<'a, T> {
+    values: &'a [T],
+    /// Distance of two stored rows.
+    stride: usize,
+    /// Outer indices there are; a panel may have more.
+    outer: usize,
+    /// Values of the reduction there are; a panel may have more.
+    len: usize,
+}
+
+/// Values that are read as pairs of bf16.
+trait Value: Copy + Default {
+    fn pair(low: Self, high: Self) -> u32;
+
+    /// Pairs of neighbours.
+    ///
+    /// # Safety
+    /// The machine has AVX-512 with bf16.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn neighbours(values: &[Self; 2 * PAIRS]) -> x86::Vector;
+
+    /// Pairs of one value of each.
+    ///
+    /// # Safety
+    /// As above.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn zipped(low: &[Self; PAIRS], high: &[Self; PAIRS]) -> x86::Vector;
+}
+
+/// What a line of a square is held in while it is packed, with the instructions for it. All
+/// functions ask for a machine that has them.
+trait Line: Copy {
+    const ZERO: Self;
+    unsafe fn neighbours<T: Value>(values: &[T; 2 * PAIRS]) -> Self;
+    unsafe fn zipped<T: Value>(low: &[T; PAIRS], high: &[T; PAIRS]) -> Self;
+    unsafe fn transposed(square: [Self; PAIRS]) -> [Self; PAIRS];
+    unsafe fn pairs(self) -> [u32; PAIRS];
+}
+
+/// # Safety
+/// The machine has the instructions of `L`.
+#[inline(always)]
+unsafe fn pack<L: Line, T: Value>(matrix: Matrix<T>, along: bool, side: Side, out: &mut [Step]) {
+    for (s, step) in out.iter_mut().enumerate() {
+        for first in (0..COLS).step_by(PAIRS) {
+            // SAFETY: the caller's promise, for all of these.
+            unsafe {
+                let mut square = match along {
+                    true => read_along::<L, T>(matrix, first, 2 * PAIRS * s),
+                    false => read_across::<L, T>(matrix, first, 2 * PAIRS * s),
+                };
+                if along == (side == Side::Right) {
+                    square = L::transposed(square);
+                }
+                let (place, stride) = match side {
+                    Side::Left => (first * PAIRS, PAIRS),
+                    Side::Right => (first, COLS),
+                };
+                for (i, line) in square.into_iter().enumerate() {
+                    step[place + i * stride..][..PAIRS].copy_from_slice(&line.pairs());
+                }
             }
         }
     }
 }
 
+/// A square from stored rows that run along the reduction: a line for each outer index.
+///
+/// # Safety
+/// The machine has the instructions of `L`.
 #[inline(always)]
-fn pair_of_f32(low: f32, high: f32) -> u32 {
-    round(low) >> 16 | round(high) & 0xffff_0000
+unsafe fn read_along<L: Line, T: Value>(
+    matrix: Matrix<T>,
+    first: usize,
+    from: usize,
+) -> [L; PAIRS] {
+    let mut square = [L::ZERO; PAIRS];
+    let width = PAIRS.min(matrix.outer.saturating_sub(first));
+    for (i, line) in square.iter_mut().enumerate().take(width) {
+        let row = &matrix.values[(first + i) * matrix.stride..][..matrix.len];
+        // SAFETY: the caller's promise.
+        *line = unsafe { L::neighbours(chunk(row, from, &mut [T::default(); _])) };
+    }
+    square
 }
 
+/// A square from stored rows that run across the reduction: a line for each pair of rows.
+///
+/// # Safety
+/// The machine has the instructions of `L`.
 #[inline(always)]
-fn pair_of_bf16(low: bf16, high: bf16) -> u32 {
-    u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16
+unsafe fn read_across<L: Line, T: Value>(
+    matrix: Matrix<T>,
+    first: usize,
+    from: usize,
+) -> [L; PAIRS] {
+    let mut square = [L::ZERO; PAIRS];
+    let row = |i: usize| match i < matrix.len {
+        true => &matrix.values[i * matrix.stride..][..matrix.outer],
+        false => &[],
+    };
+    for (p, line) in square.iter_mut().enumerate() {
+        let low = row(from + 2 * p);
+        let high = row(from + 2 * p + 1);
+        // SAFETY: the caller's promise.
+        *line = unsafe {
+            L::zipped(
+                chunk(low, first, &mut [T::default(); _]),
+                chunk(high, first, &mut [T::default(); _]),
+            )
+        };
+    }
+    square
+}
+
+/// N values of a row from `from` on, in place or, where it has fewer, padded with zeros.
+#[inline(always)]
+fn chunk<'a, T: Copy, const N: usize>(
+    row: &'a [T],
+    from: usize,
+    zeros: &'a mut [T; N],
+) -> &'a [T; N] {
+    let rest = row.get(from..).unwrap_or(&[]);
+    match rest.first_chunk() {
+        Some(values) => values,
+        None => {
+            zeros[..rest.len()].copy_from_slice(rest);
+            zeros
+        }
+    }
+}
+
+impl Value for f32 {
+    #[inline(always)]
+    fn pair(low: f32, high: f32) -> u32 {
+        round(low) >> 16 | round(high) & 0xffff_0000
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn neighbours(values: &[f32; 2 * PAIRS]) -> x86::Vector {
+        let [low, high] = [0, PAIRS].map(|i| values[i..].first_chunk().expect("half of them"));
+        // SAFETY: the caller's promise.
+        unsafe { x86::rounded(low, high) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn zipped(low: &[f32; PAIRS], high: &[f32; PAIRS]) -> x86::Vector {
+        // SAFETY: the caller's promise.
+        unsafe { x86::zipped_halves(x86::rounded(low, high)) }
+    }
+}
+
+impl Value for bf16 {
+    #[inline(always)]
+    fn pair(low: bf16, high: bf16) -> u32 {
+        u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn neighbours(values: &[bf16; 2 * PAIRS]) -> x86::Vector {
+        // SAFETY: both are 64 bytes, of which every pattern is a value.
+        unsafe { std::mem::transmute(*values) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn zipped(low: &[bf16; PAIRS], high: &[bf16; PAIRS]) -> x86::Vector {
+        // SAFETY: both are 64 bytes, of which every pattern is a value, and the caller's promise.
+        unsafe {
+            let values = std::mem::transmute::<[[bf16; PAIRS]; 2], x86::Vector>([*low, *high]);
+            x86::zipped_halves(values)
+        }
+    }
 }
 
 /// The bits of `value` rounded to the nearest bf16, ties to even, in the upper half. NaN stays
@@ -166,95 +291,122 @@ fn round(value: f32) -> u32 {
     }
 }
 
-/// Packing by transposing squares of 16 x 16 pairs in registers.
+/// What the compiler makes vectors of.
+#[derive(Clone, Copy)]
+struct Plain([u32; PAIRS]);
+
+impl Line for Plain {
+    const ZERO: Self = Self([0; PAIRS]);
+
+    #[inline(always)]
+    unsafe fn neighbours<T: Value>(values: &[T; 2 * PAIRS]) -> Self {
+        Self(std::array::from_fn(|i| {
+            T::pair(values[2 * i], values[2 * i + 1])
+        }))
+    }
+
+    #[inline(always)]
+    unsafe fn zipped<T: Value>(low: &[T; PAIRS], high: &[T; PAIRS]) -> Self {
+        Self(std::array::from_fn(|i| T::pair(low[i], high[i])))
+    }
+
+    #[inline(always)]
+    unsafe fn transposed(square: [Self; PAIRS]) -> [Self; PAIRS] {
+        std::array::from_fn(|i| Self(std::array::from_fn(|j| square[j].0[i])))
+    }
+
+    #[inline(always)]
+    unsafe fn pairs(self) -> [u32; PAIRS] {
+        self.0
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::{
-        __m512, __m512bh, __m512i, _mm512_cvtne2ps_pbh, _mm512_setzero_si512, _mm512_shuffle_i32x4,
-        _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+        __m512, __m512bh, __m512i, _mm512_cvtne2ps_pbh, _mm512_permutexvar_epi16,
+        _mm512_shuffle_i32x4, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32,
+        _mm512_unpacklo_epi64,
     };
 
-    use half::bf16;
+    use super::{Line, Matrix, PAIRS, Side, Step, Value};
 
-    /// Rows and columns of a square.
-    const SIDE: usize = 16;
-    type Square = [__m512i; SIDE];
+    pub(super) type Vector = __m512i;
+    type Square = [Vector; PAIRS];
 
-    /// Values that are read as pairs of bf16.
-    pub(super) trait Source: Copy + Default {
-        /// 16 pairs from 32 values.
-        ///
-        /// # Safety
-        /// The machine has AVX-512 with bf16.
-        unsafe fn pairs(values: &[Self; 2 * SIDE]) -> __m512i;
-    }
-
-    impl Source for bf16 {
-        #[inline(always)]
-        unsafe fn pairs(values: &[Self; 2 * SIDE]) -> __m512i {
-            // SAFETY: both are 64 bytes, of which every pattern is a value.
-            unsafe { std::mem::transmute(*values) }
-        }
-    }
-
-    impl Source for f32 {
-        #[inline(always)]
-        unsafe fn pairs(values: &[Self; 2 * SIDE]) -> __m512i {
-            // SAFETY: an array of 32 f32 has the size of two vectors of 16, one of 32 bf16 that
-            // of 16 pairs; the caller has checked for the instruction.
-            unsafe {
-                let [low, high]: [__m512; 2] = std::mem::transmute(*values);
-                std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low))
-            }
-        }
-    }
-
-    /// As [`super::pack_along`] for a panel of full width: its rows are `stride` apart, begin
-    /// with the first of `values` and have `len` values.
+    /// As [`super::pack`].
     ///
     /// # Safety
     /// The machine has AVX-512 with bf16.
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    pub(super) unsafe fn pack_along<T: Source, const P: usize>(
-        out: &mut [[u32; P]],
-        values: &[T],
-        stride: usize,
-        len: usize,
+    pub(super) unsafe fn pack<T: Value>(
+        matrix: Matrix<T>,
+        along: bool,
+        side: Side,
+        out: &mut [Step],
     ) {
-        for (s, out) in out.chunks_mut(SIDE).enumerate() {
-            let from = 2 * SIDE * s;
-            for first in (0..P).step_by(SIDE) {
-                let width = SIDE.min(P - first);
-                let mut square = [_mm512_setzero_si512(); SIDE];
-                for (i, pairs) in square.iter_mut().enumerate().take(width) {
-                    let row = &values[(first + i) * stride..][..len];
-                    let padded;
-                    let row = match row.get(from..).and_then(|r| r.first_chunk()) {
-                        Some(values) => values,
-                        None => {
-                            padded = with_zeros(row, from);
-                            &padded
-                        }
-                    };
-                    // SAFETY: this function's caller has checked for the instructions.
-                    *pairs = unsafe { T::pairs(row) };
-                }
-                for (out, column) in out.iter_mut().zip(transposed(square)) {
-                    // SAFETY: both are 64 bytes, of which every pattern is a value.
-                    let column: [u32; SIDE] = unsafe { std::mem::transmute(column) };
-                    out[first..first + width].copy_from_slice(&column[..width]);
-                }
-            }
+        // SAFETY: the caller's promise.
+        unsafe { super::pack::<Vector, T>(matrix, along, side, out) }
+    }
+
+    impl Line for Vector {
+        // SAFETY: every pattern of bits is a value.
+        const ZERO: Self = unsafe { std::mem::zeroed() };
+
+        #[inline(always)]
+        unsafe fn neighbours<T: Value>(values: &[T; 2 * PAIRS]) -> Self {
+            // SAFETY: the caller's promise.
+            unsafe { T::neighbours(values) }
+        }
+
+        #[inline(always)]
+        unsafe fn zipped<T: Value>(low: &[T; PAIRS], high: &[T; PAIRS]) -> Self {
+            // SAFETY: the caller's promise.
+            unsafe { T::zipped(low, high) }
+        }
+
+        #[inline(always)]
+        unsafe fn transposed(square: Square) -> Square {
+            // SAFETY: the caller's promise.
+            unsafe { transposed(square) }
+        }
+
+        #[inline(always)]
+        unsafe fn pairs(self) -> [u32; PAIRS] {
+            // SAFETY: both are 64 bytes, of which every pattern is a value.
+            unsafe { std::mem::transmute(self) }
         }
     }
 
-    /// The last values of a row, and zeros.
-    fn with_zeros<T: Source>(row: &[T], from: usize) -> [T; 2 * SIDE] {
-        let mut values = [T::default(); 2 * SIDE];
-        for (to, &value) in values.iter_mut().zip(row.iter().skip(from)) {
-            *to = value;
+    /// 32 values rounded to bf16.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub(super) fn rounded(low: &[f32; PAIRS], high: &[f32; PAIRS]) -> Vector {
+        // SAFETY: an array of 16 f32 has the size of a vector of 512 bits, one of 32 bf16 that
+        // of 16 pairs, and every pattern of bits is a value of each.
+        unsafe {
+            let [low, high]: [__m512; 2] = std::mem::transmute([*low, *high]);
+            std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low))
         }
-        values
+    }
+
+    /// Pairs of value i and value 16 + i.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    pub(super) fn zipped_halves(values: Vector) -> Vector {
+        const ORDER: [u16; 2 * PAIRS] = {
+            let mut order = [0; 2 * PAIRS];
+            let mut i = 0;
+            while i < PAIRS {
+                order[2 * i] = i as u16;
+                order[2 * i + 1] = (PAIRS + i) as u16;
+                i += 1;
+            }
+            order
+        };
+        // SAFETY: both are 64 bytes, of which every pattern is a value.
+        let order = unsafe { std::mem::transmute::<[u16; 2 * PAIRS], __m512i>(ORDER) };
+        _mm512_permutexvar_epi16(order, values)
     }
 
     /// Exchanges pairs of rows, then pairs of those, within 128 bits, then whole lanes.
@@ -262,13 +414,13 @@ mod x86 {
     #[target_feature(enable = "avx512f")]
     fn transposed(rows: Square) -> Square {
         let mut pairs = rows;
-        for i in (0..SIDE).step_by(2) {
+        for i in (0..PAIRS).step_by(2) {
             pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
             pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
         }
         // Lane l of fours[4 i + j] holds rows 4 i to 4 i + 3 of column 4 l + j.
         let mut fours = pairs;
-        for i in (0..SIDE).step_by(4) {
+        for i in (0..PAIRS).step_by(4) {
             fours[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
             fours[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
             fours[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);

@@ -145,9 +145,9 @@ fn rounding_to_bf16_is_to_nearest_with_ties_to_even() {
         -2.7e-5,
     ];
     for value in specials {
-        let mut out = [[0u32; 1]; 1];
+        let mut out = [[0u32; ROWS * PAIRS]];
         let operand = Operand::rows(Values::F32(std::slice::from_ref(&value)), 1);
-        operand.pack(level, &mut out, (0, 1), (0, 1));
+        operand.pack(level, Side::Left, &mut out, (0, 1), (0, 1));
         assert_eq!(
             out[0][0],
             u32::from(bf16::from_f32(value).to_bits()),
