@@ -55,17 +55,17 @@ def load_texts(path, template):
 def pack(texts, tok, seq_len, docs_per_block=2048):
     """GPT-style packing: EOS before every text, rows of exactly seq_len tokens.
 
-    Each block of 2048 texts is one string; its last, short row is dropped.
+    Each block of 2048 texts is one string; its last row is dropped.
     Where the tokenizer adds a BOS, every row starts with one.
     """
     rows = []
-    size = min(tok.model_max_length, seq_len)
+    bos = tok("")["input_ids"]
+    size = seq_len - len(bos)
     for i in range(0, len(texts), docs_per_block):
         joined = tok.eos_token.join([""] + texts[i : i + docs_per_block])
-        enc = tok(joined, max_length=size, truncation=True,
-                  return_overflowing_tokens=True, return_attention_mask=False)
-        rows += [r for r in enc["input_ids"][:-1]]
-    assert rows and all(len(r) == seq_len for r in rows), "not enough text, or model_max_length < seq_len"
+        ids = tok(joined)["input_ids"][len(bos) :]
+        rows += [bos + ids[j : j + size] for j in range(0, len(ids) - size, size)]
+    assert rows, "not enough text"
     return torch.tensor(rows, dtype=torch.long)
 
 

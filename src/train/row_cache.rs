@@ -223,11 +223,16 @@ impl RowShape {
         read: impl Fn(&CudaBuffer, usize, usize) -> Result<Vec<u8>>,
     ) -> Result<Vec<u8>> {
         let block = self.part_values();
-        let mut bytes = Vec::with_capacity(self.bytes());
+        let mut bytes = Vec::new();
         for part in parts {
             match (self.dtype, part.cuda()) {
                 (DType::Bf16, Some(buffer)) if buffer.dtype() == DType::Bf16 => {
-                    bytes.extend(read(buffer, position * block, block)?);
+                    let more = read(buffer, position * block, block)?;
+                    // One part alone is not copied once more.
+                    match bytes.is_empty() {
+                        true => bytes = more,
+                        false => bytes.extend_from_slice(&more),
+                    }
                 }
                 (DType::F32, _) => {
                     let mut values = vec![0.0f32; block];

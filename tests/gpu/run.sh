@@ -34,6 +34,10 @@ if [[ $backend == emulator ]]; then
     export LD_LIBRARY_PATH=$work/driver${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 fi
 
+head_of_steps() {
+    echo "| step | result | seconds | host memory, peak MiB | GPU memory, peak MiB |"
+    echo "|---|---|---|---|---|"
+}
 smi() { nvidia-smi --query-gpu="$1" --format=csv,noheader,nounits 2>/dev/null | head -n 1; }
 device=$(smi name) driver=$(smi driver_version)
 {
@@ -45,8 +49,7 @@ device=$(smi name) driver=$(smi driver_version)
     echo "- host: $(grep -m1 'model name' /proc/cpuinfo | cut -d: -f2-), $(nproc) cores"
     [[ $backend == gpu ]] || echo "- **the kernels ran on the emulator: times mean nothing**"
     echo
-    echo "| step | result | seconds | host memory, peak MiB | GPU memory, peak MiB |"
-    echo "|---|---|---|---|---|"
+    head_of_steps
 } >"$results"
 
 failures=0
@@ -100,17 +103,6 @@ step "both stages, $shape" "$bin/resa-engine" train --device cuda --target "$wor
     --data "$work/problems.jsonl" --template "$here/tests/fixtures/example/template.jinja" \
     "${settings[@]}" --epochs 2 --checkpoint-every 1000000 --out "$work/run"
 
-# Last, since it takes longest.
-sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -n 1)
-if [[ $backend == gpu && -n $sanitizer ]]; then
-    for tool in memcheck racecheck synccheck initcheck; do
-        step "operators under $tool" "$sanitizer" --tool "$tool" --error-exitcode 9 "$bin/ops"
-    done
-    step "runs under memcheck" "$sanitizer" --tool memcheck --error-exitcode 9 "$bin/cli" cuda::
-else
-    echo "| compute-sanitizer | not found | | | |" >>"$results"
-fi
-
 metrics=$work/run/metrics.jsonl
 if [[ -s $metrics ]]; then
     cp "$metrics" "$out/"
@@ -140,5 +132,24 @@ fi
     cat "$out/logs/bench-again.log"
     echo '```'
 } >>"$results"
+# Last, since it takes longest.
+{
+    echo
+    echo "## Under compute-sanitizer"
+    echo
+    head_of_steps
+} >>"$results"
+sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -n 1)
+# Every test of a binary in a process of its own, as many at a time as there are cores: BINARY FILTER SANITIZER TOOL.
+each_test='"$1" "$2" --list | sed -n "s/: test\$//p" |
+    xargs -P "$(nproc)" -I {} "$3" --tool "$4" --error-exitcode 9 "$1" --exact {}'
+if [[ $backend == gpu && -n $sanitizer ]]; then
+    for tool in memcheck racecheck synccheck initcheck; do
+        step "operators under $tool" bash -c "$each_test" _ "$bin/ops" "" "$sanitizer" "$tool"
+    done
+    step "runs under memcheck" bash -c "$each_test" _ "$bin/cli" cuda:: "$sanitizer" memcheck
+else
+    echo "| compute-sanitizer | not found | | | |" >>"$results"
+fi
 echo "$results: $failures steps failed" >&2
 [[ $failures -eq 0 ]]
