@@ -61,19 +61,10 @@ fn faulty(stream: &Arc<CudaStream>, name: &str) -> String {
     }
 }
 
-/// The finding names kernel, block, thread, PTX line and the source line marked `// FAULT tag`.
+const SOURCE: (&str, &str) = ("clusters.cu", include_str!("kernels/clusters.cu"));
+
 fn assert_place(text: &str, kernel: &str, tag: &str) {
-    let source = include_str!("kernels/clusters.cu");
-    let marked = |l: &str| l.contains(&format!("// FAULT {tag}"));
-    let line = 1 + source.lines().position(marked).expect("a marked line");
-    for part in [
-        &format!("in kernel {kernel}, block ("),
-        "thread (",
-        "at PTX line ",
-        &format!("clusters.cu:{line}"),
-    ] {
-        assert!(text.contains(part), "{part}: {text}");
-    }
+    common::assert_place(text, SOURCE, kernel, tag);
 }
 
 #[test]

@@ -36,25 +36,10 @@ macro_rules! launch {
     }};
 }
 
-/// The finding names kernel, block, thread, PTX line and the source line marked `// FAULT tag`.
+const SOURCE: (&str, &str) = ("faults.cu", include_str!("kernels/faults.cu"));
+
 fn assert_place(text: &str, kernel: &str, tag: &str) {
-    let source = include_str!("kernels/faults.cu");
-    let line = 1 + source
-        .lines()
-        .position(|l| l.contains(&format!("// FAULT {tag}")))
-        .expect("a marked line");
-    for part in [
-        &format!("in kernel {kernel}, block ("),
-        "), thread (",
-        "at PTX line ",
-    ] {
-        assert!(text.contains(part), "{part}: {text}");
-    }
-    let mut words = text.split([' ', ',', '\n', '(', ')']);
-    assert!(
-        words.any(|w| w.ends_with(&format!("faults.cu:{line}"))),
-        "line {line}: {text}"
-    );
+    common::assert_place(text, SOURCE, kernel, tag);
 }
 
 #[test]

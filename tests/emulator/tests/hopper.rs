@@ -81,18 +81,24 @@ fn missing_wait_on_an_mbarrier_is_caught() {
             );
             let expected = text.starts_with("asynchronous copy not waited for")
                 || text.starts_with("uninitialized read");
-            assert!(expected && text.contains("hopper.cu:"), "{text}");
+            assert!(expected, "{text}");
+            assert_place(&text, "missing_barrier_wait");
         }
     });
+}
+
+/// The finding names the kernel and the line that is marked for it.
+fn assert_place(text: &str, kernel: &str) {
+    let source = ("hopper.cu", include_str!("kernels/hopper.cu"));
+    common::assert_place(text, source, kernel, kernel);
 }
 
 /// Runs a faulty variant of the GEMM and gives the finding.
 fn faulty_gemm(stream: &Arc<CudaStream>, name: &str) -> String {
     let text = finding(gemm(stream, name), CUresult::CUDA_ERROR_LAUNCH_FAILED);
-    assert!(
-        text.starts_with("asynchronous copy not waited for") && text.contains("hopper.cu:"),
-        "{text}"
-    );
+    let expected = text.starts_with("asynchronous copy not waited for");
+    assert!(expected, "{text}");
+    assert_place(&text, name);
     text
 }
 
@@ -121,6 +127,7 @@ fn operands_given_back_before_wgmma_has_read_them_are_caught() {
                 let expected = text.contains("shared bulk copy of")
                     && (text.contains("that reads these bytes") || text.contains("read there"));
                 assert!(expected, "{text}");
+                assert_place(&text, "early_release");
             }
         },
     );
@@ -191,14 +198,9 @@ fn source_overwritten_while_a_bulk_store_reads_it_is_caught() {
             if emulated() {
                 let result = store_twice(stream, "overwritten_source");
                 let text = finding(result, CUresult::CUDA_ERROR_LAUNCH_FAILED);
-                let source = include_str!("kernels/hopper.cu");
-                let marked = |l: &str| l.contains("// FAULT overwritten_source");
-                let line = 1 + source.lines().position(marked).unwrap();
-                assert!(
-                    text.starts_with("asynchronous copy not waited for")
-                        && text.contains(&format!("hopper.cu:{line}")),
-                    "{text}"
-                );
+                let expected = text.starts_with("asynchronous copy not waited for");
+                assert!(expected, "{text}");
+                assert_place(&text, "overwritten_source");
             }
         },
     );

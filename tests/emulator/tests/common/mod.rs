@@ -295,3 +295,32 @@ pub fn evaluate32(body: &str, inputs: &[[u32; 3]]) -> Vec<u32> {
         .map(|v| v as u32)
         .collect()
 }
+
+/// The finding names kernel, block, thread, PTX line and a line of `file` that is marked with
+/// `// FAULT` and, among others, `tag`.
+pub fn assert_place(text: &str, (file, source): (&str, &str), kernel: &str, tag: &str) {
+    for part in [
+        &format!("in kernel {kernel}, block ("),
+        "thread (",
+        "at PTX line ",
+    ] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    let is_marked = |line: &str| {
+        let marks = line.split_once("// FAULT ").map_or("", |(_, marks)| marks);
+        marks.split(' ').any(|mark| mark == tag)
+    };
+    let lines: Vec<usize> = source
+        .lines()
+        .enumerate()
+        .filter(|(_, line)| is_marked(line))
+        .map(|(i, _)| i + 1)
+        .collect();
+    assert!(!lines.is_empty(), "no line of {file} is marked {tag}");
+    let mut words = text.split([' ', ',', '\n', '(', ')']);
+    let found = words.any(|word| {
+        let line = word.rsplit_once(&format!("{file}:"));
+        line.is_some_and(|(_, line)| line.parse().is_ok_and(|n: usize| lines.contains(&n)))
+    });
+    assert!(found, "expected {file}:{lines:?}: {text}");
+}

@@ -26,8 +26,8 @@ template <Fault fault> __device__ void gemm(const CUtensorMap &A, const CUtensor
         int s = k % STAGES, phase = k / STAGES & 1;
         barrier_wait(shared_address(empty + s), phase ^ 1);
         barrier_expect(shared_address(full + s), (BM + BN) * BK * 2);
-        load_tile(shared_address(sA + s * BM * BK), &A, shared_address(full + s), k * BK, blockIdx.y * BM);
-        load_tile(shared_address(sB + s * BN * BK), &B, shared_address(full + s), k * BK, blockIdx.x * BN);
+        load_tile(shared_address(sA + s * BM * BK), &A, shared_address(full + s), k * BK, blockIdx.y * BM); // FAULT missing_product_wait early_release
+        load_tile(shared_address(sB + s * BN * BK), &B, shared_address(full + s), k * BK, blockIdx.x * BN); // FAULT missing_product_wait early_release
       }
     return;
   }
@@ -40,7 +40,7 @@ template <Fault fault> __device__ void gemm(const CUtensorMap &A, const CUtensor
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
     for (int kk = 0; kk < 4; kk++)
-      wgmma(d, descriptor(shared_address(sA + s * BM * BK + w * 64 * BK)) + kk * 2,
+      wgmma(d, descriptor(shared_address(sA + s * BM * BK + w * 64 * BK)) + kk * 2, // FAULT missing_barrier_wait
             descriptor(shared_address(sB + s * BN * BK)) + kk * 2);
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
     if (fault == EARLY_RELEASE) {
@@ -57,7 +57,7 @@ template <Fault fault> __device__ void gemm(const CUtensorMap &A, const CUtensor
     uint32_t r[4];
 #pragma unroll
     for (int e = 0; e < 4; e++) {
-      __nv_bfloat162 v = __floats2bfloat162_rn(d[j * 8 + e * 2], d[j * 8 + e * 2 + 1]);
+      __nv_bfloat162 v = __floats2bfloat162_rn(d[j * 8 + e * 2], d[j * 8 + e * 2 + 1]); // FAULT missing_product_wait
       r[e] = *(uint32_t *)&v;
     }
     uint32_t a = shared_address(sC + (w * 64 + warp * 16 + (lane & 15)) * BN + j * 16 + (lane >> 4) * 8);
@@ -68,7 +68,7 @@ template <Fault fault> __device__ void gemm(const CUtensorMap &A, const CUtensor
   asm volatile("bar.sync 1, 256;" ::: "memory");
   if (threadIdx.x == 128) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&C),
-                 "r"(shared_address(sC)), "r"(blockIdx.x * BN), "r"(blockIdx.y * BM)
+                 "r"(shared_address(sC)), "r"(blockIdx.x * BN), "r"(blockIdx.y * BM) // FAULT missing_proxy_fence
                  : "memory");
     asm volatile("cp.async.bulk.commit_group;");
     if (fault != NO_STORE_WAIT) asm volatile("cp.async.bulk.wait_group.read 0;");
@@ -85,7 +85,7 @@ GEMM(gemm_hopper, NONE)
 GEMM(missing_barrier_wait, NO_BARRIER_WAIT)
 GEMM(missing_product_wait, NO_PRODUCT_WAIT)
 GEMM(early_release, EARLY_RELEASE)
-GEMM(missing_store_wait, NO_STORE_WAIT)
+GEMM(missing_store_wait, NO_STORE_WAIT) // FAULT missing_store_wait
 GEMM(missing_proxy_fence, NO_PROXY_FENCE)
 
 // Two tiles leave through one buffer: `wait` says whether the first has been read before the
