@@ -349,25 +349,29 @@ fn tensor_copies_of_every_rank_and_swizzle_land_where_they_should() {
     on_hopper(
         "tensor_copies_of_every_rank_and_swizzle_land_where_they_should",
         |stream| {
-            check_tile(stream, &[64], &[32], &[8], SWIZZLE_NONE);
-            check_tile(stream, &[64, 20], &[64, 16], &[0, 3], SWIZZLE_128);
-            check_tile(stream, &[64, 20], &[32, 16], &[16, 8], SWIZZLE_64);
-            check_tile(stream, &[64, 20], &[16, 16], &[-8, 12], SWIZZLE_32);
-            check_tile(stream, &[32, 6, 5], &[16, 4, 2], &[24, -1, 4], SWIZZLE_NONE);
-            check_tile(
-                stream,
-                &[16, 4, 3, 3],
-                &[8, 2, 2, 2],
-                &[8, 3, 0, 1],
-                SWIZZLE_NONE,
-            );
-            check_tile(
-                stream,
-                &[16, 3, 3, 2, 2],
-                &[8, 2, 2, 2, 2],
-                &[4, 1, 1, 0, 1],
-                SWIZZLE_NONE,
-            );
+            let widths = [
+                (SWIZZLE_NONE, 8),
+                (SWIZZLE_32, 16),
+                (SWIZZLE_64, 32),
+                (SWIZZLE_128, 64),
+            ];
+            for (swizzle, width) in widths {
+                // Boxes that lie within the tensor, and that begin before it or end behind it.
+                let (dim, w) = (u64::from(width), width);
+                check_tile(stream, &[2 * dim], &[w], &[8], swizzle);
+                check_tile(stream, &[2 * dim, 20], &[w, 16], &[-8, 12], swizzle);
+                check_tile(stream, &[2 * dim, 6, 5], &[w, 4, 2], &[8, -1, 4], swizzle);
+                let start = [8, 3, 0, 1];
+                check_tile(stream, &[dim, 4, 3, 3], &[w, 2, 2, 2], &start, swizzle);
+                let start = [4, 1, 1, 0, 1];
+                check_tile(
+                    stream,
+                    &[dim, 3, 3, 2, 2],
+                    &[w, 2, 2, 2, 2],
+                    &start,
+                    swizzle,
+                );
+            }
         },
     );
 }
