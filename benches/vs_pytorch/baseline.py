@@ -63,7 +63,7 @@ def pack(texts, tok, seq_len, docs_per_block=2048):
     size = seq_len - len(bos)
     for i in range(0, len(texts), docs_per_block):
         joined = tok.eos_token.join([""] + texts[i : i + docs_per_block])
-        ids = tok(joined)["input_ids"][len(bos) :]
+        ids = tok(joined, verbose=False)["input_ids"][len(bos) :]
         rows += [bos + ids[j : j + size] for j in range(0, len(ids) - size, size)]
     assert rows, "not enough text"
     return torch.tensor(rows, dtype=torch.long)

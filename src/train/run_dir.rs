@@ -24,7 +24,19 @@ pub struct RunDir {
     path: PathBuf,
     /// Whether the folder was not there before the run.
     made: bool,
-    _lock: File,
+    _lock: Lock,
+}
+
+/// A locked file.
+#[derive(Debug)]
+struct Lock(File);
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // Closing would not do: a process that another thread has just forked has the file open
+        // too, until it becomes another program. What fails here, the end of the process mends.
+        drop(self.0.unlock());
+    }
 }
 
 impl RunDir {
@@ -105,7 +117,7 @@ impl RunDir {
             Ok(()) => Ok(Self {
                 path: path.to_owned(),
                 made: false,
-                _lock: lock,
+                _lock: Lock(lock),
             }),
             Err(TryLockError::WouldBlock) => Err(Error::setting(
                 "--out",
@@ -179,4 +191,21 @@ fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
         file.sync_all()
     };
     write().map_err(|e| Error::io(path, e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::RunDir;
+
+    #[test]
+    fn a_folder_is_free_again_though_a_forked_process_has_its_lock_open() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunDir::lock(dir.path()).unwrap();
+        assert!(RunDir::lock(dir.path()).is_err());
+        // The same open file, as a fork has it.
+        let open = run._lock.0.try_clone().unwrap();
+        drop(run);
+        RunDir::lock(dir.path()).unwrap();
+        drop(open);
+    }
 }
