@@ -14,7 +14,6 @@ use faer::Accum;
 use rayon::prelude::*;
 
 use crate::device::Device;
-use crate::device::simd::vectorized;
 use crate::error::{Error, Result};
 use crate::ops::gemm::{affine, input_gradient, output, product_nn, product_nt, product_tn};
 use crate::ops::{Operator, expect_cols, expect_shape};
@@ -58,28 +57,21 @@ impl Dropout {
 
     fn apply(&self, device: &Device, x: &Tensor) -> Result<Tensor> {
         const CHUNK: usize = 1 << 12;
+        let threshold = self.threshold();
+        let keep = 1.0 / (1.0 - self.p);
         let mut out = device.buffer(x.len());
         out.par_chunks_mut(CHUNK)
             .zip(x.f32s()?.par_chunks(CHUNK))
             .enumerate()
-            .for_each(|(c, (out, x))| vectorized!(self.apply_from(c * CHUNK / 4, out, x)));
+            .for_each(|(c, (out, x))| {
+                for (i, (out, x)) in out.chunks_mut(4).zip(x.chunks(4)).enumerate() {
+                    let words = self.stream.block((c * CHUNK / 4 + i) as u32);
+                    for ((out, x), word) in out.iter_mut().zip(x).zip(words) {
+                        *out = if word < threshold { 0.0 } else { x * keep };
+                    }
+                }
+            });
         Tensor::from_buffer(out, x.shape())
-    }
-
-    /// The same for elements that begin with the first word of a block of the stream.
-    #[inline(always)]
-    fn apply_from(&self, block: usize, out: &mut [f32], x: &[f32]) {
-        /// Blocks drawn at once.
-        const BLOCKS: usize = 16;
-        let (threshold, keep) = (self.threshold(), 1.0 / (1.0 - self.p));
-        let groups = out.chunks_mut(4 * BLOCKS).zip(x.chunks(4 * BLOCKS));
-        for (i, (out, x)) in groups.enumerate() {
-            let drawn = self.stream.blocks::<BLOCKS>((block + i * BLOCKS) as u32);
-            let words = std::array::from_fn::<_, { 4 * BLOCKS }, _>(|w| drawn[w % 4][w / 4]);
-            for ((out, x), word) in out.iter_mut().zip(x).zip(words) {
-                *out = if word < threshold { 0.0 } else { x * keep };
-            }
-        }
     }
 }
 
