@@ -86,18 +86,20 @@ impl Repositories {
     }
 }
 
+/// Path and token of each request.
+type Requests = Arc<Mutex<Vec<(String, Option<String>)>>>;
+
 /// A hub on loopback; it ends with the test's process.
 struct HubServer {
     endpoint: String,
-    /// Path and token of each request.
-    requests: Arc<Mutex<Vec<(String, Option<String>)>>>,
+    requests: Requests,
 }
 
 impl HubServer {
     fn start(repositories: Repositories) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let endpoint = format!("http://{}", listener.local_addr().unwrap());
-        let requests = Arc::new(Mutex::new(Vec::new()));
+        let requests = Requests::default();
         let log = requests.clone();
         std::thread::spawn(move || {
             let mut cut = false;
@@ -126,12 +128,7 @@ impl HubServer {
 }
 
 /// Answers one request and closes.
-fn serve(
-    mut stream: TcpStream,
-    repositories: &Repositories,
-    log: &Mutex<Vec<(String, Option<String>)>>,
-    cut: &mut bool,
-) {
+fn serve(mut stream: TcpStream, repositories: &Repositories, log: &Requests, cut: &mut bool) {
     let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
     let first = lines.next().unwrap().unwrap();
     let path = first.split(' ').nth(1).unwrap().to_owned();

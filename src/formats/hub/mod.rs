@@ -122,7 +122,7 @@ impl Hub {
         };
         let found = self.cached(id, &repo, want).map_err(|missing| {
             fail(format!(
-                "no such path here; {why}; the cache in {} has {missing}: download it where there \
+                "no such path here; {why}, and the cache in {} has {missing}: fetch it where there \
                  is a network, or give a local path",
                 self.cache.display()
             ))
@@ -250,6 +250,12 @@ impl Hub {
                 self.endpoint,
                 id.name,
                 self.token_advice().replace(", or", ", then")
+            ),
+            // A download that was stopped between its last byte and its end cannot go on.
+            Some(416) => format!(
+                "{name}: {error}: remove the .part files from the blobs of this repository in {} \
+                 and try again",
+                self.cache.display()
             ),
             _ => format!("{name}: {error}; what has arrived is kept, try again"),
         })
