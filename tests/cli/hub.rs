@@ -86,8 +86,15 @@ impl Repositories {
     }
 }
 
-/// Path and token of each request.
-type Requests = Arc<Mutex<Vec<(String, Option<String>)>>>;
+/// What was asked for.
+#[derive(Clone)]
+struct Request {
+    path: String,
+    token: Option<String>,
+    range: Option<String>,
+}
+
+type Requests = Arc<Mutex<Vec<Request>>>;
 
 /// A hub on loopback; it ends with the test's process.
 struct HubServer {
@@ -110,7 +117,7 @@ impl HubServer {
         Self { endpoint, requests }
     }
 
-    fn requests(&self) -> Vec<(String, Option<String>)> {
+    fn requests(&self) -> Vec<Request> {
         self.requests.lock().unwrap().clone()
     }
 
@@ -119,7 +126,7 @@ impl HubServer {
         let mut names: Vec<_> = self
             .requests()
             .iter()
-            .filter_map(|(path, _)| Some(path.split_once("/resolve/main/")?.1.to_owned()))
+            .filter_map(|request| Some(request.path.split_once("/resolve/main/")?.1.to_owned()))
             .collect();
         names.sort();
         names.dedup();
@@ -142,10 +149,12 @@ fn serve(mut stream: TcpStream, repositories: &Repositories, log: &Requests, cut
         };
         headers.iter().find_map(of)
     };
-    log.lock()
-        .unwrap()
-        .push((path.clone(), header("Authorization")));
     let range = header("Range");
+    log.lock().unwrap().push(Request {
+        path: path.clone(),
+        token: header("Authorization"),
+        range: range.clone(),
+    });
     let (from, to) = range
         .as_deref()
         .and_then(|range| range.strip_prefix("bytes=")?.split_once('-'))
@@ -266,7 +275,7 @@ fn a_model_is_fetched_once_and_then_used_from_the_cache_without_a_network() {
         "tokenizer_config.json",
     ];
     assert_eq!(hub.files(), wanted);
-    for (path, token) in hub.requests() {
+    for Request { path, token, .. } in hub.requests() {
         assert_eq!(token.as_deref(), Some("Bearer hf_secret"), "{path}");
     }
     // The layout of the Python tools.
@@ -498,5 +507,14 @@ fn a_download_that_breaks_off_is_an_error_and_goes_on_where_it_was() {
     assert_eq!(
         succeeds(&output(&workshop, &hub.endpoint, &perplexity(MODEL))),
         expected
+    );
+    let half = format!("bytes={}-", model()["model.safetensors"].len() / 2);
+    let ranges = hub
+        .requests()
+        .into_iter()
+        .filter_map(|request| request.range);
+    assert!(
+        ranges.into_iter().any(|range| range == half),
+        "all was fetched again"
     );
 }
