@@ -29,7 +29,7 @@ fn main() -> Result<()> {
 fn train(device: &Device, dir: &Path, data: &Path) -> Result<()> {
     let model = huggingface::load(dir)?;
     let tokenizer = Tokenizer::from_dir(dir)?;
-    let (_, texts) = inputs::read_texts(data, &Template::builtin(), &tokenizer, SEQ_LEN, false)?;
+    let (_, texts) = inputs::read_texts(&[data], &Template::builtin(), &tokenizer, SEQ_LEN, false)?;
     inputs::check_vocabulary(&model, &texts, dir)?;
     let layout = Layout::new(&model.config, 1, SEQ_LEN)?;
     let plain = Inference::new(&model);

@@ -34,6 +34,9 @@ pub enum Error {
         expected: String,
         got: String,
     },
+    /// A repository of the Hugging Face hub cannot be had.
+    #[error("{id}: {what}")]
+    Hub { id: String, what: String },
     /// A setting has a value the engine cannot work with.
     #[error("{option}: {what}")]
     Setting { option: String, what: String },
@@ -87,6 +90,14 @@ impl Error {
             op,
             expected: expected.into(),
             got: got.into(),
+        }
+    }
+
+    /// Why the hub repository `id` cannot be had.
+    pub fn hub(id: impl Into<String>, what: impl Into<String>) -> Self {
+        Self::Hub {
+            id: id.into(),
+            what: what.into(),
         }
     }
 

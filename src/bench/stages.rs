@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
@@ -197,7 +197,8 @@ fn shorten(sources: &Sources, to: &Path, tokens: usize) -> Result<()> {
     let (records, packed) = read_texts(&sources.data, &template, &tokenizer, 2, false)?;
     let each = packed.tokens.len() as f64 / records.len().max(1) as f64;
     let wanted = (1.02 * tokens as f64 / each).ceil() as usize;
-    let all = fs::read_to_string(&sources.data).map_err(|e| Error::io(&sources.data, e))?;
+    let read = |path: &PathBuf| fs::read_to_string(path).map_err(|e| Error::io(path, e));
+    let all: String = sources.data.iter().map(read).collect::<Result<_>>()?;
     let lines: Vec<&str> = all.lines().cycle().take(wanted).collect();
     fs::write(to, lines.join("\n")).map_err(|e| Error::io(to, e))
 }

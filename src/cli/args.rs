@@ -103,25 +103,25 @@ pub struct TrainSettings {
     #[serde(skip_serializing_if = "Option::is_none")]
     method: Option<String>,
 
-    /// Model whose activations the SAE learns: Hugging Face folder; the target where not given
+    /// Model whose activations the SAE learns: Hugging Face folder or hub id; the target where not given
     #[arg(long, value_name = "MODEL", help_heading = "Models")]
     #[serde(skip_serializing_if = "Option::is_none")]
     source: Option<String>,
-    /// PEFT adapter that is merged into the source model
+    /// PEFT adapter that is merged into the source model: folder or hub id
     #[arg(long, value_name = "DIR", help_heading = "Models")]
     #[serde(skip_serializing_if = "Option::is_none")]
     source_adapter: Option<String>,
-    /// Model to tune: Hugging Face folder
+    /// Model to tune: Hugging Face folder or hub id (org/name, org/name@revision)
     #[arg(long, value_name = "MODEL", help_heading = "Models")]
     #[serde(skip_serializing_if = "Option::is_none")]
     target: Option<String>,
 
-    /// Trigger data for Stage I: JSON, JSON Lines or Parquet file
-    #[arg(long, value_name = "FILE", help_heading = "Data")]
+    /// Trigger data for Stage I: JSON, JSON Lines or Parquet file, or hub id
+    #[arg(long, value_name = "FILE|ID", help_heading = "Data")]
     #[serde(skip_serializing_if = "Option::is_none")]
     data: Option<String>,
     /// Elicitation data for Stage II; the trigger data where not given
-    #[arg(long, value_name = "FILE", help_heading = "Data")]
+    #[arg(long, value_name = "FILE|ID", help_heading = "Data")]
     #[serde(skip_serializing_if = "Option::is_none")]
     elicitation_data: Option<String>,
     /// Jinja file that turns a record into text; built in where not given
@@ -151,7 +151,7 @@ pub struct TrainSettings {
     #[arg(long, value_name = "N", value_parser = hookpoint, conflicts_with = "hookpoint", help_heading = "Sparse autoencoder (Stage I)")]
     #[serde(skip_serializing_if = "Option::is_none")]
     layer: Option<Vec<String>>,
-    /// SAE to start from: a sparsify folder
+    /// SAE to start from: a sparsify folder or hub id
     #[arg(
         long,
         value_name = "DIR",
@@ -215,7 +215,7 @@ pub struct TrainSettings {
     #[serde(skip_serializing_if = "Option::is_none")]
     sae_lr: Option<f64>,
 
-    /// PEFT adapter whose weights to start from
+    /// PEFT adapter whose weights to start from: folder or hub id
     #[arg(long, value_name = "DIR", help_heading = "Tuning (Stage II)")]
     #[serde(skip_serializing_if = "Option::is_none")]
     adapter: Option<PathBuf>,
@@ -321,10 +321,10 @@ fn module_names() -> clap::builder::PossibleValuesParser {
 /// The model that is used, and how.
 #[derive(Args)]
 pub struct ModelArgs {
-    /// PEFT adapter on top of the model
+    /// PEFT adapter on top of the model: folder or hub id
     #[arg(long, value_name = "DIR", help_heading = "Model")]
     pub adapter: Option<PathBuf>,
-    /// SAE through which the output of --layer goes: a sparsify folder
+    /// SAE through which the output of --layer goes: a sparsify folder or hub id
     #[arg(long, value_name = "DIR", requires = "layer", help_heading = "Model")]
     pub sae: Option<PathBuf>,
     /// Layer (0-based) whose output --sae replaces: N or model.layers.N
@@ -390,13 +390,13 @@ pub struct SamplingArgs {
 
 #[derive(Args)]
 pub struct EvalArgs {
-    /// Model to measure: Hugging Face folder
+    /// Model to measure: Hugging Face folder or hub id
     #[arg(long, value_name = "MODEL", required_unless_present = "regrade")]
     pub model: Option<String>,
     #[command(flatten)]
     pub with: ModelArgs,
-    /// Problems with answers: JSON, JSON Lines or Parquet file
-    #[arg(long, value_name = "FILE", required_unless_present = "regrade")]
+    /// Problems with answers: JSON, JSON Lines or Parquet file, or hub id
+    #[arg(long, value_name = "FILE|ID", required_unless_present = "regrade")]
     pub data: Option<PathBuf>,
     /// Jinja file that turns a record into text; built in where not given
     #[arg(long, value_name = "FILE")]
@@ -432,7 +432,7 @@ pub struct EvalArgs {
 
 #[derive(Args)]
 pub struct GenerateArgs {
-    /// Model that writes: Hugging Face folder
+    /// Model that writes: Hugging Face folder or hub id
     #[arg(long, value_name = "MODEL")]
     pub model: String,
     #[command(flatten)]
@@ -480,10 +480,10 @@ pub(super) fn at_least<const MIN: usize>(text: &str) -> Result<usize, String> {
 
 #[derive(Args)]
 pub struct MergeArgs {
-    /// Model to merge into: Hugging Face folder
+    /// Model to merge into: Hugging Face folder or hub id
     #[arg(long, value_name = "MODEL")]
     pub model: String,
-    /// PEFT adapter to merge, with the factor it is taken times; may be repeated
+    /// PEFT adapter to merge, folder or hub id, with the factor it is taken times; may be repeated
     #[arg(long, value_name = "DIR[=WEIGHT]", required = true)]
     pub adapter: Vec<String>,
     /// Folder for the merged model; must not exist or be empty

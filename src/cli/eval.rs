@@ -10,7 +10,7 @@ use resa_engine::eval::results::{self, Results};
 use resa_engine::eval::{FinishReason, GenerateOptions, Generator};
 use resa_engine::report::Progress;
 use resa_engine::train::inputs::{check_vocabulary, read_texts};
-use resa_engine::train::{Event, Observer};
+use resa_engine::train::{Event, Observer, fetch};
 use serde_json::{Value, json};
 
 use super::Failure;
@@ -29,6 +29,7 @@ pub fn run(args: &EvalArgs) -> Result<(), Failure> {
     let usage = |error: resa_engine::Error| Failure::Usage(error.into());
     options.sampling.check().map_err(usage)?;
     let loaded = Loaded::new(model, &args.with, !args.perplexity)?;
+    let data = &fetch::data(data, &mut Progress::stderr(10))?;
     let template = match &args.template {
         Some(path) => Template::from_file(path)?,
         None => Template::builtin(),
@@ -41,7 +42,7 @@ pub fn run(args: &EvalArgs) -> Result<(), Failure> {
 
 fn measure_perplexity(
     args: &EvalArgs,
-    data: &Path,
+    data: &[PathBuf],
     loaded: &Loaded,
     template: &Template,
 ) -> Result<(), Failure> {
@@ -74,11 +75,11 @@ fn measure_perplexity(
 
 fn measure_answers(
     args: &EvalArgs,
-    data: &Path,
+    data: &[PathBuf],
     loaded: &Loaded,
     template: &Template,
 ) -> Result<(), Failure> {
-    let mut records = records::read(data)?;
+    let mut records = records::read_all(data)?;
     records.truncate(args.limit.unwrap_or(usize::MAX));
     let chat = match args.chat {
         true => Some(loaded.chat_template()?.ok_or_else(|| {

@@ -8,11 +8,12 @@ use clap::Args;
 use resa_engine::analysis::{Features, MarkedText, Options, analyse, distance, plot};
 use resa_engine::data::{Template, Tokenizer, records};
 use resa_engine::eval::Inference;
+use resa_engine::formats::hub::Want;
 use resa_engine::formats::{huggingface, peft, sparsify};
 use resa_engine::model::{Lora, Qwen2, Sae};
 use resa_engine::report::Progress;
 use resa_engine::train::inputs::prepare;
-use resa_engine::train::{DtypeSetting, Event, Observer, settings::parse_hookpoint};
+use resa_engine::train::{DtypeSetting, Event, Observer, fetch, settings::parse_hookpoint};
 use resa_engine::{Device, Error};
 use serde::Serialize;
 
@@ -24,17 +25,17 @@ const SHOWN: usize = 3;
 
 #[derive(Args)]
 pub struct FeaturesArgs {
-    /// Model whose activations the SAEs reconstruct: Hugging Face folder
+    /// Model whose activations the SAEs reconstruct: Hugging Face folder or hub id
     #[arg(long, value_name = "MODEL")]
     model: String,
-    /// Folder of one SAE, or of several, one a layer (model.layers.N); may be repeated
+    /// Folder or hub id of one SAE, or of several, one a layer (model.layers.N); may be repeated
     #[arg(long, value_name = "DIR", required = true)]
     sae: Vec<PathBuf>,
-    /// Another model of the same shape, or a PEFT adapter for --model, to compare with
-    #[arg(long, value_name = "DIR")]
+    /// Another model of the same shape, or a PEFT adapter for --model, to compare with: folder or hub id
+    #[arg(long, value_name = "MODEL")]
     compare: Option<PathBuf>,
-    /// Problems with answers, whose texts are read: JSON, JSON Lines or Parquet file
-    #[arg(long, value_name = "FILE")]
+    /// Problems with answers, whose texts are read: JSON, JSON Lines or Parquet file, or hub id
+    #[arg(long, value_name = "FILE|ID")]
     data: String,
     /// Jinja file that turns a record into text; built in where not given
     #[arg(long, value_name = "FILE")]
@@ -88,11 +89,21 @@ struct Comparison {
 
 pub fn run(args: &FeaturesArgs) -> std::result::Result<(), Failure> {
     let device = Device::cpu(args.threads)?;
-    let dir = Path::new(&args.model);
-    let model = load(args, &device, dir)?;
-    let saes = saes(args, &model)?;
-    let tokenizer = Tokenizer::from_dir(dir)?;
-    let texts = texts(args, &tokenizer)?;
+    let mut progress = Progress::stderr(1);
+    let mut folder = |given: &Path, want| fetch::folder(given, want, &mut progress);
+    let dir = folder(args.model.as_ref(), Want::Model)?;
+    let roots = args.sae.iter().map(|root| folder(root, Want::Sae(None)));
+    let roots: Vec<PathBuf> = roots.collect::<resa_engine::Result<_>>()?;
+    let other = args.compare.as_deref();
+    let other = other.map(|given| folder(given, Want::ModelOrAdapter));
+    let other = other.transpose()?;
+    let data = fetch::data(args.data.as_ref(), &mut progress)?;
+    drop(progress);
+    let names = names(args);
+    let model = load(args, &device, &dir)?;
+    let saes = saes(&roots, &model)?;
+    let tokenizer = Tokenizer::from_dir(&dir)?;
+    let texts = texts(args, &data, &tokenizer)?;
     let study = |name: &str, inference: &Inference| -> resa_engine::Result<Features> {
         let options = Options {
             contexts: args.contexts,
@@ -116,14 +127,13 @@ pub fn run(args: &FeaturesArgs) -> std::result::Result<(), Failure> {
             },
         )
     };
-    let features = study(&args.model, &Inference::new(&model))?;
-    let compare = match &args.compare {
+    let features = study(&names[0], &Inference::new(&model))?;
+    let compare = match other {
         Some(path) => {
-            let name = path.display().to_string();
-            let other = Other::load(args, &device, path, &model)?;
-            let other = study(&name, &other.inference(&model))?;
+            let other = Other::load(args, &device, &path, &model)?;
+            let other = study(&names[1], &other.inference(&model))?;
             Some(Comparison {
-                model: name,
+                model: names[1].clone(),
                 distance: distance(&features.counts(), &other.counts()),
                 features: other,
             })
@@ -131,7 +141,7 @@ pub fn run(args: &FeaturesArgs) -> std::result::Result<(), Failure> {
         None => None,
     };
     let result = Result {
-        model: args.model.clone(),
+        model: names[0].clone(),
         ranking: features.ranking(),
         features,
         compare,
@@ -144,6 +154,27 @@ pub fn run(args: &FeaturesArgs) -> std::result::Result<(), Failure> {
         false => print!("{}", table(&result)),
     }
     Ok(())
+}
+
+/// What the models are called in files that others may see: a hub id, or the last part of a path,
+/// and the part before it too where both models would have one name.
+fn names(args: &FeaturesArgs) -> Vec<String> {
+    let given = [Some(Path::new(&args.model)), args.compare.as_deref()];
+    let given: Vec<&Path> = given.into_iter().flatten().collect();
+    let names = |parts: usize| given.iter().map(move |path| name(path, parts));
+    match names(1).collect::<Vec<_>>() {
+        short if short.len() == 2 && short[0] == short[1] => names(2).collect(),
+        short => short,
+    }
+}
+
+fn name(given: &Path, parts: usize) -> String {
+    // A path may end in `.` or be a link to what has a name that says more.
+    let Ok(full) = fs::canonicalize(given) else {
+        return given.display().to_string();
+    };
+    let all: Vec<_> = full.iter().map(|part| part.to_string_lossy()).collect();
+    all[all.len().saturating_sub(parts)..].join("/")
 }
 
 fn load(args: &FeaturesArgs, device: &Device, dir: &Path) -> resa_engine::Result<Qwen2> {
@@ -201,9 +232,9 @@ impl Other {
 }
 
 /// The SAEs of all folders, ascending by layer.
-fn saes(args: &FeaturesArgs, model: &Qwen2) -> resa_engine::Result<Vec<(usize, Sae)>> {
+fn saes(roots: &[PathBuf], model: &Qwen2) -> resa_engine::Result<Vec<(usize, Sae)>> {
     let mut places: Vec<(usize, PathBuf)> = Vec::new();
-    for root in &args.sae {
+    for root in roots {
         places.extend(hookpoints(root)?);
     }
     places.sort();
@@ -253,12 +284,16 @@ fn hookpoints(root: &Path) -> resa_engine::Result<Vec<(usize, PathBuf)>> {
     }
 }
 
-fn texts(args: &FeaturesArgs, tokenizer: &Tokenizer) -> resa_engine::Result<Vec<MarkedText>> {
+fn texts(
+    args: &FeaturesArgs,
+    data: &[PathBuf],
+    tokenizer: &Tokenizer,
+) -> resa_engine::Result<Vec<MarkedText>> {
     let template = match &args.template {
         Some(path) => Template::from_file(path)?,
         None => Template::builtin(),
     };
-    let mut records = records::read(&args.data)?;
+    let mut records = records::read_all(data)?;
     records.truncate(args.limit);
     let text = |record| MarkedText::new(tokenizer, &template.render(record)?, args.seq_len);
     records.iter().map(text).collect()

@@ -3,19 +3,24 @@
 use std::path::Path;
 
 use resa_engine::Error;
+use resa_engine::formats::hub::Want;
 use resa_engine::formats::{huggingface, peft};
 use resa_engine::model::Lora;
+use resa_engine::report::Progress;
+use resa_engine::train::fetch;
 
 use super::Failure;
 use super::args::MergeArgs;
 
 pub fn run(args: &MergeArgs) -> Result<(), Failure> {
-    let model = Path::new(&args.model);
+    let mut progress = Progress::stderr(1);
+    let mut folder = |given: &str, want| fetch::folder(given.as_ref(), want, &mut progress);
+    let model = &folder(&args.model, Want::Model)?;
     let config = huggingface::read_config(model)?;
     let mut loras = Vec::new();
     for given in &args.adapter {
         let (dir, weight) = weighted(given).map_err(|e| Failure::Usage(e.into()))?;
-        let lora: Lora = peft::load(Path::new(dir), &config)?;
+        let lora: Lora = peft::load(&folder(dir, Want::Adapter)?, &config)?;
         loras.push(lora.weighted(weight));
     }
     huggingface::save_merged(model, &loras, &args.out)?;

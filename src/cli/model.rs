@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 
 use resa_engine::data::{ChatTemplate, Tokenizer};
 use resa_engine::eval::{GenerateOptions, Inference, Sampling};
+use resa_engine::formats::hub::Want;
 use resa_engine::formats::{huggingface, peft, sparsify};
 use resa_engine::model::{Lora, Qwen2, Sae};
-use resa_engine::train::DtypeSetting;
-use resa_engine::train::inputs;
+use resa_engine::report::Progress;
+use resa_engine::train::{DtypeSetting, fetch, inputs};
 use resa_engine::{Device, Error, Result};
 
 use super::args::{ModelArgs, SamplingArgs};
@@ -23,11 +24,20 @@ pub struct Loaded {
 }
 
 impl Loaded {
-    /// Loads the model in folder `dir`. Where text is written (`is_decoding`) weights stay as
+    /// Loads the model that `given`, a folder or a hub id, names. Where text is written (`is_decoding`) weights stay as
     /// they are stored unless f32 is asked for: the fewer bytes, the faster a token comes.
-    pub fn new(dir: &str, with: &ModelArgs, is_decoding: bool) -> Result<Self> {
+    pub fn new(given: &str, with: &ModelArgs, is_decoding: bool) -> Result<Self> {
         let device = inputs::device(with.device, with.dtype, with.threads)?;
-        let dir = PathBuf::from(dir);
+        let mut progress = Progress::stderr(1);
+        let mut folder = |given: &Path, want| fetch::folder(given, want, &mut progress);
+        let dir = folder(given.as_ref(), Want::Model)?;
+        let adapter = with.adapter.as_deref();
+        let adapter = adapter.map(|given| folder(given, Want::Adapter));
+        let adapter = adapter.transpose()?;
+        let sae = with.sae.as_deref().zip(with.layer);
+        let sae = sae.map(|(given, layer)| Ok((folder(given, Want::Sae(Some(layer)))?, layer)));
+        let sae: Option<(PathBuf, usize)> = sae.transpose()?;
+        drop(progress);
         let mut model = huggingface::load(&dir)?;
         let layers = 0..model.layers.len();
         let dtype = match (with.dtype, is_decoding) {
@@ -35,16 +45,14 @@ impl Loaded {
             (dtype, _) => dtype,
         };
         device.run(|| inputs::prepare(&device, &mut model, dtype, layers, true))?;
-        let lora = with.adapter.as_ref();
-        let mut lora = lora.map(|dir| peft::load(dir, &model.config)).transpose()?;
-        let sae = match (&with.sae, with.layer) {
-            (Some(root), Some(layer)) => {
-                let mut sae = sparsify::load_at(root, layer, &model.config)?;
-                sae.move_to(&device)?;
-                Some((sae, layer))
-            }
-            _ => None,
-        };
+        let lora = adapter.map(|dir| peft::load(&dir, &model.config));
+        let mut lora = lora.transpose()?;
+        let sae = sae.map(|(root, layer)| {
+            let mut sae = sparsify::load_at(&root, layer, &model.config)?;
+            sae.move_to(&device)?;
+            Ok::<_, Error>((sae, layer))
+        });
+        let sae = sae.transpose()?;
         if let (Device::Cuda(cuda), Some(lora)) = (&device, &mut lora) {
             lora.upload(cuda)?;
         }

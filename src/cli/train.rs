@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use resa_engine::report::Progress;
 use resa_engine::train::{self, PassAt1, RunOptions, Summary, TrainConfig};
 
 use super::args::TrainArgs;
@@ -11,7 +12,7 @@ use super::{Failure, config_file, interrupt};
 pub fn run(args: &TrainArgs) -> Result<(), Failure> {
     let config = config_file::resolve(args)?;
     if args.dry_run {
-        let plan = train::dry_run(&config)?;
+        let plan = train::dry_run(&config, &mut Progress::stderr(config.log_every))?;
         match args.json {
             true => println!("{}", serde_json::to_string_pretty(&plan)?),
             false => print!("{plan}"),

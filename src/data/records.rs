@@ -59,6 +59,15 @@ pub fn read(path: impl AsRef<Path>) -> Result<Vec<Record>> {
     Ok(records)
 }
 
+/// Reads all records of several files, one file after the other.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_all(paths: &[impl AsRef<Path>]) -> Result<Vec<Record>> {
+    let files: Vec<_> = paths.iter().map(read).collect::<Result<_>>()?;
+    Ok(files.concat())
+}
+
 fn format_of(path: &Path) -> Result<Format> {
     let extension = path
         .extension()

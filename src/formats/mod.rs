@@ -1,16 +1,18 @@
-//! Files of other tools: safetensors, Hugging Face models, PEFT adapters, sparsify SAEs.
+//! Files of other tools: safetensors, Hugging Face models, PEFT adapters, sparsify SAEs, and the
+//! hub they come from.
 //!
 //! Every file may be damaged or hostile: sizes, offsets, shapes and dtypes are checked before
 //! use, and an error names the file, the tensor or key, what was expected and what was found.
 
 pub mod atomic;
+pub mod hub;
 pub mod huggingface;
 pub(crate) mod json;
 pub mod peft;
 pub mod safetensors;
 pub mod sparsify;
 
-use std::path::Path;
+use std::path::{Component, Path};
 
 use rayon::prelude::*;
 
@@ -53,4 +55,10 @@ fn check_shape(path: &Path, name: &str, tensor: &Tensor, shape: &[usize]) -> Res
         name,
         format!("expected shape {shape:?}, found {:?}", tensor.shape()),
     ))
+}
+
+/// Whether a relative path stays in the folder it starts from.
+fn is_inside(path: &Path) -> bool {
+    let mut parts = path.components().peekable();
+    parts.peek().is_some() && parts.all(|part| matches!(part, Component::Normal(_)))
 }

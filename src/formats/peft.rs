@@ -7,6 +7,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::atomic::FileSet;
+use super::hub::Id;
 use super::json::JsonObject;
 use super::safetensors::{self, Entry, SafeTensors};
 use super::{check_finite, check_shape};
@@ -27,6 +28,10 @@ pub fn load(dir: &Path, model: &Qwen2Config) -> Result<Lora> {
     let config = read_config(&json)?;
     let layers = read_layers(&json, model.num_hidden_layers)?;
     let base_model = json.string("base_model_name_or_path")?.unwrap_or("");
+    let base_model = match json.string("revision")? {
+        Some(revision) => format!("{base_model}@{revision}"),
+        None => base_model.to_owned(),
+    };
     let file = SafeTensors::open(dir.join(WEIGHTS))?;
     let mut expected = BTreeSet::new();
     let mut pairs = BTreeMap::new();
@@ -55,7 +60,7 @@ pub fn load(dir: &Path, model: &Qwen2Config) -> Result<Lora> {
     }
     Ok(Lora {
         config,
-        base_model: base_model.to_owned(),
+        base_model,
         pairs,
     })
 }
@@ -106,8 +111,14 @@ fn tensor_name(layer: usize, module: Module, factor: char) -> String {
 
 fn config_json(lora: &Lora, layers: &BTreeSet<usize>, targets: &BTreeSet<Module>) -> Value {
     let names: Vec<_> = targets.iter().map(|module| module.name()).collect();
+    // peft keeps a hub id's revision under a key of its own.
+    let id = Id::parse(&lora.base_model).filter(|_| !Path::new(&lora.base_model).exists());
+    let (base_model, revision) = match id {
+        Some(Id { name, revision }) => (name, revision),
+        None => (lora.base_model.clone(), None),
+    };
     json!({
-        "base_model_name_or_path": lora.base_model,
+        "base_model_name_or_path": base_model,
         "bias": "none",
         "fan_in_fan_out": false,
         "inference_mode": true,
@@ -120,6 +131,7 @@ fn config_json(lora: &Lora, layers: &BTreeSet<usize>, targets: &BTreeSet<Module>
         "modules_to_save": null,
         "peft_type": "LORA",
         "r": lora.config.r,
+        "revision": revision,
         "target_modules": names,
         "task_type": "CAUSAL_LM",
         "use_dora": false,

@@ -20,16 +20,16 @@ pub struct TrainConfig {
     pub stage: Stage,
     /// SAE-Tuning, or plain supervised fine-tuning as the baseline. Default: sae-tuning.
     pub method: Method,
-    /// Hugging Face folder of the model whose activations the SAE learns. Default: the target.
+    /// Hugging Face folder or hub id of the model whose activations the SAE learns. Default: the target.
     pub source: Option<String>,
-    /// PEFT adapter merged into the source model. Default: none.
+    /// PEFT adapter merged into the source model: folder or hub id. Default: none.
     pub source_adapter: Option<String>,
-    /// Hugging Face folder of the model that is tuned. Default: the embedded example, where
+    /// Hugging Face folder or hub id of the model that is tuned. Default: the embedded example, where
     /// neither a source nor data are given either.
     pub target: Option<String>,
-    /// Trigger data (Stage I): JSON, JSON Lines or Parquet file. Default: the embedded example's.
+    /// Trigger data (Stage I): JSON, JSON Lines or Parquet file, or hub id. Default: the embedded example's.
     pub data: Option<String>,
-    /// Elicitation data (Stage II): JSON, JSON Lines or Parquet file. Default: the trigger data.
+    /// Elicitation data (Stage II): JSON, JSON Lines or Parquet file, or hub id. Default: the trigger data.
     pub elicitation_data: Option<String>,
     /// Jinja file that turns a record into text. Default: the built-in template.
     pub template: Option<PathBuf>,
@@ -37,7 +37,7 @@ pub struct TrainConfig {
     /// Default (empty): layer 12 of 28, and the same fraction of another depth.
     #[serde(rename = "hookpoint", alias = "layer", with = "settings::hookpoints")]
     pub hookpoints: Vec<usize>,
-    /// SAE to start from: a sparsify folder. Default: none.
+    /// SAE to start from: a sparsify folder or hub id. Default: none.
     pub sae: Option<PathBuf>,
     /// How the SAE starts. Default: scratch.
     pub sae_init: SaeInit,
@@ -89,7 +89,7 @@ pub struct TrainConfig {
     /// Linear modules with an adapter. Default: all seven.
     #[serde(with = "settings::modules")]
     pub lora_targets: Vec<Module>,
-    /// PEFT adapter whose weights Stage II starts from. Default: none.
+    /// PEFT adapter whose weights Stage II starts from: folder or hub id. Default: none.
     pub adapter: Option<PathBuf>,
     /// Whether Stage II's gradient stops at the SAE or flows through it. Default: stop.
     pub sae_grad: SaeGrad,

@@ -68,9 +68,11 @@ pub fn unpack(dir: &Path) -> Result<Sources> {
         target: dir.join("target"),
         source: Some(dir.join("source")),
         source_adapter: None,
-        data: dir.join("problems.jsonl"),
+        data: vec![dir.join("problems.jsonl")],
         elicitation_data: None,
         template: Some(dir.join("template.jinja")),
+        sae: None,
+        adapter: None,
     })
 }
 

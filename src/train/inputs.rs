@@ -4,17 +4,18 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use super::plan::total_memory;
-use super::{TrainConfig, example};
+use super::{Observer, TrainConfig, example, fetch};
 use crate::data::records::{self, Record};
 use crate::data::{Packed, Template, Tokenizer, pack};
 use crate::device::{Device, Precision};
 use crate::error::{Error, Result};
+use crate::formats::hub::Want;
 use crate::formats::{huggingface, peft};
 use crate::model::{Layout, Qwen2};
 use crate::tensor::Tensor;
 use crate::train::{DeviceSetting, DtypeSetting};
 
-/// Where a run's files are, the embedded example's included.
+/// Where a run's files are on this machine, the embedded example's included.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sources {
     /// Folder of the model to tune.
@@ -23,20 +24,49 @@ pub struct Sources {
     pub source: Option<PathBuf>,
     /// PEFT adapter to merge into the source model.
     pub source_adapter: Option<PathBuf>,
-    /// File of the trigger data, which Stage I trains on.
-    pub data: PathBuf,
-    /// File of the elicitation data of Stage II, where it is another one.
-    pub elicitation_data: Option<PathBuf>,
+    /// Files of the trigger data, which Stage I trains on.
+    pub data: Vec<PathBuf>,
+    /// Files of the elicitation data of Stage II, where they are others.
+    pub elicitation_data: Option<Vec<PathBuf>>,
+    /// Folder of the SAE to start from, where one is given.
+    pub sae: Option<PathBuf>,
+    /// Folder of the adapter that Stage II starts from, where one is given.
+    pub adapter: Option<PathBuf>,
     /// File of the template, where it is not the built-in one.
     pub template: Option<PathBuf>,
 }
 
 impl Sources {
-    /// The files that `config` names; for the embedded example, written below `run`.
-    pub fn resolve(config: &TrainConfig, run: &Path) -> Result<Self> {
-        let Some(target) = config.target.as_ref().or(config.source.as_ref()) else {
-            return example::unpack(&run.join(example::DIR));
+    /// The files that `config` names, hub ids downloaded; for the embedded example, written below
+    /// `run`.
+    ///
+    /// # Errors
+    /// What is neither here nor on the hub; the operating system's.
+    pub fn resolve(config: &TrainConfig, run: &Path, observer: &mut dyn Observer) -> Result<Self> {
+        let mut folder = |given: Option<&Path>, want: Want| {
+            given
+                .map(|given| fetch::folder(given, want, &mut *observer))
+                .transpose()
         };
+        let layer = match config.hookpoints.as_slice() {
+            [layer] => Some(*layer),
+            _ => None,
+        };
+        let sae = folder(config.sae.as_deref(), Want::Sae(layer))?;
+        let adapter = config.adapter.as_deref().filter(|_| config.runs_sft());
+        let adapter = folder(adapter, Want::Adapter)?;
+        let Some(target) = config.target.as_ref().or(config.source.as_ref()) else {
+            let example = example::unpack(&run.join(example::DIR))?;
+            return Ok(Self {
+                sae,
+                adapter,
+                ..example
+            });
+        };
+        let source = config.source.as_ref().filter(|s| *s != target);
+        let source = folder(source.map(Path::new), Want::Model)?;
+        let source_adapter = config.source_adapter.as_deref().map(Path::new);
+        let source_adapter = folder(source_adapter, Want::Adapter)?;
         let data = config.data.as_ref().ok_or_else(|| {
             Error::setting(
                 "--data",
@@ -44,20 +74,19 @@ impl Sources {
             )
         })?;
         Ok(Self {
-            target: target.into(),
-            source: config
-                .source
-                .as_ref()
-                .filter(|s| *s != target)
-                .map(PathBuf::from),
-            source_adapter: config.source_adapter.as_ref().map(PathBuf::from),
-            data: data.into(),
+            target: fetch::folder(target.as_ref(), Want::Model, observer)?,
+            source,
+            source_adapter,
+            data: fetch::data(data.as_ref(), observer)?,
             elicitation_data: config
                 .elicitation_data
                 .as_ref()
                 .filter(|e| *e != data)
-                .map(PathBuf::from),
+                .map(|given| fetch::data(given.as_ref(), observer))
+                .transpose()?,
             template: config.template.clone(),
+            sae,
+            adapter,
         })
     }
 
@@ -150,14 +179,14 @@ pub fn device(setting: DeviceSetting, dtype: DtypeSetting, threads: usize) -> Re
 
 /// Reads problems, makes texts of them and packs these into rows.
 pub fn read_texts(
-    data: &Path,
+    data: &[impl AsRef<Path>],
     template: &Template,
     tokenizer: &Tokenizer,
     seq_len: usize,
     document_mask: bool,
 ) -> Result<(Vec<Record>, Packed)> {
     use rayon::prelude::*;
-    let records = records::read(data)?;
+    let records = records::read_all(data)?;
     let texts = records
         .par_iter()
         .map(|r| template.render_text(r))

@@ -3,6 +3,7 @@
 pub mod checkpoint;
 pub mod config;
 pub mod example;
+pub mod fetch;
 pub mod flop;
 mod frozen;
 pub mod inputs;

@@ -1,6 +1,7 @@
 //! A whole run: from settings to a trained SAE and a tuned adapter in a run folder.
 
 use std::ops::Range;
+use std::path::PathBuf;
 
 use serde::Serialize;
 
@@ -28,7 +29,7 @@ use crate::model::{Lora, Qwen2, Qwen2Config, Sae};
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Summary {
     /// The run folder.
-    pub out: std::path::PathBuf,
+    pub out: PathBuf,
     /// FVU of each hookpoint at the first and at the last step of Stage I.
     pub fvu: Vec<(usize, f64, f64)>,
     /// KL divergence a token (SAE-Tuning) or cross-entropy (the baseline) at the start and at
@@ -83,11 +84,12 @@ pub fn run(
     result
 }
 
-/// What `config` will cost, without training; reads and packs the texts.
-pub fn dry_run(config: &TrainConfig) -> Result<Plan> {
+/// What `config` will cost, without training; reads and packs the texts. `observer` hears of
+/// downloads.
+pub fn dry_run(config: &TrainConfig, observer: &mut dyn Observer) -> Result<Plan> {
     config.validate()?;
     let scratch = tempfile::tempdir().map_err(|e| Error::io(std::env::temp_dir(), e))?;
-    let sources = Sources::resolve(config, scratch.path())?;
+    let sources = Sources::resolve(config, scratch.path(), observer)?;
     let device = inputs::device(config.device, config.dtype, config.threads)?;
     let Shapes { target, source, .. } = Shapes::read(config, &sources)?;
     let texts = Texts::read(config, &sources)?;
@@ -121,9 +123,9 @@ impl Texts {
     fn read(config: &TrainConfig, sources: &Sources) -> Result<Self> {
         let tokenizer = Tokenizer::from_dir(&sources.target)?;
         let template = sources.template()?;
-        let read = |path: &std::path::Path| -> Result<(Vec<Record>, Packed)> {
+        let read = |paths: &[PathBuf]| -> Result<(Vec<Record>, Packed)> {
             inputs::read_texts(
-                path,
+                paths,
                 &template,
                 &tokenizer,
                 config.seq_len,
@@ -132,7 +134,7 @@ impl Texts {
         };
         let (_, trigger) = read(&sources.data)?;
         let elicitation = match &sources.elicitation_data {
-            Some(path) if config.runs_sft() => Some(read(path)?.1),
+            Some(paths) if config.runs_sft() => Some(read(paths)?.1),
             _ => None,
         };
         Ok(Self {
@@ -187,8 +189,8 @@ impl Shapes {
 }
 
 /// The adapter that Stage II starts from, where one is given; it must have a part to train.
-fn start_adapter(config: &TrainConfig, shapes: &Shapes) -> Result<Option<Lora>> {
-    let Some(dir) = config.adapter.as_ref().filter(|_| config.runs_sft()) else {
+fn start_adapter(config: &TrainConfig, sources: &Sources, shapes: &Shapes) -> Result<Option<Lora>> {
+    let Some(dir) = &sources.adapter else {
         return Ok(None);
     };
     let lora = peft::load(dir, &shapes.target)?;
@@ -244,10 +246,10 @@ struct Run<'a> {
 
 impl<'a> Run<'a> {
     fn read(config: &'a TrainConfig, device: &'a Device, session: &mut Session) -> Result<Self> {
-        let sources = Sources::resolve(config, session.run.path())?;
+        let sources = Sources::resolve(config, session.run.path(), session.observer)?;
         session.tell(Event::Note("reading and packing the texts".to_owned()));
         let shapes = Shapes::read(config, &sources)?;
-        let adapter = start_adapter(config, &shapes)?;
+        let adapter = start_adapter(config, &sources, &shapes)?;
         let target = device.run(|| huggingface::load(&sources.target))?;
         let texts = device.run(|| Texts::read(config, &sources))?;
         let note = format!(
@@ -291,7 +293,7 @@ impl<'a> Run<'a> {
             self.prepare_target(0..self.target.layers.len(), true)?;
             if config.method == Method::SaeTuning && sae.is_none() {
                 let layer = self.hookpoints[0];
-                let root = config.sae.as_ref().ok_or_else(|| {
+                let root = self.sources.sae.as_ref().ok_or_else(|| {
                     Error::setting("--sae", "Stage II alone needs the folder of a trained SAE")
                 })?;
                 sae = Some((sparsify::load_at(root, layer, &self.target.config)?, layer));
@@ -326,7 +328,13 @@ impl<'a> Run<'a> {
         let first = self.hookpoints[0];
         let shape = &self.target.config;
         if config.sae_init == SaeInit::Pretrained {
-            let sae = start_sae(self.device, config, shape, first)?;
+            let sae = start_sae(
+                self.device,
+                config,
+                self.sources.sae.as_deref(),
+                shape,
+                first,
+            )?;
             return Ok(AfterStageOne::with_sae(sae, first));
         }
         let mut hookpoints = self.hookpoints.clone();
@@ -367,6 +375,7 @@ impl<'a> Run<'a> {
             device: self.device,
             model: own_source.as_ref().unwrap_or(&self.target),
             packed,
+            start: self.sources.sae.as_deref(),
             hookpoints: &hookpoints,
             schedule,
         };

@@ -1,6 +1,7 @@
 //! Stage I: SAEs learn the activations of the source model, at one or several hookpoints in one
 //! pass over the data.
 
+use std::path::Path;
 use std::time::Instant;
 
 use serde_json::{Value, json};
@@ -24,6 +25,8 @@ pub(super) struct StageOne<'a> {
     pub device: &'a Device,
     pub model: &'a Qwen2,
     pub packed: &'a Packed,
+    /// Folder of the SAEs to start from, where one is given.
+    pub start: Option<&'a Path>,
     /// Layers whose output is learnt, ascending.
     pub hookpoints: &'a [usize],
     pub schedule: Schedule,
@@ -123,7 +126,7 @@ impl StageOne<'_> {
 
     fn hooks(&self, config: &TrainConfig) -> Result<Vec<Hook>> {
         let hooks = self.hookpoints.iter().map(|&layer| {
-            let sae = start_sae(self.device, config, &self.model.config, layer)?;
+            let sae = start_sae(self.device, config, self.start, &self.model.config, layer)?;
             let options = SaeTrainOptions {
                 optimizer: config.sae_optimizer,
                 total_steps: self.schedule.steps,
@@ -160,6 +163,7 @@ impl StageOne<'_> {
 pub(super) fn start_sae(
     device: &Device,
     config: &TrainConfig,
+    root: Option<&Path>,
     model: &crate::model::Qwen2Config,
     layer: usize,
 ) -> Result<Sae> {
@@ -175,7 +179,7 @@ pub(super) fn start_sae(
         };
         return Sae::scratch(device, sae, config.seed, layer as u32);
     }
-    let root = config.sae.as_ref().ok_or_else(|| {
+    let root = root.ok_or_else(|| {
         Error::setting(
             "--sae",
             "expected the folder of an SAE to start from, found none",

@@ -124,10 +124,14 @@ fn reasoning_features_are_the_latents_that_fire_on_marks_alone() {
         "the example has no reasoning features: nothing was tested"
     );
     assert!(printed["compare"]["distance"].as_f64().is_some());
+    // Where the models lie on this machine is nobody's business.
+    assert_eq!(printed["model"], "target");
+    assert_eq!(printed["compare"]["model"], "source");
     let written = fs::read_to_string(workshop.path("study/features.json")).unwrap();
     assert_eq!(serde_json::from_str::<Value>(&written).unwrap(), printed);
     let picture = fs::read_to_string(workshop.path("study/features.svg")).unwrap();
     assert!(picture.starts_with("<svg") && picture.trim_end().ends_with("</svg>"));
+    assert!(picture.contains(">\ntarget\n<") && !picture.contains("fixtures"));
 }
 
 #[test]

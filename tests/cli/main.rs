@@ -13,6 +13,7 @@ mod faults;
 mod features;
 mod folder;
 mod generation;
+mod hub;
 mod outputs;
 mod plan;
 mod report;

@@ -1,11 +1,12 @@
 //! The safetensors file or files of a model folder, seen as one set of tensors.
 
 use std::collections::BTreeMap;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
 use crate::error::{Error, Result};
+use crate::formats::is_inside;
 use crate::formats::json::JsonObject;
 use crate::formats::safetensors::SafeTensors;
 
@@ -97,10 +98,4 @@ impl Checkpoint {
             .map(|&place| &self.files[place])
             .ok_or_else(|| Error::tensor(&self.path, name, "missing"))
     }
-}
-
-/// Whether a relative path stays in the folder it starts from.
-fn is_inside(path: &Path) -> bool {
-    let mut parts = path.components().peekable();
-    parts.peek().is_some() && parts.all(|part| matches!(part, Component::Normal(_)))
 }
