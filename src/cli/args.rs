@@ -103,7 +103,8 @@ pub struct TrainSettings {
     #[serde(skip_serializing_if = "Option::is_none")]
     method: Option<String>,
 
-    /// Model whose activations the SAE learns: Hugging Face folder or hub id; the target where not given
+    /// Model whose activations the SAE learns: Hugging Face folder or hub id; the target where
+    /// not given
     #[arg(long, value_name = "MODEL", help_heading = "Models")]
     #[serde(skip_serializing_if = "Option::is_none")]
     source: Option<String>,

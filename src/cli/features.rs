@@ -31,7 +31,8 @@ pub struct FeaturesArgs {
     /// Folder or hub id of one SAE, or of several, one a layer (model.layers.N); may be repeated
     #[arg(long, value_name = "DIR", required = true)]
     sae: Vec<PathBuf>,
-    /// Another model of the same shape, or a PEFT adapter for --model, to compare with: folder or hub id
+    /// Another model of the same shape, or a PEFT adapter for --model, to compare with: folder or
+    /// hub id
     #[arg(long, value_name = "MODEL")]
     compare: Option<PathBuf>,
     /// Problems with answers, whose texts are read: JSON, JSON Lines or Parquet file, or hub id

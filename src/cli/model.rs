@@ -24,8 +24,9 @@ pub struct Loaded {
 }
 
 impl Loaded {
-    /// Loads the model that `given`, a folder or a hub id, names. Where text is written (`is_decoding`) weights stay as
-    /// they are stored unless f32 is asked for: the fewer bytes, the faster a token comes.
+    /// Loads the model that `given`, a folder or a hub id, names. Where text is written
+    /// (`is_decoding`) weights stay as they are stored unless f32 is asked for: the fewer bytes,
+    /// the faster a token comes.
     pub fn new(given: &str, with: &ModelArgs, is_decoding: bool) -> Result<Self> {
         let device = inputs::device(with.device, with.dtype, with.threads)?;
         let mut progress = Progress::stderr(1);

@@ -102,7 +102,8 @@ pub struct LoraPair {
 pub struct Lora {
     /// Rank, scale and dropout of all pairs.
     pub config: LoraConfig,
-    /// What the adapter was trained on (a folder, or a hub id with its revision if any), for the files that name it.
+    /// What the adapter was trained on (a folder, or a hub id with its revision if any), for the
+    /// files that name it.
     pub base_model: String,
     /// A (and B) by layer and module.
     pub pairs: BTreeMap<(usize, Module), LoraPair>,

@@ -20,16 +20,19 @@ pub struct TrainConfig {
     pub stage: Stage,
     /// SAE-Tuning, or plain supervised fine-tuning as the baseline. Default: sae-tuning.
     pub method: Method,
-    /// Hugging Face folder or hub id of the model whose activations the SAE learns. Default: the target.
+    /// Hugging Face folder or hub id of the model whose activations the SAE learns. Default: the
+    /// target.
     pub source: Option<String>,
     /// PEFT adapter merged into the source model: folder or hub id. Default: none.
     pub source_adapter: Option<String>,
-    /// Hugging Face folder or hub id of the model that is tuned. Default: the embedded example, where
-    /// neither a source nor data are given either.
+    /// Hugging Face folder or hub id of the model that is tuned. Default: the embedded example,
+    /// where neither a source nor data are given either.
     pub target: Option<String>,
-    /// Trigger data (Stage I): JSON, JSON Lines or Parquet file, or hub id. Default: the embedded example's.
+    /// Trigger data (Stage I): JSON, JSON Lines or Parquet file, or hub id. Default: the embedded
+    /// example's.
     pub data: Option<String>,
-    /// Elicitation data (Stage II): JSON, JSON Lines or Parquet file, or hub id. Default: the trigger data.
+    /// Elicitation data (Stage II): JSON, JSON Lines or Parquet file, or hub id. Default: the
+    /// trigger data.
     pub elicitation_data: Option<String>,
     /// Jinja file that turns a record into text. Default: the built-in template.
     pub template: Option<PathBuf>,

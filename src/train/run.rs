@@ -299,14 +299,16 @@ impl<'a> Run<'a> {
                 sae = Some((sparsify::load_at(root, layer, &self.target.config)?, layer));
             }
             let sae = sae.as_ref().map(|(sae, layer)| (sae, *layer));
-            let tuned = {
-                // In the device's memory for as long as steps use it.
-                let mut here = sae.map(|(sae, layer)| (sae.clone(), layer));
-                here.as_mut()
-                    .map_or(Ok(()), |(sae, _)| sae.move_to(self.device))?;
-                let here = here.as_ref().map(|(sae, layer)| (sae, *layer));
-                self.stage_two(session, here, activations)?
-            };
+            // In the device's memory for as long as steps use it.
+            let on_device = sae.map(|(sae, layer)| {
+                let mut sae = sae.clone();
+                sae.move_to(self.device)?;
+                Ok::<_, Error>((sae, layer))
+            });
+            let on_device = on_device.transpose()?;
+            let frozen = on_device.as_ref().map(|(sae, layer)| (sae, *layer));
+            let tuned = self.stage_two(session, frozen, activations)?;
+            drop(on_device);
             summary.loss = tuned.loss;
             if config.is_example()
                 && let Some(sae) = sae

@@ -88,7 +88,8 @@ pub enum DtypeSetting {
 
 impl DtypeSetting {
     /// What matrix products on the CPU compute with: bf16 where it is asked for, about 1.5 times
-    /// as fast on machines with AVX-512 BF16 and more so with AMX, at losses that may differ by a few percent.
+    /// as fast on machines with AVX-512 BF16 and more so with AMX, at losses that may differ by a
+    /// few percent.
     pub fn precision(self) -> Precision {
         match self {
             Self::Auto | Self::F32 => Precision::F32,

@@ -98,25 +98,29 @@ impl StageTwo<'_> {
         });
         let layout = Layout::new(&self.model.config, config.sft_batch, self.packed.seq_len)?;
         let mut losses = Vec::new();
+        let rows_of = |step| match step < steps {
+            true => self.rows(config, step),
+            false => Vec::new(),
+        };
+        let mut upcoming = rows_of(start);
         for step in start..steps {
             session.check_cancelled()?;
             let began = Instant::now();
-            let rows = self.rows(config, step);
-            let next = self.rows(config, (step + 1).min(steps - 1));
-            // What is computed together, and what comes after it.
-            let groups = rows.chunks(config.sft_batch);
-            let micro: Vec<&[usize]> = groups
-                .chain(next.chunks(config.sft_batch).take(1))
-                .collect();
+            let rows = std::mem::replace(&mut upcoming, rows_of(step + 1));
+            let micro: Vec<&[usize]> = rows.chunks(config.sft_batch).collect();
+            // What the step after this one begins with.
+            let next = upcoming.chunks(config.sft_batch).next();
             let measured = self.device.run(|| {
                 trainer.step(
                     self.device,
                     self.model,
-                    micro.len() - 1,
+                    micro.len(),
                     |i| match &mut teacher {
                         Some(teacher) => {
                             let made = teacher.micro_batch(micro[i], activations.as_mut())?;
-                            teacher.cache.prefetch(micro[i + 1]);
+                            if let Some(rows) = micro.get(i + 1).copied().or(next) {
+                                teacher.cache.prefetch(rows);
+                            }
                             Ok(made)
                         }
                         None => self.supervised(micro[i], &layout),

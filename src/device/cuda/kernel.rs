@@ -61,9 +61,14 @@ impl Tensor {
 impl Arg {
     /// A size that the kernel takes as `unsigned`; an error where it does not fit.
     pub(crate) fn size(op: &'static str, size: usize) -> Result<Self> {
-        let fits = u32::try_from(size).map(Self::U32);
-        fits.map_err(|_| Error::operand(op, "a size below 2^32", format!("{size}")))
+        extent(op, size).map(Self::U32)
     }
+}
+
+/// A size as a field of a struct that a kernel takes; an error where it does not fit.
+pub(crate) fn extent(op: &'static str, size: usize) -> Result<u32> {
+    let fits = u32::try_from(size);
+    fits.map_err(|_| Error::operand(op, "a size below 2^32", format!("{size}")))
 }
 
 impl fmt::Display for Arg {

@@ -14,7 +14,7 @@ use cudarc::driver::sys::{CUdevice_attribute, CUresult};
 use cudarc::driver::{CudaContext, CudaStream, DriverError};
 
 pub(crate) use graph::Recorded;
-pub(crate) use kernel::{Arg, Grid, Kernel};
+pub(crate) use kernel::{Arg, Grid, Kernel, extent};
 
 use super::CpuDevice;
 use crate::error::{Error, Result};

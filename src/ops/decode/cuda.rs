@@ -6,7 +6,7 @@ use bytemuck::{Pod, Zeroable};
 
 use super::{Heads, KvCache, Map, NAME};
 use crate::device::CudaDevice;
-use crate::device::cuda::{Arg, Grid, Kernel, WIDE};
+use crate::device::cuda::{Arg, Grid, Kernel, WIDE, extent};
 use crate::error::{Error, Result};
 use crate::ops::rope::RopeTable;
 use crate::tensor::{CudaBuffer, DType, Tensor};
@@ -127,16 +127,16 @@ fn launch(
             weight: address(&weight),
             bias: bias.as_ref().map_or(0, address),
             y: address(y),
-            out: size(out)?,
-            first: size(tiles)?,
+            out: extent(NAME, out)?,
+            first: extent(NAME, tiles)?,
         };
         tiles += out.div_ceil(ROWS);
         operands.extend([Some(weight), bias]);
     }
     let args = LinearArgs {
         x: address(&x),
-        batch: size(batch)?,
-        cols: size(cols)?,
+        batch: extent(NAME, batch)?,
+        cols: extent(NAME, cols)?,
         flags: flags | if float { OUT_F32 } else { 0 },
         alpha,
         maps: map_args,
@@ -158,11 +158,6 @@ fn address(tensor: &Tensor) -> u64 {
     tensor.cuda().map_or(0, CudaBuffer::address)
 }
 
-fn size(size: usize) -> Result<u32> {
-    let fits = u32::try_from(size);
-    fits.map_err(|_| Error::operand(NAME, "extents below 2^32", size.to_string()))
-}
-
 /// What the kernels know of the sequences: \[B, 4\] u32, cache address, capacity and position of
 /// the new token. Makes room for that token.
 pub(super) fn table(
@@ -174,7 +169,7 @@ pub(super) fn table(
     for (cache, &position) in caches.iter_mut().zip(positions) {
         let (address, capacity) = cache.reserve(cuda, position + 1)?;
         let [low, high] = [address as u32, (address >> 32) as u32];
-        words.extend([low, high, size(capacity)?, size(position)?]);
+        words.extend([low, high, extent(NAME, capacity)?, extent(NAME, position)?]);
     }
     cuda.resident(&Tensor::from_u32(words, [caches.len(), 4])?, DType::U32)
 }
@@ -206,10 +201,10 @@ impl Sequences<'_> {
         let rope = self.rope.resident(cuda)?;
         let batch = self.positions.len();
         let shape = [
-            Arg::U32(size(layer)?),
-            Arg::U32(size(queries)?),
-            Arg::U32(size(kv)?),
-            Arg::U32(size(dim)?),
+            Arg::U32(extent(NAME, layer)?),
+            Arg::U32(extent(NAME, queries)?),
+            Arg::U32(extent(NAME, kv)?),
+            Arg::U32(extent(NAME, dim)?),
         ];
         let turned = cuda.alloc(DType::Bf16, q.len())?;
         let mut args = vec![Arg::from(&turned), q.arg()?, k.arg()?, v.arg()?];
@@ -232,7 +227,7 @@ impl Sequences<'_> {
         args.push(self.table.arg()?);
         args.extend(shape);
         args.push(Arg::F32(LOG2_E / (dim as f32).sqrt()));
-        args.push(Arg::U32(size(splits)?));
+        args.push(Arg::U32(extent(NAME, splits)?));
         let parts = (queries / kv).div_ceil(QUERIES);
         let grid = Grid::of_blocks(batch * kv * parts * splits, ATTEND_THREADS, 0);
         let attend = if dim <= 64 { ATTEND_64 } else { ATTEND_128 };
@@ -244,11 +239,11 @@ impl Sequences<'_> {
                 Arg::from(&out),
                 partial_arg,
                 self.table.arg()?,
-                Arg::U32(size(queries)?),
-                Arg::U32(size(dim)?),
-                Arg::U32(size(splits)?),
+                Arg::U32(extent(NAME, queries)?),
+                Arg::U32(extent(NAME, dim)?),
+                Arg::U32(extent(NAME, splits)?),
             ];
-            let threads = size(dim.next_multiple_of(32))?;
+            let threads = extent(NAME, dim.next_multiple_of(32))?;
             // SAFETY: the attention has written every split of a sequence's own, which are those
             // that the kernel reads; the result is [rows, d] bf16.
             unsafe { cuda.launch(COMBINE, Grid::of_blocks(rows, threads, 0), &args) }?;

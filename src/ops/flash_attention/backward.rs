@@ -5,8 +5,8 @@ use bytemuck::{Pod, Zeroable};
 use super::cuda::ROWS;
 use super::{FlashAttention, Saved};
 use crate::device::CudaDevice;
-use crate::device::cuda::{Arg, Grid, Kernel};
-use crate::error::{Error, Result};
+use crate::device::cuda::{Arg, Grid, Kernel, extent};
+use crate::error::Result;
 use crate::ops::Operator;
 use crate::tensor::{CudaBuffer, DType, Tensor};
 
@@ -163,13 +163,13 @@ impl FlashAttention {
             log_sum: read(&saved.log_sum),
             statistics: buffers.statistics.address(),
             doc_starts: starts.map_or(0, read),
-            seq_len: size(self.seq_len)?,
-            heads: size(self.heads)?,
-            kv_heads: size(self.kv_heads)?,
-            d: size(self.head_dim)?,
+            seq_len: extent(Self::NAME, self.seq_len)?,
+            heads: extent(Self::NAME, self.heads)?,
+            kv_heads: extent(Self::NAME, self.kv_heads)?,
+            d: extent(Self::NAME, self.head_dim)?,
             scale: self.scale(),
-            parts: size(parts)?,
-            key_blocks: size(key_blocks)?,
+            parts: extent(Self::NAME, parts)?,
+            key_blocks: extent(Self::NAME, key_blocks)?,
             unused: 0,
         })
     }
@@ -232,9 +232,4 @@ impl FlashAttention {
             tensor(buffers.dv, v, needed[2])?,
         ])
     }
-}
-
-fn size(size: usize) -> Result<u32> {
-    let fits = u32::try_from(size);
-    fits.map_err(|_| Error::operand(FlashAttention::NAME, "a size below 2^32", format!("{size}")))
 }

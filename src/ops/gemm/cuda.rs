@@ -7,7 +7,7 @@ use bytemuck::{Pod, Zeroable};
 use super::hopper;
 use super::tile::Tile;
 use crate::device::CudaDevice;
-use crate::device::cuda::{Arg, Grid, Kernel, WIDE};
+use crate::device::cuda::{Arg, Grid, Kernel, WIDE, extent};
 use crate::error::{Error, Result};
 use crate::ops::expect_shape;
 use crate::tensor::{CudaBuffer, DType, Tensor};
@@ -281,11 +281,11 @@ impl<'a> Product<'a> {
             rhs: self.rhs.address(),
             bias: operand(self.bias, &[DType::Bf16, DType::F32])?,
             residual: operand(self.residual, &[DType::Bf16])?,
-            lhs_stride: size(self.lhs.stride())?,
-            rhs_stride: size(self.rhs.stride())?,
-            m: size(m)?,
-            n: size(n)?,
-            k: size(k)?,
+            lhs_stride: extent(NAME, self.lhs.stride())?,
+            rhs_stride: extent(NAME, self.rhs.stride())?,
+            m: extent(NAME, m)?,
+            n: extent(NAME, n)?,
+            k: extent(NAME, k)?,
             alpha: self.alpha,
             ..GemmArgs::zeroed()
         })
@@ -323,15 +323,15 @@ pub(crate) struct Kept<'a> {
 impl LowRank<'_> {
     fn add_to(&self, args: &mut GemmArgs, layout: Layout) -> Result<()> {
         let (m, n, k) = layout.extents(&self.lhs, &self.rhs)?;
-        if (size(m)?, size(n)?) != (args.m, args.n) {
+        if (extent(NAME, m)?, extent(NAME, n)?) != (args.m, args.n) {
             let expected = format!("a low-rank product [{}, {}]", args.m, args.n);
             return Err(Error::operand(NAME, expected, format!("[{m}, {n}]")));
         }
         args.low_lhs = self.lhs.address();
         args.low_rhs = self.rhs.address();
-        args.low_lhs_stride = size(self.lhs.stride())?;
-        args.low_rhs_stride = size(self.rhs.stride())?;
-        args.low_k = size(k)?;
+        args.low_lhs_stride = extent(NAME, self.lhs.stride())?;
+        args.low_rhs_stride = extent(NAME, self.rhs.stride())?;
+        args.low_k = extent(NAME, k)?;
         if let Some(Kept { mask, scale }) = self.dropout {
             let bits = mask.len() * mask.dtype().size() * 8;
             if layout != Layout::Nn || bits < m * n {
@@ -358,7 +358,7 @@ fn sliced(
     launch: impl Fn(GemmArgs) -> Result<()>,
 ) -> Result<()> {
     let args = GemmArgs {
-        splits: size(splits)?,
+        splits: extent(NAME, splits)?,
         ..args
     };
     if splits == 1 {
@@ -382,12 +382,6 @@ fn sliced(
     let args = [Arg::Struct(bytemuck::cast(args)), Arg::from(&partial)];
     // SAFETY: the operands of the epilogue that the caller has checked, and the slices' results.
     unsafe { cuda.launch(sum, Grid::over(values.div_ceil(width)), &args) }
-}
-
-/// An extent as the kernels take it.
-fn size(size: usize) -> Result<u32> {
-    let fits = u32::try_from(size);
-    fits.map_err(|_| Error::operand(NAME, "extents below 2^32", format!("{size}")))
 }
 
 /// The address of an optional operand on the device; 0 stands for none.
