@@ -10,7 +10,7 @@ use resa_engine::train::{self, RunDir, TrainConfig};
 use toml::Table;
 
 use super::Failure;
-use super::args::TrainArgs;
+use super::train_args::TrainArgs;
 
 /// Pairs of keys that say the same thing in two ways: giving one takes the other back.
 const ALTERNATIVES: [[&str; 2]; 2] = [["hookpoint", "layer"], ["latents", "expansion"]];

@@ -14,6 +14,7 @@ mod model;
 mod report;
 mod show;
 mod train;
+mod train_args;
 
 use std::process::ExitCode;
 

@@ -5,8 +5,8 @@ use std::fmt::Write;
 use resa_engine::report::Progress;
 use resa_engine::train::{self, PassAt1, RunOptions, Summary, TrainConfig};
 
-use super::args::TrainArgs;
 use super::show::Show;
+use super::train_args::TrainArgs;
 use super::{Failure, config_file, interrupt};
 
 pub fn run(args: &TrainArgs) -> Result<(), Failure> {

@@ -45,6 +45,20 @@ pub(crate) fn multiplies_bf16() -> bool {
     }
 }
 
+/// Asks for the cache line at an address, of which it may be known soon that it is needed; any
+/// address will do. On other processors than x86-64 nothing is asked for.
+#[inline(always)]
+pub(crate) fn prefetch(address: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_NTA, _mm_prefetch};
+        // SAFETY: an instruction of every such processor, which never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_NTA>(address.cast()) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
+}
+
 /// Evaluates an expression compiled for every level of [`Simd`], in the version for this machine.
 /// What the expression calls must be `#[inline(always)]` to be compiled for that level too.
 macro_rules! vectorized {

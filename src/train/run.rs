@@ -446,7 +446,8 @@ impl<'a> Run<'a> {
             steps: 4,
             done: 0,
         });
-        // Generation has no CUDA kernels: a GPU's run evaluates on the host, with weights of its own.
+        // The answers are few and short: a GPU's run writes them on the host too, with weights of
+        // its own, since those of training lie in the GPU's memory.
         let device = self.device.to_host();
         let on_host = match self.device {
             Device::Cuda(_) => Some(huggingface::load(&self.sources.target)?),
