@@ -66,6 +66,7 @@ fn logits_of(
         let mut all = Vec::new();
         for i in 0..count {
             let logits: Tensor = inference.logits(device, &hidden).unwrap();
+            let logits = logits.to_f32().unwrap();
             all.push(logits.f32s().unwrap().to_vec());
             let token = next(i, &all[i]);
             let mut caches: [&mut KvCache; 1] = [&mut cache];
@@ -104,7 +105,7 @@ fn logits_on_cuda_are_those_of_the_cpu_as_far_as_bf16_goes_and_tokens_where_they
             let ids = [&prompt[..], &tokens[..i]].concat();
             let (_, hidden) = inference.prefill(&cuda, &ids).unwrap();
             let logits = inference.logits(&cuda, &hidden).unwrap();
-            logits.f32s().unwrap().to_vec()
+            logits.to_f32().unwrap().f32s().unwrap().to_vec()
         });
         logits.collect::<Vec<_>>()
     });
