@@ -132,6 +132,7 @@ struct Shared {
   u64 weights[kThreads];
   unsigned counts[kThreads];
   Found found;
+  u64 key;
 };
 
 // The sum of at(i) over i < n, returned to all threads.
@@ -201,7 +202,12 @@ __device__ __forceinline__ u64 least_kept(const u64* keys, unsigned n, u64 wante
     mask |= u64(255) << shift;
     if (shared.counts[digit] == 1) break;
   }
-  return prefix;
+  // Of other tokens, which are not among the keys, some may have the digits found so far.
+  for (unsigned i = threadIdx.x; i < n; i += kThreads) {
+    if ((keys[i] & mask) == prefix) shared.key = keys[i];
+  }
+  __syncthreads();
+  return shared.key;
 }
 
 // Calls use(logit, id) for the thread's share of a chunk.
@@ -387,7 +393,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) sample_draw(Args a) {
       const auto weights = [&](unsigned i) { return state.weights[i]; };
       const auto kept = [&](unsigned i) { return list[i] >= limit ? weigh.of(list[i]) : 0; };
       const u64 sure = total(cut.first, shared, weights);
-      const u64 all = sure + total(listed, shared, kept);
+      const u64 all = cut.top_k ? sure + total(listed, shared, kept)
+                                : total(kBins, shared, weights);
       limit = least_kept(list, listed, wanted(a.top_p, all) - sure, shared, weight);
     }
     for (unsigned i = threadIdx.x; i < listed; i += kThreads) {

@@ -371,7 +371,9 @@ fn sample(device: &Device) -> Result<f64> {
     };
     let logits = values(1, &[TOKENS, vocab])?;
     let share = |t: usize| (t as f64 + 0.5) / TOKENS as f64;
-    let words: Vec<u64> = (0..TOKENS).map(|t| (share(t) * 2f64.powi(64)) as u64).collect();
+    let words: Vec<u64> = (0..TOKENS)
+        .map(|t| (share(t) * 2f64.powi(64)) as u64)
+        .collect();
     let found = device.run(|| sample::sample(device, &logits, filter, &words)?.to_u32())?;
     let exact = f64s(&logits)?;
     let right = exact.chunks(vocab).enumerate().map(|(t, row)| {

@@ -220,6 +220,13 @@ fn generate_and_eval_run_on_cuda() {
     let prompt = ["generate", "--prompt", "2 + 3", "--raw"];
     let written = printed(&[&prompt[..], &model, &greedy].concat());
     assert_eq!(written["tokens"].as_array().unwrap().len(), 5);
+    let drawn = |seed: &str| {
+        let hot = ["--temperature", "3", "--top-k", "90", "--top-p", "0.95"];
+        let rest = ["--seed", seed, "--max-new-tokens", "5", "--json"];
+        printed(&[&prompt[..], &model, &hot, &rest].concat())["tokens"].clone()
+    };
+    assert_eq!(drawn("1"), drawn("1"));
+    assert_ne!(drawn("1"), drawn("2"));
 
     let answers = ["--data", text(&data), "--template", text(&template)];
     let few = ["--limit", "2", "--samples", "1"];

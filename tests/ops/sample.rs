@@ -3,7 +3,7 @@ use resa_engine::ops::sample::{Filter, NONE, sample};
 use resa_engine::rng::{Purpose, Stream};
 use resa_engine::tensor::{DType, Tensor};
 
-use super::harness::{Least, counters, cuda, devices, random};
+use super::harness::{Least, counters_of_all, cuda, devices, random};
 
 /// How near to a boundary of the distribution function a draw may differ from float64's: what f32
 /// logits and weights are rounded by, with room.
@@ -42,13 +42,13 @@ fn same_on_all(logits: &Tensor, filter: Filter, words: &[u64]) -> Vec<u32> {
     let devices = devices("sample");
     let found = tokens(&devices[0], logits, filter, words);
     for device in &devices[1..] {
-        let shape = logits.shape();
-        assert_eq!(
-            tokens(device, logits, filter, words),
-            found,
-            "{shape:?}, {filter:?} on {}",
-            device.name()
-        );
+        let others = tokens(device, logits, filter, words);
+        let differs = found.iter().zip(&others).position(|(a, b)| a != b);
+        if let Some(row) = differs {
+            let (shape, device) = (logits.shape(), device.name());
+            let (here, there) = (found[row], others[row]);
+            panic!("row {row} of {shape:?}, {filter:?}: {here}, {there} on {device}");
+        }
     }
     found
 }
@@ -183,10 +183,9 @@ fn odd_rows() -> Vec<[f32; 6]> {
 #[test]
 fn infinities_nan_ties_and_extremes_are_drawn_as_by_float64() {
     let rows = odd_rows();
-    for i in 0..60 {
+    for i in 0..12 {
         for filter in filters(6) {
             let logits = Tensor::from_vec(rows.concat(), [rows.len(), 6]).unwrap();
-            // An infinite number of draws' worth of equal shares meets no boundary.
             differences(&logits, filter, &words(i, rows.len()));
         }
     }
@@ -227,7 +226,7 @@ fn rows_where_nothing_can_be_drawn_are_marked() {
 #[test]
 fn tokens_come_with_their_probability() {
     let row = [0.4f32, 0.1, 0.2, 0.2, 0.1].map(f32::ln);
-    let draws = 8000;
+    let draws = 1500;
     let logits = Tensor::from_vec(row.repeat(draws), [draws, 5]).unwrap();
     let squared = [16.0, 1.0, 4.0, 4.0, 1.0].map(|share| share / 26.0);
     let two = [2.0 / 3.0, 0.0, 1.0 / 3.0, 0.0, 0.0];
@@ -296,28 +295,19 @@ fn a_row_is_read_once_for_the_likeliest_and_three_times_at_most() {
     ] {
         let run = || drop(sample(device, &logits, filter, &words).unwrap());
         let bytes = reads * 4 * rows * vocab;
-        match reads {
-            // Bins meet in banks of shared memory.
-            3 => {
-                let Some(counted) = super::harness::counters_of_all(run) else {
-                    return;
-                };
-                let sectors = counted.global_load_sectors + counted.global_store_sectors;
-                let ratio = (32 * sectors) as f64 / bytes as f64;
-                println!("sample, {name}: {ratio:.3} of {bytes} bytes; {counted:?}");
-                assert!(ratio <= 1.1, "{name}: {ratio:.3}");
-            }
-            _ => drop(
-                Least {
-                    name,
-                    bytes,
-                    flop: 0,
-                }
-                .holds_for(run),
-            ),
+        if reads < 3 {
+            let flop = 0;
+            Least { name, bytes, flop }.holds_for(run);
+            continue;
         }
-        let last = counters(|| drop(sample(device, &logits, filter, &words).unwrap()));
-        println!("last kernel: {last:?}");
+        let Some(counted) = counters_of_all(run) else {
+            return;
+        };
+        // Every block reads what was counted by bins, and tokens meet in a bin's bank.
+        let moved = 32 * (counted.global_load_sectors + counted.global_store_sectors);
+        let ratio = moved as f64 / bytes as f64;
+        println!("sample, {name}: {moved} bytes, {ratio:.3} of the least; {counted:?}");
+        assert!(ratio <= 1.15, "{name}: {ratio:.3} of the least bytes");
     }
 }
 

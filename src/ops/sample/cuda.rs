@@ -67,7 +67,9 @@ pub(super) fn sample(
     let lists = memory(cut, 2 * rows * vocab)?;
     let halves = words.iter().flat_map(|&w| [w as u32, (w >> 32) as u32]);
     let words = Tensor::from_u32(halves.collect(), [rows, 2])?;
-    let words = scale.map(|_| cuda.resident(&words, DType::U32)).transpose()?;
+    let words = scale
+        .map(|_| cuda.resident(&words, DType::U32))
+        .transpose()?;
     let address = |buffer: Option<&CudaBuffer>| buffer.map_or(0, CudaBuffer::address);
     let args = Args {
         logits: address(logits.cuda()),
