@@ -16,8 +16,10 @@
 // weights by bins of h, where top-k or top-p cut (sample_bins); for each block's weight and a list
 // of the tokens in the bins where the cut may lie (sample_sums). The last step is one block's
 // (sample_draw): it cuts the list by digits of 8 bits, finds the block where the sum is exceeded,
-// and in it the token. Read from memory: 4 V bytes a row; from the L2 cache, if all rows fit, the
-// others of: 4 V greedily, 8 V without a cut, 12 V with one.
+// and in it the token.
+// Least traffic: 4 V bytes a row, once for the likeliest, twice for a draw, three times with a cut;
+// after the first time from the L2 cache, where all rows fit. Beside it each block of sample_sums
+// reads what was counted by bins, 4 KB. Memory: 8 V bytes a row for a list that may hold all.
 
 #include <cstdint>
 

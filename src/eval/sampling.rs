@@ -103,7 +103,8 @@ mod tests {
 
     fn draw(sampling: Sampling, logits: Vec<f32>, place: Place) -> Result<u32> {
         let device = Device::cpu(1)?;
-        let logits = Tensor::from_vec(logits.clone(), [1, logits.len()])?;
+        let shape = [1, logits.len()];
+        let logits = Tensor::from_vec(logits, shape)?;
         let tokens = sampling.draw(&device, &logits, &[place])?;
         Ok(tokens[0])
     }

@@ -9,9 +9,9 @@
 //! Sums are of integers, and host and device compute weights with the same roundings: the tokens
 //! are the same on every device, whatever stands beside a row and in whatever order it is summed.
 //!
-//! On CUDA only the tokens leave the device. A row of logits is read once for the likeliest token,
-//! twice for a draw, three times where top-k or top-p cut; memory is read once as long as the rows
-//! fit into the L2 cache, 4 V bytes.
+//! On CUDA only the tokens leave the device. A row of 4 V bytes is read once for the likeliest
+//! token (two launches), twice for a draw (three), three times where top-k or top-p cut (four): from
+//! memory once, as long as all rows fit into the L2 cache.
 
 mod cpu;
 mod cuda;
