@@ -13,6 +13,7 @@ use crate::ops::kl_div::KlDiv;
 use crate::ops::lora::{Frozen, LoraLinear};
 use crate::ops::rmsnorm::RmsNorm;
 use crate::ops::rope::{Rope, RopeTable};
+use crate::ops::sample::{Filter, sample};
 use crate::ops::sparse_decode::{SharedGroups, SparseDecode};
 use crate::ops::swiglu::SwiGlu;
 use crate::ops::topk::TopK;
@@ -85,6 +86,7 @@ pub(super) fn build(work: Work, pass: Pass, data: &mut Data, count: usize) -> Re
             kv_heads: kv,
             head_dim: dim,
         } => builder.decode_attention(tokens, Heads { queries, kv, dim }),
+        Work::Sample { batch, vocab } => builder.sample(batch, vocab),
         Work::AdamW { values } => builder.optimizer(|builder| {
             let [values, grads] = builder.parameters(values)?;
             OptimizerRun::adamw(values, grads)
@@ -366,6 +368,24 @@ impl Builder<'_, '_> {
                 let mut caches = [&mut cache];
                 let mut batch = Batch::new(device, heads, &rope, &mut caches, 0)?;
                 batch.attention(0, q.clone(), k.clone(), &v)
+            }) as _);
+        }
+        Ok(Box::new(Calls::new(calls)))
+    }
+
+    /// Logits like a model's, few of which are likely.
+    fn sample(&mut self, batch: usize, vocab: usize) -> Result<Box<dyn Run>> {
+        let mut calls = Vec::with_capacity(self.count);
+        for seed in 0..self.count as u64 {
+            let logits = self.data.logits(&[batch, vocab])?;
+            let words: Vec<u64> = (0..batch as u64).map(|i| (seed + i) << 60).collect();
+            calls.push(Box::new(move |device: &Device| {
+                let filter = Filter {
+                    temperature: 0.7,
+                    top_k: 0,
+                    top_p: 0.95,
+                };
+                sample(device, &logits, filter, &words)
             }) as _);
         }
         Ok(Box::new(Calls::new(calls)))

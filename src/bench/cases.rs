@@ -198,6 +198,7 @@ fn works(model: &ModelShape) -> Vec<(Option<&'static str>, Work)> {
             width,
             vocab,
         },
+        Work::Sample { batch, vocab },
         Work::AdamW { values },
         Work::Signum {
             rows: latents,

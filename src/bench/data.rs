@@ -99,6 +99,13 @@ impl<'a> Data<'a> {
         self.resident(values, DType::F32)
     }
 
+    /// Logits like a model's, few of which are likely: f32 everywhere.
+    pub(super) fn logits(&mut self, shape: &[usize]) -> Result<Tensor> {
+        let mut values = self.values(shape, 1.0);
+        values.iter_mut().for_each(|v| *v = 20.0 * v.powi(5));
+        self.resident(Tensor::from_vec(values, shape)?, DType::F32)
+    }
+
     /// Whole numbers below `end`, in host memory.
     pub(super) fn indices(&mut self, shape: &[usize], end: usize) -> Result<Tensor> {
         let values = self.values(shape, 0.5);

@@ -85,6 +85,8 @@ pub enum Work {
         kv_heads: usize,
         head_dim: usize,
     },
+    /// A token for each row of logits, nucleus and all.
+    Sample { batch: usize, vocab: usize },
     /// One step over so many parameters.
     AdamW { values: usize },
     /// One step over a matrix with rows of `width`, their parallel component taken out.
@@ -156,6 +158,7 @@ impl Work {
             Self::KlDiv { .. } => "kl_div",
             Self::CrossEntropy { .. } => "cross_entropy",
             Self::DecodeLinear { .. } | Self::DecodeAttention { .. } => "decode",
+            Self::Sample { .. } => "sample",
             Self::AdamW { .. } => "adamw",
             Self::Signum { .. } => "signum",
             Self::Clip { .. } => "clip",
@@ -167,7 +170,9 @@ impl Work {
         match self {
             Self::KlDiv { .. } | Self::CrossEntropy { .. } => &[Pass::Forward, Pass::Fused],
             Self::AdamW { .. } | Self::Signum { .. } | Self::Clip { .. } => &[Pass::Step],
-            Self::DecodeLinear { .. } | Self::DecodeAttention { .. } => &[Pass::Forward],
+            Self::DecodeLinear { .. } | Self::DecodeAttention { .. } | Self::Sample { .. } => {
+                &[Pass::Forward]
+            }
             _ => &[Pass::Forward, Pass::Backward],
         }
     }
@@ -262,6 +267,8 @@ impl Work {
                 let (q, kv) = (heads * head_dim, kv_heads * head_dim);
                 [4 * t * q, 2 * (t * kv + q) * a]
             }
+            // Logits once: difference, scale, power and sum.
+            Self::Sample { batch: b, vocab: v } => [4 * b * v, b * v * WORD],
             // Parameter and both moments in and out, the gradient in.
             Self::AdamW { values: n } => [14 * n, 7 * n * WORD],
             // y and z in and out, the gradient in.
@@ -317,6 +324,7 @@ impl Work {
             Self::AdamW { .. }
             | Self::Signum { .. }
             | Self::Clip { .. }
+            | Self::Sample { .. }
             | Self::DecodeLinear { .. } => false,
         }
     }
@@ -324,6 +332,7 @@ impl Work {
     fn halve_widest(&mut self) -> bool {
         match self {
             Self::Embedding { vocab, .. }
+            | Self::Sample { vocab, .. }
             | Self::KlDiv { vocab, .. }
             | Self::CrossEntropy { vocab, .. } => halve(vocab, SMALLEST),
             Self::Gemm { inner, out, .. }
@@ -414,6 +423,7 @@ impl fmt::Display for Work {
                 width,
                 vocab,
             } => format!("{tokens} x {width} x {vocab}"),
+            Self::Sample { batch, vocab } => format!("{batch} x {vocab}"),
             Self::AdamW { values } | Self::Clip { values } => format!("{values}"),
             Self::Signum { rows, width } => format!("{rows} x {width}"),
         };

@@ -13,6 +13,7 @@ use crate::ops::kl_div::KlDiv;
 use crate::ops::lora::{Frozen, LoraLinear};
 use crate::ops::rmsnorm::RmsNorm;
 use crate::ops::rope::{Rope, RopeTable};
+use crate::ops::sample::{self, Filter};
 use crate::ops::sparse_decode::{SharedGroups, SparseDecode};
 use crate::ops::swiglu::SwiGlu;
 use crate::ops::topk::TopK;
@@ -24,7 +25,7 @@ use crate::tensor::Tensor;
 pub(super) type SelfTest = fn(&Device) -> Result<f64>;
 
 /// Stem and self-test of every operator.
-pub(super) const OPERATORS: [(&str, SelfTest); 16] = [
+pub(super) const OPERATORS: [(&str, SelfTest); 17] = [
     ("embedding", embedding),
     ("rmsnorm", rmsnorm),
     ("rope", rope),
@@ -38,6 +39,7 @@ pub(super) const OPERATORS: [(&str, SelfTest); 16] = [
     ("kl_div", kl_div),
     ("cross_entropy", cross_entropy),
     ("decode", decode),
+    ("sample", sample),
     ("adamw", adamw),
     ("signum", signum),
     ("clip", clip),
@@ -357,6 +359,47 @@ fn decode(device: &Device) -> Result<f64> {
         .flat_map(|(i, q)| attend(q, &k, &v, [TOKENS, i / group * heads.dim, width]));
     let off = relative_error(&f64s(&attended)?, &expected.collect::<Vec<_>>());
     Ok(off.max(relative_error(&found, &right)))
+}
+
+/// Draws that no rounding decides.
+fn sample(device: &Device) -> Result<f64> {
+    let (vocab, top_k) = (50, 30);
+    let filter = Filter {
+        temperature: 0.25,
+        top_k,
+        top_p: 0.9,
+    };
+    let logits = values(1, &[TOKENS, vocab])?;
+    let share = |t: usize| (t as f64 + 0.5) / TOKENS as f64;
+    let words: Vec<u64> = (0..TOKENS)
+        .map(|t| (share(t) * 2f64.powi(64)) as u64)
+        .collect();
+    let found = device.run(|| sample::sample(device, &logits, filter, &words)?.to_u32())?;
+    let exact = f64s(&logits)?;
+    let right = exact.chunks(vocab).enumerate().map(|(t, row)| {
+        let weight = |i: usize| (row[i] / f64::from(filter.temperature)).exp();
+        let mut order: Vec<usize> = (0..vocab).collect();
+        // Of equal values the lower id comes first: the sort is stable.
+        order.sort_by(|&a, &b| row[b].total_cmp(&row[a]));
+        order.truncate(top_k);
+        let total: f64 = order.iter().map(|&i| weight(i)).sum();
+        let mut before = 0.0;
+        order.retain(|&i| {
+            let kept = before < f64::from(filter.top_p) * total;
+            before += weight(i);
+            kept
+        });
+        order.sort_unstable();
+        let target = share(t) * order.iter().map(|&i| weight(i)).sum::<f64>();
+        let mut sum = 0.0;
+        let drawn = order.iter().find(|&&i| {
+            sum += weight(i);
+            sum > target
+        });
+        drawn.map_or(f64::NAN, |&i| i as f64)
+    });
+    let found: Vec<f64> = found.u32s()?.iter().map(|&token| token.into()).collect();
+    Ok(relative_error(&found, &right.collect::<Vec<_>>()))
 }
 
 /// Steps of an optimizer: the parameter before and after, and the gradients.

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use crate::data::Tokenizer;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::eval::{Inference, Sampling, TextStream};
+use crate::eval::{Inference, Place, Sampling, TextStream};
 use crate::ops::decode::KvCache;
 use crate::ops::rope::RopeTable;
 use crate::tensor::Tensor;
@@ -90,6 +90,17 @@ struct Active<'a> {
     cache: KvCache,
     text: TextStream,
     finish: Option<FinishReason>,
+}
+
+impl Active<'_> {
+    /// What its next draw is for.
+    fn next_place(&self) -> Place {
+        Place {
+            sequence: self.request.sequence,
+            sample: self.request.sample,
+            position: self.text.tokens().len() as u64,
+        }
+    }
 }
 
 /// The last prompt that was run, for others that are the same.
@@ -200,7 +211,13 @@ impl Generator<'_> {
         };
         match self.options.max_new_tokens {
             0 => one.finish = Some(FinishReason::Length),
-            _ => self.push(&mut one, logits.f32s()?)?,
+            _ => {
+                let sampling = &self.options.sampling;
+                let draw = || sampling.draw(self.device, logits, &[one.next_place()]);
+                for token in self.device.run(draw)? {
+                    self.push(&mut one, token)?;
+                }
+            }
         }
         Ok(one)
     }
@@ -211,39 +228,33 @@ impl Generator<'_> {
             .iter()
             .filter_map(|one| one.text.tokens().last().copied());
         let ids: Vec<u32> = last.collect();
-        let vocab = self.inference.model.lm_head.matrix_dims().0.max(1);
+        let places: Vec<Place> = active.iter().map(Active::next_place).collect();
         self.device.run(|| {
             let mut caches: Vec<&mut KvCache> =
                 active.iter_mut().map(|one| &mut one.cache).collect();
             let hidden = self.inference.step(self.device, ids, &mut caches, rope)?;
             let logits = self.inference.logits(self.device, &hidden)?;
+            let tokens = self.options.sampling.draw(self.device, &logits, &places)?;
             active
                 .par_iter_mut()
-                .zip(logits.f32s()?.par_chunks(vocab))
-                .try_for_each(|(one, logits)| self.push(one, logits))
+                .zip(tokens)
+                .try_for_each(|(one, token)| self.push(one, token))
         })
     }
 
-    fn push(&self, one: &mut Active, logits: &[f32]) -> Result<()> {
+    fn push(&self, one: &mut Active, token: u32) -> Result<()> {
         let GenerateOptions {
-            sampling,
             max_new_tokens,
             stop_tokens,
             stop_strings,
             ..
         } = self.options;
-        let Request {
-            sequence,
-            sample,
-            prompt,
-        } = one.request;
-        let position = one.text.tokens().len();
-        let token = sampling.draw(logits, *sequence, *sample, position as u64)?;
         let mut stopped = one.text.push(self.tokenizer, token, stop_strings)?;
         stopped |= stop_tokens.contains(&token);
-        let tokens = position + 1;
+        let tokens = one.text.tokens().len();
         let longest = self.inference.model.config.max_position_embeddings;
-        if !stopped && (tokens >= *max_new_tokens || prompt.len() + tokens > longest) {
+        let length = one.request.prompt.len() + tokens;
+        if !stopped && (tokens >= *max_new_tokens || length > longest) {
             one.finish = Some(FinishReason::Length);
         }
         if stopped || one.finish.is_some() {

@@ -110,7 +110,8 @@ impl<'a> Inference<'a> {
         Ok(hidden.into_value())
     }
 
-    /// The logits \[B, V\], in host memory, of hidden states \[B, d\] after the final norm, for a few tokens.
+    /// The logits \[B, V\] f32 of hidden states \[B, d\] after the final norm, for a few tokens,
+    /// where the device's operators leave them.
     pub fn logits(&self, device: &Device, hidden: &Tensor) -> Result<Tensor> {
         decode::logits(device, hidden, &self.model.lm_head)
     }

@@ -11,5 +11,5 @@ mod text_stream;
 
 pub use generate::{Completion, FinishReason, GenerateOptions, Generator, Request};
 pub use inference::Inference;
-pub use sampling::Sampling;
+pub use sampling::{Place, Sampling};
 pub use text_stream::TextStream;

@@ -14,6 +14,7 @@ pub mod lora;
 pub(crate) mod math;
 pub mod rmsnorm;
 pub mod rope;
+pub mod sample;
 pub mod sparse_decode;
 pub mod swiglu;
 pub mod topk;

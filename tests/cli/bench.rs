@@ -41,6 +41,7 @@ fn every_operator_is_measured_in_every_pass() {
     }
     wanted.push("decode forward example gate_proj bf16".to_owned());
     wanted.push("decode forward example attention".to_owned());
+    wanted.push("sample forward example".to_owned());
     for loss in ["kl_div", "cross_entropy"] {
         wanted.push(format!("{loss} forward example f32"));
         wanted.push(format!("{loss} fused example bf16"));

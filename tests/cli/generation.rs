@@ -66,6 +66,7 @@ fn logits_of(
         let mut all = Vec::new();
         for i in 0..count {
             let logits: Tensor = inference.logits(device, &hidden).unwrap();
+            let logits = logits.to_f32().unwrap();
             all.push(logits.f32s().unwrap().to_vec());
             let token = next(i, &all[i]);
             let mut caches: [&mut KvCache; 1] = [&mut cache];
@@ -104,7 +105,7 @@ fn logits_on_cuda_are_those_of_the_cpu_as_far_as_bf16_goes_and_tokens_where_they
             let ids = [&prompt[..], &tokens[..i]].concat();
             let (_, hidden) = inference.prefill(&cuda, &ids).unwrap();
             let logits = inference.logits(&cuda, &hidden).unwrap();
-            logits.f32s().unwrap().to_vec()
+            logits.to_f32().unwrap().f32s().unwrap().to_vec()
         });
         logits.collect::<Vec<_>>()
     });
@@ -219,6 +220,13 @@ fn generate_and_eval_run_on_cuda() {
     let prompt = ["generate", "--prompt", "2 + 3", "--raw"];
     let written = printed(&[&prompt[..], &model, &greedy].concat());
     assert_eq!(written["tokens"].as_array().unwrap().len(), 5);
+    let drawn = |seed: &str| {
+        let hot = ["--temperature", "3", "--top-k", "90", "--top-p", "0.95"];
+        let rest = ["--seed", seed, "--max-new-tokens", "5", "--json"];
+        printed(&[&prompt[..], &model, &hot, &rest].concat())["tokens"].clone()
+    };
+    assert_eq!(drawn("1"), drawn("1"));
+    assert_ne!(drawn("1"), drawn("2"));
 
     let answers = ["--data", text(&data), "--template", text(&template)];
     let few = ["--limit", "2", "--samples", "1"];

@@ -15,6 +15,7 @@ mod kl_div;
 mod lora;
 mod rmsnorm;
 mod rope;
+mod sample;
 mod signum;
 mod sparse_decode;
 mod swiglu;

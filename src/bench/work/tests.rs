@@ -140,6 +140,7 @@ fn least_flop_and_bytes_are_those_counted_by_hand() {
             384.0,
             320.0,
         ),
+        (Work::Sample { batch: 3, vocab }, Pass::Forward, 84.0, 84.0),
         (Work::AdamW { values: 10 }, Pass::Step, 140.0, 280.0),
         (Work::Signum { rows: 3, width }, Pass::Step, 180.0, 300.0),
         (Work::Clip { values: 10 }, Pass::Step, 30.0, 120.0),

@@ -50,8 +50,8 @@ pub fn linear(device: &Device, x: &Tensor, maps: &[Map]) -> Result<Vec<Tensor>> 
     linear_in(device, x, maps, DType::Bf16)
 }
 
-/// The logits X Wᵀ \[B, V\] of hidden states X \[B, d\] with the output head W \[V, d\]: f32 in
-/// host memory.
+/// The logits X Wᵀ \[B, V\] of hidden states X \[B, d\] with the output head W \[V, d\]: f32, on
+/// the device.
 ///
 /// # Errors
 /// Operands whose shapes do not fit.
@@ -60,7 +60,7 @@ pub fn logits(device: &Device, x: &Tensor, head: &Tensor) -> Result<Tensor> {
         weight: head,
         bias: None,
     };
-    only(linear_in(device, x, &[map], DType::F32)?)?.to_f32()
+    only(linear_in(device, x, &[map], DType::F32)?)
 }
 
 /// Y += scale (X Aᵀ) Bᵀ: what an adapter adds. Y \[B, out\], A \[r, in\], B \[out, r\].
