@@ -58,10 +58,10 @@ fn train(device: &Device, dir: &Path, data: &Path) -> Result<()> {
         dropout: 0.05,
         seed: 42,
     };
-    let mut stage_two = SftTrainer::new(device, lora, layers, options)?;
+    let mut stage_two = SftTrainer::new(device, &model, lora, layers, options)?;
     for row in 0..rows {
         let (ids, layout) = inputs::batch(&texts, &[row], &layout)?;
-        let measured = stage_two.step(device, &model, 1, |_| {
+        let measured = stage_two.step(1, |_| {
             let x = plain.layer_output(device, ids.clone(), LAYER, &layout)?;
             let x = sae.reconstruct(device, &x)?;
             let hidden = plain.hidden(device, ids.clone(), &layout)?;

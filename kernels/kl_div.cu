@@ -1,6 +1,6 @@
 // Kullback-Leibler divergence of two rows of logits and its gradient:
 //   loss_t = sum_v p (log p - log q),  p = softmax(teacher_t), q = softmax(student_t)
-//   dlogits = scale (q - p), written (=)
+//   dlogits = q - p, written (=)
 //
 // logits: [2 T, V] fp32, the teacher's rows and then the student's; losses: fp32, written from
 // `first` on; dlogits: [T, V] bf16, or null where no gradient is wanted. Arithmetic in fp32,
@@ -11,7 +11,8 @@
 // statistics and then for the result, since a row of a large vocabulary is more than a
 // multiprocessor's memory holds.
 //
-// Backward: dx = grad saved; saved: [n] fp32, dx: [n] bf16, written (=). 6 n bytes.
+// Backward: dx_t = grad_t saved_t; saved: [T, d] fp32, grad: [T] fp32, dx: [T, d] bf16, written
+// (=). 6 T d bytes.
 
 #include "common/pack.cuh"
 #include "common/reduce.cuh"
@@ -23,7 +24,7 @@ using softmax::kThreads;
 
 template <int N>
 __device__ __forceinline__ float divergence(const float* p_row, const float* q_row,
-                                            __nv_bfloat16* dlogits, unsigned vocab, float scale) {
+                                            __nv_bfloat16* dlogits, unsigned vocab) {
   __shared__ softmax::Stats partial[2][kThreads / 32];
   softmax::Stats p_stats = softmax::kNone, q_stats = softmax::kNone;
   for (unsigned at = threadIdx.x * N; at < vocab; at += kThreads * N) {
@@ -45,7 +46,7 @@ __device__ __forceinline__ float divergence(const float* p_row, const float* q_r
       const float log_p = p[i] - p_log_sum, log_q = q[i] - q_log_sum;
       const float probability = __expf(log_p);
       sum += probability * (log_p - log_q);
-      q[i] = scale * (__expf(log_q) - probability);
+      q[i] = __expf(log_q) - probability;
     }
     if (dlogits != nullptr) store(dlogits + at, q);
   }
@@ -53,13 +54,15 @@ __device__ __forceinline__ float divergence(const float* p_row, const float* q_r
 }
 
 template <int N>
-__device__ __forceinline__ void scale(__nv_bfloat16* dx, const float* saved, float grad,
-                                      size_t at) {
-  float v[N];
-  load(v, saved + at);
+__device__ __forceinline__ void scale(__nv_bfloat16* dx, const float* saved, unsigned d,
+                                      float grad) {
+  for (unsigned at = threadIdx.x * N; at < d; at += blockDim.x * N) {
+    float v[N];
+    load(v, saved + at);
 #pragma unroll
-  for (int i = 0; i < N; ++i) v[i] *= grad;
-  store(dx + at, v);
+    for (int i = 0; i < N; ++i) v[i] *= grad;
+    store(dx + at, v);
+  }
 }
 
 }  // namespace
@@ -67,27 +70,27 @@ __device__ __forceinline__ void scale(__nv_bfloat16* dx, const float* saved, flo
 // One block a token; T of them.
 extern "C" __global__ void __launch_bounds__(kThreads)
     kl_div_forward_f32(float* __restrict__ losses, __nv_bfloat16* __restrict__ dlogits,
-                       const float* __restrict__ logits, unsigned first, unsigned vocab,
-                       float scale) {
+                       const float* __restrict__ logits, unsigned first, unsigned vocab) {
   __shared__ float partial[kThreads / 32];
   const size_t at = size_t(blockIdx.x) * vocab;
   const float* p = logits + at;
   const float* q = p + size_t(gridDim.x) * vocab;
   __nv_bfloat16* row = dlogits == nullptr ? nullptr : dlogits + at;
-  const float sum = vocab % kWideFloat == 0 ? divergence<kWideFloat>(p, q, row, vocab, scale)
-                                            : divergence<1>(p, q, row, vocab, scale);
+  const float sum = vocab % kWideFloat == 0 ? divergence<kWideFloat>(p, q, row, vocab)
+                                            : divergence<1>(p, q, row, vocab);
   const float loss = block_sum(sum, partial);
   if (threadIdx.x == 0) losses[first + blockIdx.x] = loss;
 }
 
-// One thread for every kWideFloat values; the last one takes what is left.
+// One block a token.
 extern "C" __global__ void __launch_bounds__(256)
     kl_div_backward_bf16(__nv_bfloat16* __restrict__ dx, const float* __restrict__ saved,
-                         size_t n, float grad) {
-  size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * kWideFloat;
-  if (at + kWideFloat <= n) {
-    scale<kWideFloat>(dx, saved, grad, at);
+                         const float* __restrict__ grads, unsigned d) {
+  const size_t at = size_t(blockIdx.x) * d;
+  const float grad = grads[blockIdx.x];
+  if (d % kWideFloat == 0) {
+    scale<kWideFloat>(dx + at, saved + at, d, grad);
   } else {
-    for (; at < n; ++at) scale<1>(dx, saved, grad, at);
+    scale<1>(dx + at, saved + at, d, grad);
   }
 }

@@ -3,7 +3,8 @@
 //
 // x, dropped: [n] bf16, 16-byte aligned; mask: bit i % 8 of byte i / 8 is set where element i is
 // kept, or null. What is kept is not scaled: the factor 1 / (1 - p) is left to the products, which
-// apply it in fp32. n / 8 threads rounded up. Least traffic: 4 n bytes, and n / 8 for the mask.
+// apply it in fp32. step: null, or two words that stand for high1 and high2. n / 8 threads rounded
+// up. Least traffic: 4 n bytes, and n / 8 for the mask.
 
 #include "common/gemm_tile.cuh"
 #include "common/pack.cuh"
@@ -13,11 +14,13 @@ extern "C" __global__ void lora_dropout_bf16(__nv_bfloat16* __restrict__ dropped
                                              uint8_t* __restrict__ mask,
                                              const __nv_bfloat16* __restrict__ x, uint64_t n,
                                              uint32_t key0, uint32_t key1, uint32_t high0,
-                                             uint32_t high1, uint32_t high2, uint32_t threshold) {
+                                             uint32_t high1, uint32_t high2,
+                                             const uint32_t* __restrict__ step,
+                                             uint32_t threshold) {
   const uint64_t thread = uint64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   const uint64_t at = thread * kWide;
   if (at >= n) return;
-  const Stream stream{key0, key1, high0, high1, high2};
+  const Stream stream{key0, key1, high0, step ? step[0] : high1, step ? step[1] : high2};
   const uint4 a = stream.words(uint32_t(2 * thread)), b = stream.words(uint32_t(2 * thread + 1));
   const uint32_t words[kWide] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
   uint32_t kept = 0;

@@ -105,20 +105,25 @@ impl<'d> Tape<'d> {
             .collect())
     }
 
-    /// Sweeps back from the scalar `loss` with gradient `seed` (1, or the share of one
+    /// Sweeps back from the sum of `loss`'s elements with gradient `seed` (1, or the share of one
     /// micro-batch). Saved tensors are freed as the sweep passes them.
     pub fn backward(self, loss: &Var, seed: f32) -> Result<Gradients> {
+        let seeds = vec![seed; loss.value.len()];
+        self.backward_from(loss, Tensor::from_vec(seeds, loss.value.shape())?)
+    }
+
+    /// As [`Self::backward`] from an output whose gradient, of its shape, is known.
+    ///
+    /// # Errors
+    /// An output that depends on no parameter, a gradient of another shape.
+    pub fn backward_from(self, output: &Var, grad: Tensor) -> Result<Gradients> {
         let mut grads: Vec<Option<Tensor>> = vec![None; self.slots];
-        match loss.slot {
-            Some(slot) if loss.value.len() == 1 => {
-                grads[slot] = Some(Tensor::from_vec(vec![seed], loss.value.shape())?);
-            }
+        match output.slot {
+            Some(slot) if output.value.shape() == grad.shape() => grads[slot] = Some(grad),
             _ => {
-                return Err(Error::operand(
-                    "backward",
-                    "a scalar that depends on a parameter",
-                    format!("shape {:?}", loss.value.shape()),
-                ));
+                let expected = format!("an output of shape {:?} of a parameter", grad.shape());
+                let found = format!("shape {:?}", output.value.shape());
+                return Err(Error::operand("backward", expected, found));
             }
         }
         for node in self.nodes.into_iter().rev() {

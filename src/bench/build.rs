@@ -403,7 +403,6 @@ impl Builder<'_, '_> {
                 Ok(KlDiv {
                     teacher: fixed[0].clone(),
                     head: fixed[1].clone(),
-                    batch: 1.0,
                 })
             },
         )

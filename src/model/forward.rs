@@ -69,10 +69,16 @@ impl Layout {
     pub fn tokens(&self) -> usize {
         self.batch * self.seq_len
     }
+
+    /// Whether both are of one size and made of one another, whatever their documents.
+    pub(crate) fn is_like(&self, other: &Self) -> bool {
+        let sizes = |layout: &Self| (layout.batch, layout.seq_len);
+        sizes(self) == sizes(other) && Arc::ptr_eq(&self.rope, &other.rope)
+    }
 }
 
 /// Dropout of the adapters' inputs in one step.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct StepDropout {
     /// Probability of a zero.
     pub p: f32,
@@ -80,6 +86,8 @@ pub struct StepDropout {
     pub seed: u64,
     /// A number that no other micro-batch of the run has.
     pub step: u64,
+    /// On a GPU, where its low and its high word are read instead, \[2\] u32.
+    pub in_memory: Option<Tensor>,
 }
 
 /// Adapters on a tape: as parameters where they are trained, as constants where they only act.
@@ -346,7 +354,7 @@ impl LayerPass<'_> {
             frozen.push(Frozen {
                 weight,
                 bias,
-                dropout: adapters.dropout.map(|d| self.dropout(d, module)),
+                dropout: adapters.dropout.as_ref().map(|d| self.dropout(d, module)),
             });
         }
         inputs.extend(residual);
@@ -357,12 +365,13 @@ impl LayerPass<'_> {
         tape.apply_all(op, &inputs)
     }
 
-    fn dropout(&self, dropout: StepDropout, module: Module) -> Dropout {
+    fn dropout(&self, dropout: &StepDropout, module: Module) -> Dropout {
         let index = self.index as u32 * Module::ALL.len() as u32 + module as u32;
         let stream = Stream::new(dropout.seed, Purpose::Dropout, dropout.step, index);
         Dropout {
             p: dropout.p,
             stream,
+            step: dropout.in_memory.clone(),
         }
     }
 }

@@ -105,7 +105,7 @@ impl Operator for CrossEntropy {
                 let grad = only_grad(Self::NAME, grads)?.to_f32()?.f32s()?[0];
                 Ok(vec![Some(self.backward_cuda(cuda, &saved, grad)?)])
             }
-            (_, saved) => head::scaled(Self::NAME, saved, grads),
+            (_, saved) => scaled(saved, grads),
         }
     }
 }
@@ -148,6 +148,18 @@ fn mean_and_each(losses: Vec<f32>, counted: usize) -> Result<Vec<Tensor>> {
         Tensor::from_vec(vec![loss as f32], [1])?,
         Tensor::from_vec(losses, [tokens])?,
     ])
+}
+
+/// The saved gradient times that of the loss.
+fn scaled(saved: Option<Tensor>, grads: Vec<Option<Tensor>>) -> Result<Vec<Option<Tensor>>> {
+    let seed = only_grad(CrossEntropy::NAME, grads)?.f32s()?[0];
+    let Some(mut grad) = saved else {
+        return Ok(vec![None]);
+    };
+    if seed != 1.0 {
+        grad.f32s_mut()?.iter_mut().for_each(|g| *g *= seed);
+    }
+    Ok(vec![Some(grad)])
 }
 
 /// −log softmax(row)[y]; the row becomes `scale` (softmax(row) − onehot(y)).

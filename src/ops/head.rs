@@ -7,7 +7,6 @@ use crate::device::simd::vectorized;
 use crate::error::Result;
 use crate::ops::gemm::cuda::{Layout, Matrix, Product};
 use crate::ops::math::{LANES, add_up, exp};
-use crate::ops::only_grad;
 use crate::tensor::{CudaBuffer, DType, Tensor};
 
 /// Tokens in a chunk: as many as keep `copies` rows of logits a token within 128 MiB, in chunks of
@@ -137,20 +136,4 @@ fn sum_exp(row: &[f32], shift: f32) -> f32 {
         *lane += exp(v - shift);
     }
     add_up(lanes)
-}
-
-/// The saved gradient times that of the loss, as the one input gradient of a loss operator.
-pub(super) fn scaled(
-    op: &'static str,
-    saved: Option<Tensor>,
-    grads: Vec<Option<Tensor>>,
-) -> Result<Vec<Option<Tensor>>> {
-    let seed = only_grad(op, grads)?.f32s()?[0];
-    let Some(mut grad) = saved else {
-        return Ok(vec![None]);
-    };
-    if seed != 1.0 {
-        grad.f32s_mut()?.iter_mut().for_each(|g| *g *= seed);
-    }
-    Ok(vec![Some(grad)])
 }

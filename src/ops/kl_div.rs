@@ -1,38 +1,35 @@
 //! Head, softmax, Kullback-Leibler divergence and its gradient, fused over chunks of tokens:
-//! loss = (1/batch) Σ_t KL(softmax(h'_t Wᵀ) ‖ softmax(h_t Wᵀ)).
+//! loss_t = KL(softmax(h'_t Wᵀ) ‖ softmax(h_t Wᵀ)).
 //!
 //! h' (teacher) and h (student) \[T, d\] f32 after the final norm, W \[V, d\]. The gradient
-//! (1/batch) (q − p) W with respect to h is computed in the same sweep over the chunks and is
-//! all that is saved, so that no T x V matrix ever exists. Two products a chunk forward (teacher
-//! and student rows stacked in one), one for the gradient. On CUDA hidden states, W and the
-//! gradient are bf16, logits, statistics and the gradient that is saved f32; the loss is on the
-//! host.
+//! (q − p) W with respect to h is computed in the same sweep over the chunks and is all that is
+//! saved, so that no T x V matrix ever exists. Two products a chunk forward (teacher and student
+//! rows stacked in one), one for the gradient. On CUDA hidden states, W and the gradient are bf16,
+//! logits, statistics, losses and the gradient that is saved f32.
 
 use faer::Accum;
 use rayon::prelude::*;
 
-use crate::device::cuda::{Arg, Grid, Kernel, WIDE_F32};
+use crate::device::cuda::{Arg, Grid, Kernel};
 use crate::device::simd::vectorized;
 use crate::device::{CudaDevice, Device};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ops::gemm::{product_nn, product_nt};
 use crate::ops::head::CudaHead;
 use crate::ops::math::{LANES, add_up, exp};
 use crate::ops::{Operator, expect_cols, expect_inputs, expect_shape, head, only_grad};
 use crate::tensor::{DType, Tensor};
 
-/// Input: the student's hidden states \[T, d\]. Output: the loss \[1\].
+/// Input: the student's hidden states \[T, d\]. Output: the divergence of each token \[T\].
 pub struct KlDiv {
     /// h' \[T, d\]
     pub teacher: Tensor,
     /// W \[V, d\]
     pub head: Tensor,
-    /// What the sum over tokens is divided by.
-    pub batch: f32,
 }
 
 impl Operator for KlDiv {
-    /// The input's gradient for a loss gradient of 1.
+    /// The input's gradient for gradients of 1.
     type Saved = Option<Tensor>;
     const NAME: &'static str = "kl_div";
     const CUDA: bool = true;
@@ -54,7 +51,7 @@ impl Operator for KlDiv {
         let mut logits = device.buffer(2 * chunk * vocab);
         let mut stacked = device.buffer(2 * chunk * d);
         let mut grad = needed[0].then(|| device.buffer(tokens * d));
-        let mut loss = 0.0;
+        let mut losses = Vec::with_capacity(tokens);
         let chunks = self
             .teacher
             .f32s()?
@@ -74,22 +71,17 @@ impl Operator for KlDiv {
                 1.0,
             )?;
             let (p, q) = logits.split_at_mut(n * vocab);
-            let terms: Vec<f32> = p
-                .par_chunks(vocab)
-                .zip(q.par_chunks_mut(vocab))
-                .map(|(p, q)| divergence(p, q, 1.0 / self.batch))
-                .collect();
-            loss += terms.iter().map(|&v| f64::from(v)).sum::<f64>();
+            let rows = p.par_chunks(vocab).zip(q.par_chunks_mut(vocab));
+            losses.par_extend(rows.map(|(p, q)| divergence(p, q)));
             if let Some(grad) = &mut grad {
                 let grad = &mut grad[i * chunk * d..][..n * d];
                 product_nn(device, grad, Accum::Replace, q, &self.head)?;
             }
         }
-        let loss = self.mean(loss)?;
         let grad = grad
             .map(|g| Tensor::from_buffer(g, student.shape()))
             .transpose()?;
-        Ok((vec![loss], grad))
+        Ok((vec![Tensor::from_vec(losses, [tokens])?], grad))
     }
 
     fn backward(
@@ -99,50 +91,37 @@ impl Operator for KlDiv {
         grads: Vec<Option<Tensor>>,
         _: &[bool],
     ) -> Result<Vec<Option<Tensor>>> {
-        match (device, saved) {
-            (Device::Cuda(cuda), Some(saved)) => {
-                let grad = only_grad(Self::NAME, grads)?.to_f32()?.f32s()?[0];
-                Ok(vec![Some(backward_cuda(cuda, &saved, grad)?)])
-            }
-            (_, saved) => head::scaled(Self::NAME, saved, grads),
+        let Some(mut saved) = saved else {
+            return Ok(vec![None]);
+        };
+        let grad = only_grad(Self::NAME, grads)?;
+        let (tokens, d) = saved.matrix_dims();
+        expect_shape(Self::NAME, &grad, &[tokens])?;
+        if let Device::Cuda(cuda) = device {
+            return Ok(vec![Some(backward_cuda(cuda, &saved, &grad)?)]);
         }
+        let rows = saved.f32s_mut()?.par_chunks_mut(d.max(1));
+        rows.zip(grad.f32s()?)
+            .for_each(|(row, &grad)| row.iter_mut().for_each(|v| *v *= grad));
+        Ok(vec![Some(saved)])
     }
 }
 
-impl KlDiv {
-    /// The loss \[1\] from the sum over tokens.
-    fn mean(&self, sum: f64) -> Result<Tensor> {
-        let loss = (sum / f64::from(self.batch)) as f32;
-        if !loss.is_finite() {
-            return Err(Error::NotFinite {
-                what: format!("the KL divergence is {loss}"),
-            });
-        }
-        Tensor::from_vec(vec![loss], [1])
-    }
-}
-
-/// KL(softmax(p) ‖ softmax(q)) of two rows of logits; q becomes `scale` (softmax(q) − softmax(p)).
-fn divergence(p: &[f32], q: &mut [f32], scale: f32) -> f32 {
+/// KL(softmax(p) ‖ softmax(q)) of two rows of logits; q becomes softmax(q) − softmax(p).
+fn divergence(p: &[f32], q: &mut [f32]) -> f32 {
     let (log_p_sum, log_q_sum) = (head::log_sum_exp(p), head::log_sum_exp(q));
-    vectorized!(divergence_and_gradient(p, q, log_p_sum, log_q_sum, scale))
+    vectorized!(divergence_and_gradient(p, q, log_p_sum, log_q_sum))
 }
 
 #[inline(always)]
-fn divergence_and_gradient(
-    p: &[f32],
-    q: &mut [f32],
-    log_p_sum: f32,
-    log_q_sum: f32,
-    scale: f32,
-) -> f32 {
+fn divergence_and_gradient(p: &[f32], q: &mut [f32], log_p_sum: f32, log_q_sum: f32) -> f32 {
     let mut lanes = [0.0; LANES];
     for (p, q) in p.chunks(LANES).zip(q.chunks_mut(LANES)) {
         for ((lane, p), q) in lanes.iter_mut().zip(p).zip(q) {
             let (log_p, log_q) = (p - log_p_sum, *q - log_q_sum);
             let p = exp(log_p);
             *lane += p * (log_p - log_q);
-            *q = scale * (exp(log_q) - p);
+            *q = exp(log_q) - p;
         }
     }
     add_up(lanes)
@@ -156,7 +135,8 @@ const BACKWARD: Kernel = Kernel {
     stem: "kl_div",
     function: "kl_div_backward_bf16",
 };
-const THREADS: u32 = 512;
+const FORWARD_THREADS: u32 = 512;
+const BACKWARD_THREADS: u32 = 256;
 
 impl KlDiv {
     fn forward_cuda(
@@ -179,16 +159,13 @@ impl KlDiv {
                 head.logits(&stacked(cuda, &hidden, first, n)?)?,
                 Arg::size(Self::NAME, first)?,
                 Arg::size(Self::NAME, vocab)?,
-                Arg::F32(1.0 / self.batch),
             ];
             // SAFETY: logits are [2 n, vocab] f32 and their gradient, if any, [n, vocab] bf16;
             // the n losses from `first` on are among the `tokens` f32.
-            unsafe { cuda.launch(FORWARD, Grid::of_blocks(n, THREADS, 0), &args) }?;
+            unsafe { cuda.launch(FORWARD, Grid::of_blocks(n, FORWARD_THREADS, 0), &args) }?;
             head.set_gradient(first, n)?;
         }
-        let losses = losses.to_f32()?;
-        let loss = self.mean(losses.f32s()?.iter().map(|&v| f64::from(v)).sum())?;
-        Ok((vec![loss], head.into_gradient(student.shape())?))
+        Ok((vec![losses], head.into_gradient(student.shape())?))
     }
 }
 
@@ -203,16 +180,20 @@ fn stacked(cuda: &CudaDevice, hidden: &[Tensor; 2], first: usize, n: usize) -> R
     Tensor::from_cuda(rows, [2 * n, d])
 }
 
-/// The saved gradient times that of the loss, rounded to bf16.
-fn backward_cuda(cuda: &CudaDevice, saved: &Tensor, grad: f32) -> Result<Tensor> {
+/// The saved gradient times that of each token's loss, rounded to bf16.
+fn backward_cuda(cuda: &CudaDevice, saved: &Tensor, grad: &Tensor) -> Result<Tensor> {
+    let (tokens, d) = saved.matrix_dims();
+    let grad = cuda.resident(grad, DType::F32)?;
     let dx = cuda.alloc(DType::Bf16, saved.len())?;
     let args = [
         Arg::from(&dx),
         saved.arg()?,
-        Arg::U64(saved.len() as u64),
-        Arg::F32(grad),
+        grad.arg()?,
+        Arg::size(KlDiv::NAME, d)?,
     ];
-    // SAFETY: both are of one length, dx bf16 and the saved gradient f32.
-    unsafe { cuda.launch(BACKWARD, Grid::over(saved.len().div_ceil(WIDE_F32)), &args) }?;
+    let grid = Grid::of_blocks(tokens, BACKWARD_THREADS, 0);
+    // SAFETY: dx and the saved gradient are [tokens, d], bf16 and f32; the losses' gradient is
+    // [tokens] f32.
+    unsafe { cuda.launch(BACKWARD, grid, &args) }?;
     Tensor::from_cuda(dx, saved.shape())
 }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use cudarc::driver::sys::{CUresult, CUstreamCaptureStatus};
+use cudarc::driver::sys::{CUevent_flags, CUresult, CUstreamCaptureStatus};
 use cudarc::driver::{CudaEvent, CudaSlice, CudaStream, DevicePtr, DriverError};
 
 use super::DType;
@@ -24,7 +24,7 @@ pub(crate) struct Memory {
     free: Mutex<HashMap<usize, Vec<CudaSlice<u8>>>>,
     /// Bytes of all blocks, in use or free, of all memories of the stream.
     reserved: Arc<AtomicUsize>,
-    staging: Arc<Mutex<Staging>>,
+    staging: Arc<Staging>,
 }
 
 impl Memory {
@@ -191,23 +191,47 @@ impl CudaBuffer {
         self.block.as_ref().map_or(0, address)
     }
 
-    /// Copies the bytes of all elements to the device.
-    pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        if self.block.as_ref().is_some_and(|b| b.len() >= bytes.len()) {
-            self.memory.expect_unrecorded("a copy from the host")?;
-            let staging = self.memory.staging.lock();
-            // A panic elsewhere leaves buffers that are filled anew.
-            let mut staging = staging.unwrap_or_else(PoisonError::into_inner);
-            // SAFETY: the block is at the address and has as many bytes.
-            let copied = unsafe { staging.copy(&self.memory.stream, self.address(), bytes) };
+    /// Copies bytes to the elements from `start` on; they may change as soon as this returns.
+    pub(crate) fn write(&mut self, start: usize, bytes: &[u8]) -> Result<()> {
+        self.memory.expect_unrecorded("a copy from the host")?;
+        self.write_on(&self.memory.stream, start, bytes)
+    }
+
+    /// The same beside what the stream does meanwhile. Only for buffers that nothing has used
+    /// since the work that was waited for, and nothing uses before [`Beside::finish`].
+    pub(crate) fn write_beside(
+        &mut self,
+        beside: &Beside,
+        start: usize,
+        bytes: &[u8],
+    ) -> Result<()> {
+        self.write_on(&beside.stream, start, bytes)
+    }
+
+    fn write_on(&self, stream: &Arc<CudaStream>, start: usize, bytes: &[u8]) -> Result<()> {
+        let size = self.dtype.size();
+        if bytes.len().is_multiple_of(size) {
+            let address = self.address_of(start, bytes.len() / size)?;
+            // SAFETY: as many bytes are at the address; what comes after in the stream's order
+            // comes after the copy.
+            let copied = unsafe { self.memory.staging.send(stream, address, bytes) };
             return copied.map_err(|e| self.memory.failed("copying to the device", e));
         }
+        let expected = format!("whole elements of {size} bytes");
         let found = format!("{} bytes", bytes.len());
-        Err(Error::operand(
-            "tensor",
-            format!("{} elements", self.len),
-            found,
-        ))
+        Err(Error::operand("tensor", expected, found))
+    }
+
+    /// The address of element `start`; an error unless `len` elements are there.
+    fn address_of(&self, start: usize, len: usize) -> Result<u64> {
+        match start.checked_add(len).filter(|&end| end <= self.len) {
+            Some(_) => Ok(self.address() + (start * self.dtype.size()) as u64),
+            None => Err(Error::operand(
+                "tensor",
+                format!("a range within {} elements", self.len),
+                format!("{start}..{start}+{len}"),
+            )),
+        }
     }
 
     /// Sets all bytes to zero.
@@ -255,41 +279,40 @@ impl CudaBuffer {
     /// The bytes of elements `start..start + len`, once all that was launched before is done.
     pub(crate) fn read(&self, start: usize, len: usize) -> Result<Vec<u8>> {
         self.memory.expect_unrecorded("a copy to the host")?;
-        self.read_on(&self.memory.stream, start, len)
-    }
-
-    /// The same as it was at `mark`, beside what the stream does meanwhile. Only for buffers that
-    /// nothing writes to after it.
-    pub(crate) fn read_after(&self, mark: &Mark, start: usize, len: usize) -> Result<Vec<u8>> {
-        let waited = mark.beside.wait(&mark.event);
-        waited.map_err(|e| self.memory.failed("waiting for the stream", e))?;
-        self.read_on(&mark.beside, start, len)
-    }
-
-    fn read_on(&self, stream: &Arc<CudaStream>, start: usize, len: usize) -> Result<Vec<u8>> {
-        let size = self.dtype.size();
-        let view = start
-            .checked_add(len)
-            .filter(|&end| end <= self.len)
-            .and_then(|end| self.block.as_ref()?.try_slice(start * size..end * size));
-        let Some(view) = view else {
-            return Err(Error::operand(
-                "tensor",
-                format!("a range within {} elements", self.len),
-                format!("{start}..{start}+{len}"),
-            ));
-        };
-        let mut bytes = vec![0; len * size];
-        stream
-            .memcpy_dtoh(&view, &mut bytes)
-            .and_then(|()| stream.synchronize())
-            .and_then(|()| stream.context().check_err())
-            .map_err(|e| self.memory.failed("a kernel or a copy from the device", e))?;
+        let mut bytes = Vec::new();
+        self.read_on(&self.memory.stream, start, len, &mut bytes)?;
         Ok(bytes)
+    }
+
+    /// Appends the bytes of elements `start..start + len` to `out`, beside what the stream does
+    /// meanwhile. Only for buffers that nothing has written to since the work that was waited for.
+    pub(crate) fn read_beside(
+        &self,
+        beside: &Beside,
+        start: usize,
+        len: usize,
+        out: &mut Vec<u8>,
+    ) -> Result<()> {
+        self.read_on(&beside.stream, start, len, out)
+    }
+
+    fn read_on(
+        &self,
+        stream: &Arc<CudaStream>,
+        start: usize,
+        len: usize,
+        out: &mut Vec<u8>,
+    ) -> Result<()> {
+        let address = self.address_of(start, len)?;
+        let bytes = len * self.dtype.size();
+        // SAFETY: as many bytes are at the address.
+        unsafe { self.memory.staging.fetch(stream, address, bytes, out) }
+            .and_then(|()| stream.context().check_err())
+            .map_err(|e| self.memory.failed("a kernel or a copy from the device", e))
     }
 }
 
-/// A point in the work of a device's stream, and a stream that copies what was there.
+/// A point in the work of a device's stream, and a stream for copies beside it.
 #[derive(Debug)]
 pub(crate) struct Mark {
     event: CudaEvent,
@@ -299,12 +322,45 @@ pub(crate) struct Mark {
 impl Mark {
     /// All that was launched on `stream` until now.
     pub(crate) fn new(stream: &CudaStream, beside: Arc<CudaStream>) -> Result<Self> {
-        let event = stream.record_event(None).map_err(|e| {
+        // A thread that waits for it leaves its core to others.
+        let flags = CUevent_flags::CU_EVENT_BLOCKING_SYNC;
+        let event = stream.record_event(Some(flags)).map_err(|e| {
             let ordinal = stream.context().ordinal();
             Error::cuda(ordinal, format!("no event: {}", error_name(e)))
         })?;
         Ok(Self { event, beside })
     }
+
+    /// Waits until the work is done.
+    ///
+    /// # Errors
+    /// Those of the work.
+    pub(crate) fn wait(self) -> Result<Beside> {
+        let waited = self.event.synchronize();
+        waited.map_err(|e| failed_beside(&self.beside, e))?;
+        let stream = self.beside;
+        Ok(Beside { stream })
+    }
+}
+
+/// A stream that copies beside a device's own, once what was launched there until a [`Mark`] is
+/// done.
+#[derive(Debug)]
+pub(crate) struct Beside {
+    stream: Arc<CudaStream>,
+}
+
+impl Beside {
+    /// Waits until all copies are done.
+    pub(crate) fn finish(&self) -> Result<()> {
+        let done = self.stream.synchronize();
+        done.map_err(|e| failed_beside(&self.stream, e))
+    }
+}
+
+fn failed_beside(stream: &CudaStream, error: DriverError) -> Error {
+    let what = format!("a kernel or a copy: {}", error_name(error));
+    Error::cuda(stream.context().ordinal(), what)
 }
 
 impl Drop for CudaBuffer {

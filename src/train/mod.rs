@@ -20,6 +20,8 @@ pub mod settings;
 pub mod sft_trainer;
 mod stage_one;
 mod stage_two;
+#[cfg(test)]
+mod testing;
 mod validate;
 
 pub use config::TrainConfig;

@@ -70,14 +70,14 @@ impl StageTwo<'_> {
             seed: config.seed,
         };
         let mut teacher = self.teacher(session, &lora, first, config)?;
-        let mut trainer =
-            SftTrainer::new(self.device, lora, first..self.model.layers.len(), options)?;
+        let layers = first..self.model.layers.len();
+        let mut trainer = SftTrainer::new(self.device, self.model, lora, layers, options)?;
         let mut activations = activations;
         let start = match session.take_state(StepStage::Sft) {
             Some(StageState {
                 step, mut tensors, ..
             }) => {
-                trainer.restore(self.device, step, |name| {
+                trainer.restore(step, |name| {
                     tensors.remove(name).ok_or_else(|| {
                         Error::operand("checkpoint", format!("tensor {name}"), "none")
                     })
@@ -111,21 +111,16 @@ impl StageTwo<'_> {
             // What the step after this one begins with.
             let next = upcoming.chunks(config.sft_batch).next();
             let measured = self.device.run(|| {
-                trainer.step(
-                    self.device,
-                    self.model,
-                    micro.len(),
-                    |i| match &mut teacher {
-                        Some(teacher) => {
-                            let made = teacher.micro_batch(micro[i], activations.as_mut())?;
-                            if let Some(rows) = micro.get(i + 1).copied().or(next) {
-                                teacher.cache.prefetch(rows);
-                            }
-                            Ok(made)
+                trainer.step(micro.len(), |i| match &mut teacher {
+                    Some(teacher) => {
+                        let made = teacher.micro_batch(micro[i], activations.as_mut())?;
+                        if let Some(rows) = micro.get(i + 1).copied().or(next) {
+                            teacher.cache.prefetch(rows)?;
                         }
-                        None => self.supervised(micro[i], &layout),
-                    },
-                )
+                        Ok(made)
+                    }
+                    None => self.supervised(micro[i], &layout),
+                })
             })?;
             let seconds = began.elapsed().as_secs_f64();
             let metrics = self.metrics(config, step, &rows, measured, seconds, teacher.as_ref());

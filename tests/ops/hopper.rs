@@ -65,6 +65,7 @@ fn bits_of_products() -> Option<u64> {
     let dropout = Dropout {
         p: 0.3,
         stream: Stream::new(9, Purpose::Dropout, 2, 11),
+        step: None,
     };
     let module = Frozen {
         weight,

@@ -124,7 +124,11 @@ fn lora_matches_float64_with_and_without_dropout_and_residual() {
                 modules: vec![Frozen {
                     weight: w.clone(),
                     bias: Some(bias.clone()),
-                    dropout: (p > 0.0).then_some(Dropout { p, stream }),
+                    dropout: (p > 0.0).then_some(Dropout {
+                        p,
+                        stream,
+                        step: None,
+                    }),
                 }],
                 scale: SCALE,
             };
@@ -168,6 +172,7 @@ fn dropout_zeroes_the_stated_share() {
             dropout: Some(Dropout {
                 p,
                 stream: Stream::new(1, Purpose::Dropout, 0, 0),
+                step: None,
             }),
         }],
         scale: 1.0,
@@ -302,4 +307,41 @@ fn gradients_of_many_rows_and_columns_are_those_of_float64() {
         let allowed = 2.0 * relative_error(rounded, want);
         assert!(error < allowed, "{error:e}, allowed is {allowed:e}");
     }
+}
+
+/// A number in the GPU's memory draws the mask of the stream that has it as its step.
+#[test]
+fn dropout_reads_its_step_from_memory_on_the_gpu() {
+    use resa_engine::tensor::Tensor;
+    let Some(device) = cuda() else { return };
+    let (t, k, n, r) = (33, 24, 40, 8);
+    let w = random(3, &[n, k], 1.0);
+    let inputs = [
+        random(5, &[t, k], 1.0),
+        random(6, &[r, k], 1.0),
+        random(7, &[n, r], 1.0),
+    ];
+    let dy = random(8, &[t, n], 1.0);
+    let run = |step: u64, in_memory: Option<u64>| {
+        let words = |step: u64| vec![step as u32, (step >> 32) as u32];
+        let op = LoraLinear {
+            modules: vec![Frozen {
+                weight: w.clone(),
+                bias: None,
+                dropout: Some(Dropout {
+                    p: 0.5,
+                    stream: Stream::new(9, Purpose::Dropout, step, 11),
+                    step: in_memory.map(|step| Tensor::from_u32(words(step), [2]).unwrap()),
+                }),
+            }],
+            scale: SCALE,
+        };
+        let (y, saved) = op.forward(device, &inputs.each_ref(), &[true; 3]).unwrap();
+        let grads = op.backward(device, saved, vec![Some(dy.clone())], &[true; 3]);
+        let all = y.into_iter().chain(grads.unwrap().into_iter().flatten());
+        all.map(|tensor| to_f64(&tensor)).collect::<Vec<_>>()
+    };
+    let want = run(3 << 32 | 2, None);
+    assert_eq!(run(0, Some(3 << 32 | 2)), want);
+    assert_ne!(run(3 << 32 | 2, Some(2)), want);
 }

@@ -9,14 +9,13 @@ use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use super::CudaDevice;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::tensor::Tensor;
 use crate::tensor::cuda::error_name;
+use crate::tensor::{CudaBuffer, DType, Tensor};
 
-/// What was recorded, with memory of its own: inputs that each run copies to, outputs that it
-/// copies from, and what lies between. Nobody else's tensors are in that memory, so that a run
-/// writes to no one's, and a run allocates nothing but its results.
+/// What was recorded, with memory of its own: inputs that each run copies to, outputs, and what
+/// lies between. Nobody else's tensors are in that memory, so that a run writes to no one's, and a
+/// run allocates nothing but copies of its outputs.
 pub(crate) struct Recorded {
-    // Dropped before the memory that it works in.
     graph: CudaGraph,
     inputs: Vec<Tensor>,
     outputs: Vec<Tensor>,
@@ -28,9 +27,10 @@ pub(crate) struct Recorded {
 unsafe impl Send for Recorded {}
 
 impl CudaDevice {
-    /// Records what `work` launches for inputs of these shapes and dtypes, which are on this
-    /// device. It is given a device whose memory is the recording's own, and inputs there, and
-    /// is called twice: so that its kernels are loaded and all memory is there, and to be recorded.
+    /// Records what `work` launches for inputs of these shapes and dtypes, on this device or (f32
+    /// and u32) on the host. It is given a device whose memory is the recording's own, and inputs
+    /// there, and is called twice: so that its kernels are loaded and all memory is there, and to
+    /// be recorded. What else it reads is read where it lies now, and must lie there in each run.
     ///
     /// # Errors
     /// Those of `work`; work that copies between host and device, which would copy the same host
@@ -75,14 +75,26 @@ impl CudaDevice {
         }
     }
 
-    /// A copy of a tensor of this device.
-    fn copied(&self, tensor: &Tensor) -> Result<Tensor> {
-        let expected = "a tensor on this CUDA device";
-        let from = tensor.cuda().filter(|_| self.holds(tensor));
-        let from = from.ok_or_else(|| Error::operand("graph", expected, tensor.found()))?;
+    /// A copy of a tensor of this device or of the host in this device's memory.
+    ///
+    /// # Errors
+    /// As for [`CudaDevice::record`]'s inputs.
+    pub(crate) fn copied(&self, tensor: &Tensor) -> Result<Tensor> {
         let mut copy = self.alloc(tensor.dtype(), tensor.len())?;
-        copy.copy_from(0, from, 0..tensor.len())?;
+        self.fill(&mut copy, tensor)?;
         Tensor::from_cuda(copy, tensor.shape())
+    }
+
+    fn fill(&self, to: &mut CudaBuffer, tensor: &Tensor) -> Result<()> {
+        match (tensor.cuda(), tensor.dtype()) {
+            (Some(from), _) if self.holds(tensor) => to.copy_from(0, from, 0..from.len()),
+            (None, DType::F32) => to.write(0, bytemuck::cast_slice(tensor.f32s()?)),
+            (None, DType::U32) => to.write(0, bytemuck::cast_slice(tensor.u32s()?)),
+            _ => {
+                let expected = "a tensor on this CUDA device, or f32 or u32 on the host";
+                Err(Error::operand("graph", expected, tensor.found()))
+            }
+        }
     }
 }
 
@@ -98,40 +110,59 @@ impl Recorded {
     /// What the recorded work gives for these inputs, bit for bit, in memory of `device`.
     ///
     /// # Errors
-    /// Inputs of another shape or dtype, or on another device; what a launch can fail with.
+    /// As for [`Self::launch`].
     pub(crate) fn run(&mut self, device: &CudaDevice, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
+        let outputs = self.launch(inputs)?;
+        outputs.iter().map(|output| device.copied(output)).collect()
+    }
+
+    /// What the recorded work gives for these inputs, bit for bit, where the recording has it:
+    /// lent until the next launch, and to be written to at will.
+    ///
+    /// # Errors
+    /// Inputs of another shape or dtype, or on another device; outputs of the launch before that
+    /// somebody still holds; what a launch can fail with.
+    pub(crate) fn launch(&mut self, inputs: &[&Tensor]) -> Result<&mut [Tensor]> {
         if !self.fits(inputs) {
             let shapes = |inputs: &mut dyn Iterator<Item = &Tensor>| {
                 let shapes = inputs.map(|t| format!("{:?}", t.shape()));
                 shapes.collect::<Vec<_>>().join(" and ")
             };
-            let expected = shapes(&mut self.inputs.iter());
+            let expected = format!("inputs of {}", shapes(&mut self.inputs.iter()));
             let found = shapes(&mut inputs.iter().copied());
-            return Err(Error::operand(
-                "graph",
-                format!("inputs of {expected}"),
-                found,
-            ));
+            return Err(Error::operand("graph", expected, found));
+        }
+        if self.outputs.iter_mut().any(Tensor::is_shared) {
+            let expected = "outputs that nobody holds any more";
+            return Err(Error::operand("graph", expected, "one that is held"));
         }
         for (own, given) in self.inputs.iter_mut().zip(inputs) {
-            let found = given.found();
-            match own
-                .cuda_mut()
-                .zip(given.cuda().filter(|_| device.holds(given)))
-            {
-                Some((own, given)) => own.copy_from(0, given, 0..given.len())?,
-                None => return Err(Error::operand("graph", "inputs on this CUDA device", found)),
-            }
+            let found = own.found();
+            let own = own.cuda_mut();
+            let own = own.ok_or_else(|| Error::operand("graph", "an input of its own", found))?;
+            self.device.fill(own, given)?;
         }
         let launched = self.graph.launch();
         launched.map_err(|e| {
             let what = format!("launching a recorded graph: {}", error_name(e));
             Error::cuda(self.device.ordinal(), what)
         })?;
-        self.outputs
-            .iter()
-            .map(|output| device.copied(output))
-            .collect()
+        Ok(&mut self.outputs)
+    }
+
+    /// What the last launch gave, as it lent it.
+    pub(crate) fn outputs(&mut self) -> &mut [Tensor] {
+        &mut self.outputs
+    }
+}
+
+impl Drop for Recorded {
+    fn drop(&mut self) {
+        // Given back here, since a tensor that the work left elsewhere, such as a table that is
+        // made once, keeps the memory's list of free blocks.
+        self.inputs.clear();
+        self.outputs.clear();
+        self.device.release_memory();
     }
 }
 
@@ -145,7 +176,6 @@ impl fmt::Debug for Recorded {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tensor::DType;
 
     fn device() -> Option<CudaDevice> {
         cuda_emulator::install().unwrap();

@@ -35,7 +35,7 @@ pub(crate) const WIDE_F32: usize = 4;
 #[derive(Clone, Debug)]
 pub struct CudaDevice {
     stream: Arc<CudaStream>,
-    /// For copies to the host while the stream works on.
+    /// For copies between host and device while the stream works on.
     beside: Arc<CudaStream>,
     memory: Arc<Memory>,
     kernels: Arc<Kernels>,
@@ -208,11 +208,11 @@ impl CudaDevice {
         }
         let mut buffer = CudaBuffer::new(&self.memory, tensor.len(), dtype)?;
         match dtype {
-            DType::U32 => buffer.write(bytemuck::cast_slice(tensor.u32s()?))?,
-            DType::F32 => buffer.write(bytemuck::cast_slice(tensor.to_f32()?.f32s()?))?,
+            DType::U32 => buffer.write(0, bytemuck::cast_slice(tensor.u32s()?))?,
+            DType::F32 => buffer.write(0, bytemuck::cast_slice(tensor.to_f32()?.f32s()?))?,
             DType::Bf16 => {
                 let rounded = tensor.to_bf16()?;
-                buffer.write(bytemuck::cast_slice(rounded.bf16s().unwrap_or(&[])))?;
+                buffer.write(0, bytemuck::cast_slice(rounded.bf16s().unwrap_or(&[])))?;
                 tensor.release_pages();
             }
             DType::F16 => {
@@ -277,5 +277,36 @@ impl CudaDevice {
 
     pub(super) fn release_memory(&self) {
         self.memory.release();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tensors_larger_than_the_page_locked_memory_go_and_come_back() {
+        cuda_emulator::install().unwrap();
+        if !CudaDevice::is_available() {
+            return;
+        }
+        let cuda = CudaDevice::new(0, 1).unwrap();
+        // Four parts, the last of one value; and what goes without page-locked memory.
+        for len in [3 * (1 << 20) + 1, 1000, 0] {
+            let values: Vec<f32> = (0..len).map(|i| i as f32).collect();
+            let host = Tensor::from_vec(values.clone(), [len]).unwrap();
+            let tensor = cuda.resident(&host, DType::F32).unwrap();
+            assert_eq!(tensor.to_f32().unwrap().f32s().unwrap(), &values[..]);
+            let (start, count) = (len / 3, len / 2);
+            let mut bytes = vec![1, 2, 3, 4];
+            let beside = cuda.mark().unwrap().wait().unwrap();
+            let buffer = tensor.cuda().unwrap();
+            let read = buffer.read_beside(&beside, start, count, &mut bytes);
+            read.unwrap();
+            assert_eq!(&bytes[..4], [1, 2, 3, 4]);
+            let right: &[u8] = bytemuck::cast_slice(&values[start..start + count]);
+            assert_eq!(&bytes[4..], right);
+            assert!(buffer.read(len, 1).is_err());
+        }
     }
 }

@@ -184,7 +184,7 @@ fn a_low_rank_product_is_added_and_dropped_where_the_mask_says() {
             let mut bytes: Vec<u8> = bytes.collect();
             bytes.resize(bytes.len().next_multiple_of(4), 0);
             let mut mask = cuda.alloc(DType::U32, bytes.len() / 4).unwrap();
-            mask.write(&bytes).unwrap();
+            mask.write(0, &bytes).unwrap();
             let low_rank = LowRank {
                 lhs: Matrix::of(&low_lhs).unwrap(),
                 rhs: Matrix::of(&low_rhs).unwrap(),

@@ -8,6 +8,7 @@ use super::{Dropout, Frozen, Gradients, LoraLinear};
 use crate::device::CudaDevice;
 use crate::device::cuda::{Arg, Grid, Kernel, WIDE};
 use crate::error::Result;
+use crate::ops::expect_shape;
 use crate::ops::gemm::cuda::{Kept, Layout, LowRank, Matrix, Product, with_last};
 use crate::tensor::{CudaBuffer, DType, Tensor};
 
@@ -38,8 +39,15 @@ impl Dropout {
         x: &Tensor,
         mask: Option<&CudaBuffer>,
     ) -> Result<Tensor> {
+        if let Some(step) = &self.step {
+            expect_shape(NAME, step, &[2])?;
+        }
         let dropped = cuda.alloc(DType::Bf16, x.len())?;
         let (key, high) = self.stream.parts();
+        let step = self.step.as_ref();
+        let step = step
+            .map(|step| cuda.resident(step, DType::U32))
+            .transpose()?;
         let args = [
             Arg::from(&dropped),
             mask.map_or(Arg::Pointer(0), Arg::from),
@@ -50,10 +58,11 @@ impl Dropout {
             Arg::U32(high[0]),
             Arg::U32(high[1]),
             Arg::U32(high[2]),
+            step.as_ref().map_or(Ok(Arg::Pointer(0)), Tensor::arg)?,
             Arg::U32(self.threshold()),
         ];
         // SAFETY: x and its copy are bf16 of one length; the mask, where there is one, was made
-        // for that length by `mask`.
+        // for that length by `mask`; the step, where it is in memory, is two u32.
         unsafe { cuda.launch(DROPOUT, Grid::over(x.len().div_ceil(WIDE)), &args) }?;
         Tensor::from_cuda(dropped, x.shape())
     }

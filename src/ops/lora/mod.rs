@@ -41,12 +41,15 @@ pub struct Frozen {
 }
 
 /// Inverted dropout: zero with probability `p`, else scaled by 1/(1−p).
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Dropout {
     /// Probability of a zero, in \[0, 1).
     pub p: f32,
     /// Where the mask's random numbers come from: word i belongs to element i.
     pub stream: Stream,
+    /// On a GPU, where the stream's step (low word, high word) is read in place of the stream's
+    /// own, \[2\] u32: so the same launch draws another mask when the number there has changed.
+    pub step: Option<Tensor>,
 }
 
 impl Dropout {

@@ -168,6 +168,13 @@ impl Emulator {
         (found != 0).then_some(counters)
     }
 
+    /// Calls by which this thread has handed work to the driver since it last called
+    /// [`Self::reset`]: launches of kernels and of whole graphs, copies, fills.
+    pub fn submissions(&self) -> u64 {
+        let count = self.symbol::<extern "C" fn() -> u64>(b"cuda_emulator_submissions\0");
+        count.map_or(0, |count| count())
+    }
+
     /// Live device allocations and their bytes.
     pub fn live_allocations(&self) -> (usize, u64) {
         type Reader = unsafe extern "C" fn(*mut u64) -> usize;

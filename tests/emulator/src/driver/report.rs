@@ -3,7 +3,7 @@
 //! The functions here are exported with C names: the shared library that CUDA programs load
 //! and a copy linked into a test have separate state.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ffi::{c_char, c_int};
 use std::io::Write;
 use std::sync::Mutex;
@@ -19,6 +19,7 @@ thread_local! {
     static LAST_FINDING: RefCell<String> = const { RefCell::new(String::new()) };
     static LAST_COUNTERS: RefCell<Option<(String, Counters)>> = const { RefCell::new(None) };
     static THREAD_COUNTERS: RefCell<Option<Counters>> = const { RefCell::new(None) };
+    static SUBMISSIONS: Cell<u64> = const { Cell::new(0) };
 }
 
 /// Sums over all launches of the process.
@@ -38,6 +39,11 @@ impl Reports {
             Some((_, total)) => total.add(&counters),
             None => totals.push((kernel.to_string(), counters)),
         }
+    }
+
+    /// Notes a call that hands work to a stream.
+    pub fn submitted(&self) {
+        SUBMISSIONS.set(SUBMISSIONS.get() + 1);
     }
 
     /// Notes a finding.
@@ -127,6 +133,15 @@ pub extern "C" fn cuda_emulator_reset() {
     LAST_FINDING.with_borrow_mut(String::clear);
     LAST_COUNTERS.with_borrow_mut(|last| *last = None);
     THREAD_COUNTERS.with_borrow_mut(|sum| *sum = None);
+    SUBMISSIONS.set(0);
+}
+
+/// Calls by which this thread has handed work to a stream since its last `cuda_emulator_reset`:
+/// each launch of a kernel or of a whole graph, each copy, each fill. What a stream records is not
+/// counted.
+#[unsafe(no_mangle)]
+pub extern "C" fn cuda_emulator_submissions() -> u64 {
+    SUBMISSIONS.get()
 }
 
 /// Sums over this thread's launches since its last `cuda_emulator_reset`; 0 if there were none.

@@ -39,6 +39,7 @@ pub fn submit_all(stream: Handle, work: &[Work]) -> Outcome {
         body.work.extend_from_slice(work);
         return Ok(());
     }
+    driver().reports.submitted();
     work.iter().try_for_each(Work::run)
 }
 

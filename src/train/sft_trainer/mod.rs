@@ -2,49 +2,20 @@
 //! what the model alone gives (Resa, arXiv 2506.09967; adapters for SAEs: arXiv 2501.19406), or,
 //! as the baseline, so that it gives the answers.
 
+mod student;
+#[cfg(test)]
+mod tests;
+
 use std::ops::Range;
+
+pub use student::{MicroBatch, Student, Target};
 
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::model::{Adapters, Layout, Lora, Module, Qwen2, Sae, StepDropout};
-use crate::ops::cross_entropy::CrossEntropy;
-use crate::ops::kl_div::KlDiv;
+use crate::model::{Lora, Module, Qwen2, StepDropout};
 use crate::optim::{AdamW, AdamWConfig, Update, clip_grad_norm};
-use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
-
-/// Where the student's forward pass begins.
-pub enum Student<'a> {
-    /// At the SAE's reconstruction \[T, d\] of layer `layer`'s output: no gradient passes the SAE.
-    Reconstruction { x: Tensor, layer: usize },
-    /// At the token ids, through an SAE that gradients pass.
-    ThroughSae {
-        ids: Tensor,
-        sae: &'a Sae,
-        layer: usize,
-    },
-    /// At the token ids, without an SAE.
-    Plain { ids: Tensor },
-}
-
-/// What the student is to match.
-pub enum Target {
-    /// The teacher's hidden states \[T, d\] after the final norm; the KL divergence of the logits
-    /// is summed over tokens and divided by `batch`.
-    Teacher { hidden: Tensor, batch: f32 },
-    /// The next tokens, where they count.
-    Tokens(Vec<Option<u32>>),
-}
-
-/// A part of a step whose gradients are computed at once.
-pub struct MicroBatch<'a> {
-    /// How the tokens lie.
-    pub layout: Layout,
-    /// What is computed.
-    pub student: Student<'a>,
-    /// What it is compared with.
-    pub target: Target,
-}
+use student::StudentPass;
 
 /// Settings of Stage II's optimisation.
 #[derive(Clone, Copy, Debug)]
@@ -71,19 +42,22 @@ pub struct SftStep {
 }
 
 /// Adapters in training and their optimizer.
-pub struct SftTrainer {
+pub struct SftTrainer<'a> {
+    device: &'a Device,
     lora: Lora,
     /// The adapters that get gradients, in the optimizer's order.
     trained: Vec<(usize, Module)>,
     optimizer: AdamW,
     options: SftOptions,
+    pass: StudentPass<'a>,
 }
 
-impl SftTrainer {
-    /// Trains those of `lora`'s adapters that sit on `layers`; the others act unchanged where
-    /// the student's forward pass goes through them.
+impl<'a> SftTrainer<'a> {
+    /// Trains those of `lora`'s adapters to `model` that sit on `layers`; the others act unchanged
+    /// where the student's forward pass goes through them.
     pub fn new(
-        device: &Device,
+        device: &'a Device,
+        model: &'a Qwen2,
         mut lora: Lora,
         layers: Range<usize>,
         options: SftOptions,
@@ -94,12 +68,12 @@ impl SftTrainer {
             .copied()
             .filter(|(layer, _)| layers.contains(layer))
             .collect();
-        if trained.is_empty() {
+        let Some(&(first, _)) = trained.first() else {
             return Err(Error::setting(
                 "--lora-targets",
                 format!("no adapter sits on a layer that is trained ({layers:?})"),
             ));
-        }
+        };
         for pair in lora.pairs.values_mut() {
             pair.a = device.resident(&pair.a)?;
             pair.b = device.resident(&pair.b)?;
@@ -114,10 +88,12 @@ impl SftTrainer {
         });
         let optimizer = AdamW::new(config, factors)?;
         Ok(Self {
+            device,
             lora,
             trained,
             optimizer,
             options,
+            pass: StudentPass::new(device, model, first..model.layers.len()),
         })
     }
 
@@ -132,12 +108,10 @@ impl SftTrainer {
     }
 
     /// One optimizer step over `count` micro-batches, made one after another by `micro_batch`.
-    pub fn step<'a>(
+    pub fn step<'m>(
         &mut self,
-        device: &Device,
-        model: &Qwen2,
         count: usize,
-        mut micro_batch: impl FnMut(usize) -> Result<MicroBatch<'a>>,
+        mut micro_batch: impl FnMut(usize) -> Result<MicroBatch<'m>>,
     ) -> Result<SftStep> {
         let mut loss = 0.0;
         let mut sums: Vec<Tensor> = Vec::new();
@@ -147,79 +121,34 @@ impl SftTrainer {
                 seed: self.options.seed,
                 // The last step of an epoch may have fewer micro-batches: no two share a number.
                 step: self.step_count() << 32 | i as u64,
+                in_memory: None,
             };
-            let (value, grads) =
-                self.gradients(device, model, micro_batch(i)?, dropout, 1.0 / count as f32)?;
-            loss += value / count as f64;
-            if sums.is_empty() {
-                sums = grads;
-            } else {
-                for (sum, grad) in sums.iter_mut().zip(&grads) {
-                    device.add_assign(sum, grad)?;
-                }
+            let (micro, share) = (micro_batch(i)?, 1.0 / count as f32);
+            loss += self.pass.run(&self.lora, micro, dropout, share)? / count as f64;
+            if count > 1 {
+                self.pass.add_gradients(&mut sums)?;
             }
         }
-        let mut grads: Vec<_> = sums.iter_mut().collect();
-        let grad_norm = clip_grad_norm(device, &mut grads, self.options.clip)?;
+        let grads = match sums.is_empty() {
+            true => self.pass.gradients(),
+            false => &mut sums,
+        };
+        let mut grads: Vec<_> = grads.iter_mut().collect();
+        let grad_norm = clip_grad_norm(self.device, &mut grads, self.options.clip)?;
         if !grad_norm.is_finite() {
             return Err(Error::NotFinite {
                 what: format!("the gradient norm is {grad_norm}"),
             });
         }
-        self.update(device, sums)?;
+        let grads = match sums.is_empty() {
+            true => self.pass.take_gradients(),
+            false => sums,
+        };
+        self.update(grads)?;
         Ok(SftStep { loss, grad_norm })
     }
 
-    /// The loss of a micro-batch and the gradients of A and B of each trained adapter.
-    fn gradients(
-        &self,
-        device: &Device,
-        model: &Qwen2,
-        micro: MicroBatch,
-        dropout: StepDropout,
-        seed: f32,
-    ) -> Result<(f64, Vec<Tensor>)> {
-        let mut tape = Tape::new(device);
-        let layers = match self.trained.first() {
-            Some(&(first, _)) => first..model.layers.len(),
-            None => 0..0,
-        };
-        let adapters = Adapters::trained(&mut tape, &self.lora, layers, Some(dropout));
-        let hidden = forward(&mut tape, model, &micro.layout, micro.student, &adapters)?;
-        let hidden = model.final_norm(&mut tape, &hidden)?;
-        let head = model.lm_head.clone();
-        let loss = match micro.target {
-            Target::Teacher {
-                hidden: teacher,
-                batch,
-            } => tape.apply(
-                KlDiv {
-                    teacher,
-                    head,
-                    batch,
-                },
-                &[&hidden],
-            )?,
-            Target::Tokens(targets) => tape
-                .apply_all(CrossEntropy { targets, head }, &[&hidden])?
-                .swap_remove(0),
-        };
-        drop(hidden);
-        let value = loss.value().f32s()?[0].into();
-        let mut grads = tape.backward(&loss, seed)?;
-        let mut factors = Vec::with_capacity(2 * self.trained.len());
-        for ((layer, module), (a, b)) in adapters.pairs() {
-            for factor in [a, b] {
-                factors.push(grads.take(factor).ok_or_else(|| {
-                    let name = format!("a gradient of layer {layer}'s {}", module.name());
-                    Error::operand("lora", name, "none")
-                })?);
-            }
-        }
-        Ok((value, factors))
-    }
-
-    fn update(&mut self, device: &Device, grads: Vec<Tensor>) -> Result<()> {
+    fn update(&mut self, grads: Vec<Tensor>) -> Result<()> {
         let trained = &self.trained;
         let factors = self
             .lora
@@ -233,7 +162,7 @@ impl SftTrainer {
             unit_rows: false,
         });
         self.optimizer
-            .step(device, self.options.lr, updates.collect())
+            .step(self.device, self.options.lr, updates.collect())
     }
 
     /// The adapters and the optimizer's moments by name; with the step count all that a
@@ -255,10 +184,10 @@ impl SftTrainer {
     /// Goes on from a checkpoint: `take` gives the tensor of a name.
     pub fn restore(
         &mut self,
-        device: &Device,
         steps: u64,
         mut take: impl FnMut(&str) -> Result<Tensor>,
     ) -> Result<()> {
+        let device = self.device;
         for ((layer, module), pair) in &mut self.lora.pairs {
             for (factor, letter) in [(&mut pair.a, 'a'), (&mut pair.b, 'b')] {
                 let saved = take(&format!("lora.{layer}.{}.{letter}", module.name()))?;
@@ -274,35 +203,5 @@ impl SftTrainer {
         };
         let (first, second) = (moments("first")?, moments("second")?);
         self.optimizer.restore(steps, first, second)
-    }
-}
-
-/// The student's hidden states before the final norm.
-fn forward(
-    tape: &mut Tape,
-    model: &Qwen2,
-    layout: &Layout,
-    student: Student,
-    adapters: &Adapters,
-) -> Result<Var> {
-    let layers = model.layers.len();
-    match student {
-        Student::Reconstruction { x, layer } => model.decode(
-            tape,
-            Var::constant(x),
-            layer + 1..layers,
-            layout,
-            Some(adapters),
-        ),
-        Student::ThroughSae { ids, sae, layer } => {
-            let x = model.embed(tape, ids)?;
-            let x = model.decode(tape, x, 0..layer + 1, layout, Some(adapters))?;
-            let x = sae.pass_through(tape, &x)?;
-            model.decode(tape, x, layer + 1..layers, layout, Some(adapters))
-        }
-        Student::Plain { ids } => {
-            let x = model.embed(tape, ids)?;
-            model.decode(tape, x, 0..layers, layout, Some(adapters))
-        }
     }
 }
