@@ -61,7 +61,7 @@ pub(super) fn draw(logits: &[f32], filter: Filter, word: u64) -> Option<u32> {
             .for_each(|(_, weight)| *weight = 0);
     }
     let total = u128::from(weights.iter().sum::<u64>());
-    let target = (u128::from(word) * total >> 64) as u64;
+    let target = ((u128::from(word) * total) >> 64) as u64;
     let mut sum = 0;
     let drawn = weights.iter().position(|weight| {
         sum += weight;
