@@ -211,8 +211,10 @@ fn a_steady_step_allocates_nothing_and_hands_the_driver_a_tenth_of_the_work() {
             let count = emulator.map_or(0, cuda_emulator::Emulator::submissions);
             after.push((reserved(&device) - before, count));
         }
-        println!("recorded: {records}, bytes and calls {after:?}");
-        assert_eq!(after[2], after[3]);
+        assert_eq!(
+            after[2], after[3],
+            "bytes and calls of each step: {after:?}"
+        );
         steady.push(after[3]);
         drop(trainer);
         device.release_memory();
