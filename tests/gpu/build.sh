@@ -15,9 +15,11 @@ trap 'rm -rf "$work"' EXIT
 bundle=$work/resa-gpu
 mkdir -p "$bundle/bin" "$bundle/tests"
 
-cargo test --profile "$profile" --no-run --message-format=json --test ops --test cli >"$work/messages"
+# The library's own tests are of no use here, but with them Cargo chooses the features of the whole test suite, whose
+# dependencies are then not built a second time.
+cargo test --profile "$profile" --no-run --message-format=json --workspace --lib --test ops --test cli >"$work/messages"
 # Under `cargo test` an example that is named would become a test.
-cargo build --profile "$profile" --message-format=json --example random_model >>"$work/messages"
+cargo build --profile "$profile" --message-format=json --workspace --example random_model >>"$work/messages"
 # Path of what Cargo made of a target: NAME KIND.
 made() {
     local line
