@@ -110,16 +110,12 @@ mod tests {
 
     #[test]
     fn recorded_layers_give_the_bits_of_launches_one_by_one_and_allocate_nothing_in_the_long_run() {
-        cuda_emulator::install().unwrap();
-        if !crate::device::CudaDevice::is_available() {
+        let Some(cuda) = crate::device::CudaDevice::for_tests(1) else {
             return;
-        }
-        let device = Device::cuda(0, 1).unwrap();
-        let Device::Cuda(cuda) = &device else {
-            panic!("not a GPU");
         };
+        let device = Device::Cuda(cuda.clone());
         let mut model = model();
-        model.upload(cuda, 0..3, false).unwrap();
+        model.upload(&cuda, 0..3, false).unwrap();
         for documents in [false, true] {
             let packed = packed(documents);
             let layout = Layout::new(&model.config, 2, SEQ_LEN).unwrap();

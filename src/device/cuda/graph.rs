@@ -177,11 +177,6 @@ impl fmt::Debug for Recorded {
 mod tests {
     use super::*;
 
-    fn device() -> Option<CudaDevice> {
-        cuda_emulator::install().unwrap();
-        CudaDevice::is_available().then(|| CudaDevice::new(0, 1).unwrap())
-    }
-
     fn upload(cuda: &CudaDevice, seed: usize) -> Tensor {
         let values = (0..1000).map(|i| ((i * 37 + seed * 101) % 255) as f32 - 127.0);
         let values = Tensor::from_vec(values.collect(), [10, 100]).unwrap();
@@ -207,7 +202,9 @@ mod tests {
 
     #[test]
     fn a_recorded_part_gives_the_same_bits_for_other_inputs_and_allocates_nothing_more() {
-        let Some(cuda) = device() else { return };
+        let Some(cuda) = CudaDevice::for_tests(1) else {
+            return;
+        };
         let eager = Device::Cuda(cuda.clone());
         let first = [upload(&cuda, 1), upload(&cuda, 2)];
         let mut recorded = cuda.record(&first.each_ref(), sums).unwrap();
@@ -243,7 +240,9 @@ mod tests {
 
     #[test]
     fn copies_and_allocations_cannot_be_recorded_and_the_device_goes_on_after_it() {
-        let Some(cuda) = device() else { return };
+        let Some(cuda) = CudaDevice::for_tests(1) else {
+            return;
+        };
         let x = upload(&cuda, 1);
         let reads = |_: &Device, inputs: &[Tensor]| -> Result<Vec<Tensor>> {
             Ok(vec![inputs[0].to_f32()?])

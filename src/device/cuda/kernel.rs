@@ -236,11 +236,9 @@ mod tests {
 
     #[test]
     fn a_launch_that_the_driver_refuses_names_kernel_arguments_and_grid() {
-        cuda_emulator::install().unwrap();
-        if !CudaDevice::is_available() {
+        let Some(cuda) = CudaDevice::for_tests(1) else {
             return;
-        }
-        let cuda = CudaDevice::new(0, 1).unwrap();
+        };
         let kernel = |function| Kernel {
             stem: "add",
             function,

@@ -119,6 +119,14 @@ impl CudaDevice {
         })
     }
 
+    /// The device of a test: a GPU where there is one, else the emulator; none where the build has
+    /// no kernels, which the operators' tests say.
+    #[cfg(test)]
+    pub(crate) fn for_tests(threads: usize) -> Option<Self> {
+        cuda_emulator::install().unwrap();
+        Self::is_available().then(|| Self::new(0, threads).unwrap())
+    }
+
     /// Whether this build has kernels and this machine a CUDA driver to run them with.
     pub fn is_available() -> bool {
         kernel::built() && Self::driver_present()
@@ -286,11 +294,9 @@ mod tests {
 
     #[test]
     fn tensors_larger_than_the_page_locked_memory_go_and_come_back() {
-        cuda_emulator::install().unwrap();
-        if !CudaDevice::is_available() {
+        let Some(cuda) = CudaDevice::for_tests(1) else {
             return;
-        }
-        let cuda = CudaDevice::new(0, 1).unwrap();
+        };
         // Four parts, the last of one value; and what goes without page-locked memory.
         for len in [3 * (1 << 20) + 1, 1000, 0] {
             let values: Vec<f32> = (0..len).map(|i| i as f32).collect();

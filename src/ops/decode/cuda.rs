@@ -201,10 +201,10 @@ impl Sequences<'_> {
         let rope = self.rope.resident(cuda)?;
         let batch = self.positions.len();
         let shape = [
-            Arg::U32(extent(NAME, layer)?),
-            Arg::U32(extent(NAME, queries)?),
-            Arg::U32(extent(NAME, kv)?),
-            Arg::U32(extent(NAME, dim)?),
+            Arg::size(NAME, layer)?,
+            Arg::size(NAME, queries)?,
+            Arg::size(NAME, kv)?,
+            Arg::size(NAME, dim)?,
         ];
         let turned = cuda.alloc(DType::Bf16, q.len())?;
         let mut args = vec![Arg::from(&turned), q.arg()?, k.arg()?, v.arg()?];
@@ -227,7 +227,7 @@ impl Sequences<'_> {
         args.push(self.table.arg()?);
         args.extend(shape);
         args.push(Arg::F32(LOG2_E / (dim as f32).sqrt()));
-        args.push(Arg::U32(extent(NAME, splits)?));
+        args.push(Arg::size(NAME, splits)?);
         let parts = (queries / kv).div_ceil(QUERIES);
         let grid = Grid::of_blocks(batch * kv * parts * splits, ATTEND_THREADS, 0);
         let attend = if dim <= 64 { ATTEND_64 } else { ATTEND_128 };
@@ -239,9 +239,9 @@ impl Sequences<'_> {
                 Arg::from(&out),
                 partial_arg,
                 self.table.arg()?,
-                Arg::U32(extent(NAME, queries)?),
-                Arg::U32(extent(NAME, dim)?),
-                Arg::U32(extent(NAME, splits)?),
+                Arg::size(NAME, queries)?,
+                Arg::size(NAME, dim)?,
+                Arg::size(NAME, splits)?,
             ];
             let threads = extent(NAME, dim.next_multiple_of(32))?;
             // SAFETY: the attention has written every split of a sequence's own, which are those

@@ -6,21 +6,9 @@ use std::process::Command;
 use cuda_emulator::{Backend, Counters};
 
 use super::cuda::{Kept, Layout, LowRank, Matrix, Product};
-use crate::device::{CudaDevice, Device};
+use crate::device::CudaDevice;
 use crate::rng::{Purpose, Stream};
 use crate::tensor::{DType, Tensor};
-
-fn gpu() -> Option<CudaDevice> {
-    cuda_emulator::install().unwrap();
-    if !CudaDevice::is_available() {
-        // Said by the operators' tests.
-        return None;
-    }
-    match Device::cuda(0, 1).unwrap() {
-        Device::Cuda(cuda) => Some(cuda),
-        Device::Cpu(_) => None,
-    }
-}
 
 /// A bf16 matrix on the device.
 fn random(cuda: &CudaDevice, seed: u64, rows: usize, cols: usize) -> Tensor {
@@ -80,7 +68,9 @@ fn assert_close(what: &str, got: &[f64], want: &[(f64, f64)], k: usize, relative
 
 #[test]
 fn every_layout_and_shape_agrees_with_float64() {
-    let Some(cuda) = gpu() else { return };
+    let Some(cuda) = CudaDevice::for_tests(1) else {
+        return;
+    };
     let shapes = [
         [1, 1, 1],
         [3, 5, 7],
@@ -129,7 +119,9 @@ fn every_layout_and_shape_agrees_with_float64() {
 
 #[test]
 fn the_widest_tile_agrees_with_float64() {
-    let Some(cuda) = gpu() else { return };
+    let Some(cuda) = CudaDevice::for_tests(1) else {
+        return;
+    };
     // More than a hundred tiles of 128 x 256, the last of them in part; on Hopper two for each
     // block, and the ring more than once around.
     let shapes = [
@@ -152,7 +144,9 @@ fn the_widest_tile_agrees_with_float64() {
 
 #[test]
 fn a_low_rank_product_is_added_and_dropped_where_the_mask_says() {
-    let Some(cuda) = gpu() else { return };
+    let Some(cuda) = CudaDevice::for_tests(1) else {
+        return;
+    };
     let cases = [
         ([9, 16, 24], 8),
         ([13, 11, 10], 3),
@@ -222,7 +216,7 @@ fn counted() -> Option<(Counters, String)> {
 
 #[test]
 fn on_hopper_wgmma_does_what_is_useful_and_a_pair_of_blocks_loads_the_right_operand_once() {
-    let Some(cuda) = gpu().filter(|cuda| cuda.capability() == (9, 0)) else {
+    let Some(cuda) = CudaDevice::for_tests(1).filter(|cuda| cuda.capability() == (9, 0)) else {
         return;
     };
     // Two by three tiles.
@@ -254,7 +248,8 @@ fn on_hopper_wgmma_does_what_is_useful_and_a_pair_of_blocks_loads_the_right_oper
 /// random order.
 #[test]
 fn all_of_this_holds_on_hopper() {
-    let emulated = gpu().is_some() && cuda_emulator::install() == Ok(Backend::Emulator);
+    let emulated =
+        CudaDevice::for_tests(1).is_some() && cuda_emulator::install() == Ok(Backend::Emulator);
     if !emulated || std::env::var_os("CUDA_EMU_DEVICE").is_some() {
         return;
     }
@@ -274,7 +269,9 @@ fn all_of_this_holds_on_hopper() {
 
 #[test]
 fn a_result_is_added_to_and_takes_bias_residual_and_alpha() {
-    let Some(cuda) = gpu() else { return };
+    let Some(cuda) = CudaDevice::for_tests(1) else {
+        return;
+    };
     // The last two with K in slices.
     for shape @ [m, n, k] in [[9, 12, 40], [65, 131, 33], [32, 136, 600], [70, 11, 555]] {
         let (lhs, rhs) = (random(&cuda, 1, m, k), random(&cuda, 2, n, k));
@@ -325,7 +322,9 @@ fn a_result_is_added_to_and_takes_bias_residual_and_alpha() {
 
 #[test]
 fn a_range_of_rows_is_a_matrix_of_its_own() {
-    let Some(cuda) = gpu() else { return };
+    let Some(cuda) = CudaDevice::for_tests(1) else {
+        return;
+    };
     let [m, n, k] = [5, 9, 24];
     let (lhs, rhs) = (random(&cuda, 1, m + 7, k), random(&cuda, 2, n + 3, k));
     let want = reference(
@@ -344,7 +343,9 @@ fn a_range_of_rows_is_a_matrix_of_its_own() {
 
 #[test]
 fn operands_that_do_not_fit_are_errors_that_name_the_shapes() {
-    let Some(cuda) = gpu() else { return };
+    let Some(cuda) = CudaDevice::for_tests(1) else {
+        return;
+    };
     let (lhs, rhs) = (random(&cuda, 1, 4, 8), random(&cuda, 2, 4, 6));
     let matrices = || (Matrix::of(&lhs).unwrap(), Matrix::of(&rhs).unwrap());
     let (l, r) = matrices();

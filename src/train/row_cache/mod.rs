@@ -11,7 +11,7 @@ use std::thread::{self, JoinHandle};
 use crate::data::cache::ActivationCache;
 use crate::device::{CudaDevice, Device};
 use crate::error::Result;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{CudaBuffer, DType, Tensor};
 use shape::RowShape;
 
 /// Threads that store what a GPU computed. One is not enough: new memory is cleared by the system
@@ -217,10 +217,7 @@ impl RowCache {
             .iter()
             .position(|&r| r == row)
             .unwrap_or(0);
-        let bytes = self.shape.row(&parts, position, |part, start, len, out| {
-            out.extend(part.read(start, len)?);
-            Ok(())
-        })?;
+        let bytes = self.shape.row(&parts, position, read)?;
         self.last = Some((group, parts));
         Ok(bytes)
     }
@@ -233,11 +230,8 @@ impl RowCache {
         };
         let shape = self.shape;
         let Some(gpu) = &self.gpu else {
-            let kept = shape.keep(store, rows, parts, 1, |part, start, len, out| {
-                out.extend(part.read(start, len)?);
-                Ok(())
-            });
-            kept?.into_iter().for_each(|row| self.held[row] = true);
+            let kept = shape.keep(store, rows, parts, 1, read)?;
+            kept.into_iter().for_each(|row| self.held[row] = true);
             return Ok(());
         };
         let (done, keepers) = (gpu.mark()?, self.keepers);
@@ -252,6 +246,12 @@ impl RowCache {
         }));
         Ok(())
     }
+}
+
+/// Appends elements of a GPU's memory, when all that was launched is done.
+fn read(part: &CudaBuffer, start: usize, len: usize, out: &mut Vec<u8>) -> Result<()> {
+    out.extend(part.read(start, len)?);
+    Ok(())
 }
 
 impl Drop for RowCache {

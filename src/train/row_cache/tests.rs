@@ -52,11 +52,7 @@ const WIDE: [usize; 3] = [2, 64, 40_000];
 
 /// Groups [0, 1], [2, 3] and [4] on a GPU.
 fn on_gpu(dir: &Path) -> Option<(CudaDevice, RowCache)> {
-    cuda_emulator::install().unwrap();
-    if !CudaDevice::is_available() {
-        return None;
-    }
-    let cuda = CudaDevice::new(0, 3).unwrap();
+    let cuda = CudaDevice::for_tests(3)?;
     let space = CacheSpace {
         memory: 1 << 30,
         dir,

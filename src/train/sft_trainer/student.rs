@@ -99,12 +99,12 @@ impl<'a> StudentPass<'a> {
         share: f32,
     ) -> Result<f64> {
         self.own.clear();
-        let (batch, name) = match &micro.target {
-            Target::Teacher { batch, .. } => (*batch, "KL divergence"),
-            Target::Tokens(_) => (1.0, "cross-entropy"),
+        let (batch, losses, name) = match &micro.target {
+            Target::Teacher { batch, .. } => (*batch, micro.layout.tokens(), "KL divergence"),
+            Target::Tokens(_) => (1.0, 1, "cross-entropy"),
         };
-        let seed = share / batch;
-        let losses = match self.run_recorded(lora, &micro, &dropout, seed)? {
+        let seeds = Tensor::from_vec(vec![share / batch; losses], [losses])?;
+        let losses = match self.run_recorded(lora, &micro, &dropout, &seeds)? {
             Some(losses) => losses,
             None => {
                 let sweep = Sweep {
@@ -114,11 +114,6 @@ impl<'a> StudentPass<'a> {
                     lora,
                     dropout,
                 };
-                let tokens = match micro.target {
-                    Target::Teacher { .. } => micro.layout.tokens(),
-                    Target::Tokens(_) => 1,
-                };
-                let seeds = Tensor::from_vec(vec![seed; tokens], [tokens])?;
                 let (losses, grads) = sweep.run(micro, seeds)?;
                 self.own = grads;
                 losses.to_f32()?
@@ -140,7 +135,7 @@ impl<'a> StudentPass<'a> {
         lora: &Lora,
         micro: &MicroBatch,
         dropout: &StepDropout,
-        seed: f32,
+        seeds: &Tensor,
     ) -> Result<Option<Tensor>> {
         let (
             Device::Cuda(cuda),
@@ -157,10 +152,9 @@ impl<'a> StudentPass<'a> {
         let tokens = layout.tokens();
         let x = cuda.resident(x, DType::Bf16)?;
         let hidden = cuda.resident(hidden, DType::Bf16)?;
-        let seeds = Tensor::from_vec(vec![seed; tokens], [tokens])?;
         let number = [dropout.step as u32, (dropout.step >> 32) as u32];
         let number = Tensor::from_u32(number.to_vec(), [2])?;
-        let inputs = [&x, &hidden, &seeds, &number];
+        let inputs = [&x, &hidden, seeds, &number];
         let inputs: Vec<&Tensor> = inputs.into_iter().chain(&layout.doc_starts).collect();
         let factors = self.addresses(lora);
         if let Some(recording) = &self.recording {

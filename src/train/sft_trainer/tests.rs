@@ -11,8 +11,7 @@ const SEQ_LEN: usize = 24;
 const FIRST: usize = 1;
 
 fn device() -> Option<Device> {
-    cuda_emulator::install().unwrap();
-    CudaDevice::is_available().then(|| Device::cuda(0, 1).unwrap())
+    CudaDevice::for_tests(1).map(Device::Cuda)
 }
 
 fn reserved(device: &Device) -> usize {
@@ -186,6 +185,30 @@ fn adapters_that_moved_are_recorded_where_they_are() {
         );
         drop(held);
         assert_eq!(state(&recorded), state(&eager), "step {i}");
+    }
+}
+
+#[test]
+fn a_divergence_that_is_no_number_is_an_error_and_the_adapters_stay() {
+    for device in [Some(Device::cpu(1).unwrap()), device()]
+        .into_iter()
+        .flatten()
+    {
+        let model = uploaded(&device);
+        let layout = Layout::new(&model.config, 2, SEQ_LEN).unwrap();
+        let mut trainer = SftTrainer::new(&device, &model, lora(), FIRST..3, options(0.0)).unwrap();
+        let before = state(&trainer);
+        let mut micro = micro_batch(&layout, false, 1, 2);
+        if let Target::Teacher { hidden, .. } = &mut micro.target {
+            hidden.f32s_mut().unwrap()[5] = f32::NAN;
+        }
+        let mut micro = Some(micro);
+        let error = trainer.step(1, |_| Ok(micro.take().unwrap())).unwrap_err();
+        assert!(
+            error.to_string().contains("KL divergence is NaN"),
+            "{error}"
+        );
+        assert_eq!(state(&trainer), before);
     }
 }
 
