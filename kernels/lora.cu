@@ -1,9 +1,9 @@
-// Dropout of an adapter's inputs (Hu et al. 2021, arXiv 2106.09685): word i of the stream decides
-// on element i, which is kept where the word is not below the threshold.
+// Dropout of an adapter's inputs (Hu et al. 2021, arXiv 2106.09685): half i % 2, lower first, of
+// word i / 2 of the stream decides on element i, which is kept where it is not below the threshold.
 //
 // x, dropped: [n] bf16, 16-byte aligned; mask: bit i % 8 of byte i / 8 is set where element i is
-// kept, or null. What is kept is not scaled: the factor 1 / (1 - p) is left to the products, which
-// apply it in fp32. step: null, or two words that stand for high1 and high2. n / 8 threads rounded
+// kept, or null. What is kept is not scaled: the factor is left to the products, which apply it in
+// fp32. step: null, or two words that stand for high1 and high2. n / 8 threads rounded
 // up. Least traffic: 4 n bytes, and n / 8 for the mask.
 
 #include "common/gemm_tile.cuh"
@@ -21,11 +21,13 @@ extern "C" __global__ void lora_dropout_bf16(__nv_bfloat16* __restrict__ dropped
   const uint64_t at = thread * kWide;
   if (at >= n) return;
   const Stream stream{key0, key1, high0, step ? step[0] : high1, step ? step[1] : high2};
-  const uint4 a = stream.words(uint32_t(2 * thread)), b = stream.words(uint32_t(2 * thread + 1));
-  const uint32_t words[kWide] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+  const uint4 drawn = stream.words(uint32_t(thread));
+  const uint32_t words[kWide / 2] = {drawn.x, drawn.y, drawn.z, drawn.w};
   uint32_t kept = 0;
 #pragma unroll
-  for (int i = 0; i < kWide; ++i) kept |= uint32_t(words[i] >= threshold) << i;
+  for (int i = 0; i < kWide; ++i) {
+    kept |= uint32_t((words[i / 2] >> 16 * (i % 2) & 0xffff) >= threshold) << i;
+  }
   if (mask) mask[thread] = uint8_t(kept);
   if (at + kWide <= n) {
     float v[kWide];

@@ -20,6 +20,7 @@
 #include "common/gather.cuh"
 #include "common/gemm_tile.cuh"
 #include "common/radix_select.cuh"
+#include "common/topk_lists.cuh"
 
 namespace {
 
@@ -66,15 +67,6 @@ __device__ __forceinline__ void narrow_rows(float (&dots)[kRowsPerWarp], __nv_bf
     }
   }
 }
-
-// Values above zero sort as their bits; of equal ones the lower latent is the larger key.
-__device__ __forceinline__ uint64_t key_of(float value, unsigned latent) {
-  return uint64_t(__float_as_uint(value)) << 32 | uint32_t(~latent);
-}
-__device__ __forceinline__ float value_of(uint64_t key) {
-  return __uint_as_float(unsigned(key >> 32));
-}
-__device__ __forceinline__ unsigned latent_of(uint64_t key) { return ~unsigned(key); }
 
 // Keeps the k largest of the first n > k keys, in any order; a value that no later latent needs
 // to exceed by less.
@@ -257,14 +249,12 @@ using ListTile = Tile<128, 256, 64, 64, 3>;
 }  // namespace
 
 // One tile of x W'^T + b' a block, tokens in its rows and the latents from `first` on in its
-// columns: what exceeds its token's threshold joins the token's list, as long as there is room;
-// counts [tokens] goes on (+=). x: [tokens, d] bf16; w: [m, d] bf16; shifted: b' [m]; d is a
-// multiple of 8. The order within a list is any: the selection from it does not depend on it.
+// columns, for the lists. x: [tokens, d] bf16; w: [m, d] bf16; shifted: b' [m]; d is a multiple of 8.
 extern "C" __global__ void __launch_bounds__(ListTile::kThreads)
     topk_extend_lists(uint64_t* __restrict__ lists, unsigned* __restrict__ counts,
-                      const float* __restrict__ thresholds, const __nv_bfloat16* __restrict__ x,
-                      const __nv_bfloat16* __restrict__ w, const float* __restrict__ shifted,
-                      unsigned tokens, unsigned first, unsigned m, unsigned d, unsigned length) {
+                      const float* __restrict__ thresholds, const float* __restrict__ shifted,
+                      unsigned tokens, unsigned first, unsigned m, unsigned d, unsigned length,
+                      const __nv_bfloat16* __restrict__ x, const __nv_bfloat16* __restrict__ w) {
   using T = ListTile;
   using P = Product<T, Layout::kNt, true>;
   extern __shared__ __align__(128) unsigned char ring[];
@@ -276,26 +266,8 @@ extern "C" __global__ void __launch_bounds__(ListTile::kThreads)
   typename P::Accumulator acc = {};
   accumulate<P, T>(acc, none, full, 0, (d + kStageK - 1) / kStageK, row, col,
                    shared_address(ring), [](typename P::Accumulator&) {});
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const unsigned from_token = row + warp / T::kWarpsN * T::kWarpM + lane / 4;
-  const unsigned from_latent = col + warp % T::kWarpsN * T::kWarpN + lane % 4 * 2;
-#pragma unroll
-  for (int half = 0; half < 2 * T::kFragmentsM; ++half) {
-    const unsigned token = from_token + half * 8;
-    if (token >= tokens) continue;
-    const float threshold = thresholds[token];
-#pragma unroll
-    for (int i = 0; i < 2 * T::kFragmentsN; ++i) {
-      const unsigned latent = from_latent + i / 2 * kMmaN + i % 2;
-      if (latent >= m) continue;
-      const float v = acc[half / 2][i / 2][half % 2 * 2 + i % 2] + shifted[latent];
-      // Written so that NaN passes.
-      if (!(v <= threshold)) {
-        const unsigned place = atomicAdd(counts + token, 1u);
-        if (place < length) lists[size_t(token) * length + place] = key_of(v, latent);
-      }
-    }
-  }
+  const Lists to{lists, counts, thresholds, shifted, tokens, m, length};
+  to.extend<T>(acc, row, col);
 }
 
 // The selection from the list of one token a block; a, indices: the rows of token `first` and on.

@@ -44,9 +44,10 @@ impl Stream {
     }
 
     /// Words 4 x `block` .. 4 x `block` + 3 of the stream.
-    #[inline]
+    #[inline(always)]
     pub fn block(&self, block: u32) -> [u32; 4] {
-        philox([block, self.high[0], self.high[1], self.high[2]], self.key)
+        let [a, b, c] = self.high;
+        philox([block, a, b, c], self.key)
     }
 
     /// Word `position` of the stream.
@@ -71,21 +72,26 @@ impl Stream {
     }
 }
 
-#[inline]
-fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
+/// With each word in 64 bits, as vectors multiply them: a loop over counters becomes one of
+/// vectors.
+#[inline(always)]
+fn philox(counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
+    const LOW: u64 = u32::MAX as u64;
+    let mut counter = counter.map(u64::from);
     for _ in 0..10 {
-        let a = u64::from(counter[0]) * 0xD251_1F53;
-        let b = u64::from(counter[2]) * 0xCD9E_8D57;
+        // The upper halves of words 1 and 3 are of no use and stay.
+        let a = (counter[0] & LOW) * 0xD251_1F53;
+        let b = (counter[2] & LOW) * 0xCD9E_8D57;
         counter = [
-            (b >> 32) as u32 ^ counter[1] ^ key[0],
-            b as u32,
-            (a >> 32) as u32 ^ counter[3] ^ key[1],
-            a as u32,
+            b >> 32 ^ counter[1] ^ u64::from(key[0]),
+            b,
+            a >> 32 ^ counter[3] ^ u64::from(key[1]),
+            a,
         ];
         key[0] = key[0].wrapping_add(0x9E37_79B9);
         key[1] = key[1].wrapping_add(0xBB67_AE85);
     }
-    counter
+    counter.map(|word| word as u32)
 }
 
 #[cfg(test)]

@@ -46,7 +46,7 @@ const LOCAL: usize = 6;
 const THREADS: u32 = 256;
 
 /// Dynamic shared memory of a block, by the beginning of the kernel's name.
-const DYNAMIC_SHARED: [(&str, u32); 26] = [
+const DYNAMIC_SHARED: [(&str, u32); 27] = [
     ("flash_attention_backward_bf16_d128", 99_072),
     ("flash_attention_backward_bf16_d64", 49_920),
     ("flash_attention_backward_wgmma_bf16_d128", 200_328),
@@ -73,6 +73,7 @@ const DYNAMIC_SHARED: [(&str, u32); 26] = [
     // w and a row (forward) or two (backward) for each warp, 1536 values each.
     ("rmsnorm_backward_bf16", 15 * 3072),
     ("rmsnorm_forward_bf16", 9 * 3072),
+    ("topk_extend_lists_wgmma_128x192", 204_880),
     ("topk_extend_lists", 3 * 384 * 128),
     // A key of 8 bytes for each of k = 32 and of two rounds of 1024.
     ("topk_", 2080 * 8),

@@ -10,7 +10,7 @@ use crate::ops::flash_attention::FlashAttention;
 use crate::ops::fvu::Fvu;
 use crate::ops::gemm::Linear;
 use crate::ops::kl_div::KlDiv;
-use crate::ops::lora::{Frozen, LoraLinear};
+use crate::ops::lora::{Dropout, Frozen, LoraLinear};
 use crate::ops::rmsnorm::RmsNorm;
 use crate::ops::rope::{Rope, RopeTable};
 use crate::ops::sample::{Filter, sample};
@@ -18,6 +18,7 @@ use crate::ops::sparse_decode::{SharedGroups, SparseDecode};
 use crate::ops::swiglu::SwiGlu;
 use crate::ops::topk::TopK;
 use crate::optim::signum::Signum;
+use crate::rng::{Purpose, Stream};
 use crate::tensor::Tensor;
 
 use super::data::Data;
@@ -241,6 +242,7 @@ impl Builder<'_, '_> {
         )
     }
 
+    /// With the dropout that training has unless told otherwise.
     fn lora(
         &mut self,
         tokens: usize,
@@ -263,7 +265,11 @@ impl Builder<'_, '_> {
                 let module = Frozen {
                     weight: fixed[0].clone(),
                     bias: None,
-                    dropout: None,
+                    dropout: Some(Dropout {
+                        p: 0.05,
+                        stream: Stream::new(0, Purpose::Dropout, 0, 0),
+                        step: None,
+                    }),
                 };
                 Ok(LoraLinear {
                     modules: vec![module],

@@ -146,7 +146,7 @@ pub(super) struct OptimizerRun {
     optimizer: Optimizer,
     values: Vec<Tensor>,
     grads: Vec<Tensor>,
-    /// A copy of the gradients that the next step may change.
+    /// A copy of the gradients that the next step of an optimizer may change.
     prepared: Vec<Tensor>,
 }
 
@@ -168,20 +168,24 @@ impl OptimizerRun {
 
 impl Run for OptimizerRun {
     fn prepare(&mut self, device: &Device) -> Result<()> {
-        let grads = self.grads.iter().map(|grad| own(device, grad));
-        self.prepared = grads.collect::<Result<_>>()?;
+        if !matches!(self.optimizer, Optimizer::Clip(_)) {
+            let grads = self.grads.iter().map(|grad| own(device, grad));
+            self.prepared = grads.collect::<Result<_>>()?;
+        }
         Ok(())
     }
 
     fn run(&mut self, device: &Device) -> Result<()> {
         let unit_rows = matches!(self.optimizer, Optimizer::Signum(_));
-        let mut grads = std::mem::take(&mut self.prepared);
         if let Optimizer::Clip(limit) = &mut self.optimizer {
-            clip_grad_norm(device, &mut grads.iter_mut().collect::<Vec<_>>(), *limit)?;
-            // Gradients that were scaled in place are scaled again.
-            *limit *= 0.9;
+            // In place, as in training: gradients that somebody else holds would be copied first.
+            let mut grads: Vec<_> = self.grads.iter_mut().collect();
+            clip_grad_norm(device, &mut grads, *limit)?;
+            // They are scaled in the next step too.
+            *limit *= 0.999;
             return Ok(());
         }
+        let grads = std::mem::take(&mut self.prepared);
         let updates = self.values.iter_mut().zip(grads);
         let updates = updates.map(|(value, grad)| Update {
             value,

@@ -37,7 +37,7 @@ pub enum Work {
         inner: usize,
         out: usize,
     },
-    /// Y = X Wᵀ + s (X Aᵀ) Bᵀ; backward dX, dA and dB.
+    /// Y = X Wᵀ + s (drop(X) Aᵀ) Bᵀ; backward dX, dA and dB.
     Lora {
         tokens: usize,
         inner: usize,

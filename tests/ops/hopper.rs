@@ -8,6 +8,8 @@ use cuda_emulator::Backend;
 use resa_engine::ops::flash_attention::FlashAttention;
 use resa_engine::ops::gemm::Linear;
 use resa_engine::ops::lora::{Dropout, Frozen, LoraLinear};
+use resa_engine::ops::sparse_decode::SharedGroups;
+use resa_engine::ops::topk::TopK;
 use resa_engine::rng::{Purpose, Stream};
 
 use crate::harness::{cuda, random, round_bf16, run};
@@ -35,11 +37,11 @@ fn on_hopper(tests: &[&str], schedule: Option<&str>) -> Option<String> {
 
 #[test]
 fn operators_with_kernels_for_hopper_pass_their_tests_on_it() {
-    on_hopper(&["gemm::", "lora::", "flash_attention::"], None);
+    on_hopper(&["gemm::", "lora::", "flash_attention::", "topk::"], None);
 }
 
-/// A hash (FNV-1a) of the bits of the outputs and gradients of a linear layer, an adapted one and
-/// attention.
+/// A hash (FNV-1a) of the bits of the outputs and gradients of a linear layer, an adapted one,
+/// attention and an SAE's encoder.
 fn bits_of_products() -> Option<u64> {
     let device = cuda()?;
     let attention = FlashAttention {
@@ -78,7 +80,18 @@ fn bits_of_products() -> Option<u64> {
     };
     let inputs = [x, random(5, &[r, k], 1.0), random(6, &[n, r], 1.0)];
     let adapted = run(device, adapted, &inputs, &[dy]);
-    let all = [plain, adapted, attended].map(|(outputs, gradients)| [outputs, gradients].concat());
+    // Latents for two tiles beside those that go first, tokens for two clusters.
+    let (t, d, m, k) = (264, 136, 640, 8);
+    let inputs = [
+        random(11, &[t, d], 1.0),
+        random(12, &[m, d], 1.0),
+        random(13, &[m], 1.0),
+        random(14, &[d], 1.0),
+    ];
+    let encoder = TopK::new(k, SharedGroups::default());
+    let encoded = run(device, encoder, &inputs, &[random(15, &[t, k], 1.0)]);
+    let all = [plain, adapted, attended, encoded]
+        .map(|(outputs, gradients)| [outputs, gradients].concat());
     let all = all.concat().concat();
     let mix = |hash: u64, bits: u32| (hash ^ u64::from(bits)).wrapping_mul(0x0100_0000_01b3);
     Some(all.into_iter().fold(0xcbf2_9ce4_8422_2325, mix))
@@ -97,6 +110,7 @@ fn products_have_the_same_bits_under_every_schedule_and_run_on_wgmma() {
             "gemm_nt_wgmma_128x128",
             "gemm_nn_wgmma_128x128",
             "gemm_nn_masked_wgmma_128x192",
+            "topk_extend_lists_wgmma_128x192",
             "flash_attention_forward_wgmma_bf16_d64",
             "flash_attention_backward_wgmma_bf16_d64",
         ] {

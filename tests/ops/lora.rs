@@ -112,14 +112,21 @@ fn lora_matches_float64_with_and_without_dropout_and_residual() {
         let (w64, bias64) = (to_f64(&w), to_f64(&bias));
         for p in [0.0f32, 0.4] {
             let stream = Stream::new(9, Purpose::Dropout, 2, 11);
-            let kept: Vec<f64> = (0..t * k)
-                .map(
-                    |i| match f64::from(stream.word(i as u64)) < f64::from(p) * 4294967296.0 {
-                        true => 0.0,
-                        false => 1.0 / (1.0 - f64::from(p)),
-                    },
-                )
-                .collect();
+            // 16 bits an element, against p in 2^-16ths.
+            let threshold = (f64::from(p) * 65536.0).round();
+            let kept = (0..t * k).map(|i| {
+                let word = stream.word(i as u64 / 2);
+                let half = if i % 2 == 0 {
+                    word & 0xffff
+                } else {
+                    word >> 16
+                };
+                match f64::from(half) < threshold {
+                    true => 0.0,
+                    false => 1.0 / (1.0 - threshold / 65536.0),
+                }
+            });
+            let kept: Vec<f64> = kept.collect();
             let make = || LoraLinear {
                 modules: vec![Frozen {
                     weight: w.clone(),

@@ -99,7 +99,7 @@ impl<'a> Matrix<'a> {
     }
 
     /// A map of it for copies of blocks; see [`CudaDevice::block_map`].
-    pub(super) fn block_map(&self, cuda: &CudaDevice) -> Result<Arg> {
+    pub(crate) fn block_map(&self, cuda: &CudaDevice) -> Result<Arg> {
         cuda.block_map(self.address(), &[self.rows, self.cols], self.stride())
     }
 

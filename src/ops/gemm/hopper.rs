@@ -26,6 +26,27 @@ const CLUSTERS: usize = 66;
 const MOST_SPLITS: usize = 8;
 const LEAST_STAGES: usize = 4;
 
+/// Columns and stages of the tiles that are as wide as registers allow.
+const WIDE: (usize, usize) = (192, 5);
+/// Those of square tiles.
+const SQUARE: (usize, usize) = (128, 6);
+
+/// The grid of a kernel that computes the tiles of \[m, n\] values of a product by
+/// kernels/common/gemm_wgmma.cuh, as wide as they can be and with nothing beside the ring in shared
+/// memory. `None` on another architecture, and where there are few rows.
+pub(crate) fn wide_grid(cuda: &CudaDevice, [m, n]: [usize; 2]) -> Option<Grid> {
+    let most = cuda.multiprocessors() / PAIR;
+    let suits = cuda.capability() == (9, 0) && m > ROWS && most > 0;
+    let (cols, stages) = WIDE;
+    let clusters = (m.div_ceil(PAIR * ROWS) * n.div_ceil(cols)).min(most);
+    suits.then(|| Grid::of_blocks(PAIR * clusters, THREADS, ring(cols, stages)))
+}
+
+/// Bytes of a ring and its barriers.
+fn ring(cols: usize, stages: usize) -> usize {
+    stages * ((ROWS + cols) * STAGE * DType::Bf16.size() + BARRIERS)
+}
+
 /// A kernel, the width of the tiles that its blocks compute, and the slices of K.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Tile {
@@ -67,7 +88,7 @@ impl Tile {
             Layout::Nn => ("gemm_nn_wgmma_128x128", "gemm_nn_wgmma_128x192"),
             Layout::Tn => ("gemm_tn_wgmma_128x128", "gemm_tn_wgmma_128x192"),
         };
-        let tile = |function, cols: usize, stages, splits| Self {
+        let tile = |function, (cols, stages): (usize, usize), splits| Self {
             function,
             cols,
             stages,
@@ -75,7 +96,7 @@ impl Tile {
             clusters: m.div_ceil(PAIR * ROWS) * n.div_ceil(cols) * splits,
         };
         if low_rank.is_some_and(|low| low.dropout.is_some()) {
-            return Some(tile("gemm_nn_masked_wgmma_128x192", 192, 5, 1));
+            return Some(tile("gemm_nn_masked_wgmma_128x192", WIDE, 1));
         }
         let k_stages = k.div_ceil(STAGE);
         let most_splits = match low_rank {
@@ -84,14 +105,14 @@ impl Tile {
         };
         let tiles = (1..=most_splits)
             .filter(|splits| k_stages.div_ceil(k_stages.div_ceil(*splits)) == *splits)
-            .flat_map(|splits| [tile(wide, 192, 5, splits), tile(square, 128, 6, splits)]);
+            .flat_map(|splits| [tile(wide, WIDE, splits), tile(square, SQUARE, splits)]);
         tiles.min_by_key(|tile| tile.cost(k_stages, m * n))
     }
 
     /// Estimated time for a result of `values`, in units of 53 ns: what an H100 took for a stage
     /// of each tile, for the beginning and end of a tile, and for adding slices up.
     fn cost(self, k_stages: usize, values: usize) -> usize {
-        let stage = if self.cols == 192 { 10 } else { 7 };
+        let stage = if self.cols == WIDE.0 { 10 } else { 7 };
         let rounds = self.clusters.div_ceil(CLUSTERS);
         let adding = match self.splits {
             1 => 0,
@@ -102,8 +123,7 @@ impl Tile {
 
     /// Bytes of shared memory.
     fn shared(self) -> usize {
-        let stage = (ROWS + self.cols) * STAGE * DType::Bf16.size();
-        self.stages * (stage + BARRIERS) + WORKERS * SLAB
+        ring(self.cols, self.stages) + WORKERS * SLAB
     }
 
     /// Computes what `args` says from lhs, rhs and, where there is one, the low-rank product's.

@@ -9,7 +9,7 @@
 
 mod cpu;
 pub(crate) mod cuda;
-mod hopper;
+pub(crate) mod hopper;
 #[cfg(test)]
 mod tests;
 mod tile;

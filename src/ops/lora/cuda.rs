@@ -115,7 +115,7 @@ impl Columns {
 impl Frozen {
     /// The factor on products with what dropout kept.
     fn keep(&self) -> f32 {
-        self.dropout.as_ref().map_or(1.0, |d| 1.0 / (1.0 - d.p))
+        self.dropout.as_ref().map_or(1.0, Dropout::keep)
     }
 }
 

@@ -2,22 +2,26 @@
 //! Y = X Wᵀ + b + s · (drop(X) Aᵀ) Bᵀ (+ residual), for all modules that read the same X at once.
 //!
 //! X \[T, in\], W \[out, in\], A \[r, in\], B \[out, r\]; all but W in f32. Saved for backward:
-//! X and, for each module, U = drop(X) Aᵀ \[T, r\], A and B; the dropout mask is drawn again. With
-//! dU = s · dY B: dA = dUᵀ drop(X), dB = s · dYᵀ U, and dX is the sum of dY W + drop(dU A).
+//! X and, for each module, U = drop(X) Aᵀ \[T, r\], A, B and a bit for each element of X that
+//! dropout kept. With dU = s · dY B: dA = dUᵀ drop(X), dB = s · dYᵀ U, and dX is the sum of
+//! dY W + drop(dU A).
 //!
-//! On CUDA X, W, Y and, for the products, A and B are bf16; U is saved with s in it. There, U of all
-//! modules is one product with their A stacked, unless each drops inputs of its own.
+//! On CUDA X, W, Y and, for the products, A and B are bf16; U is saved with s in it, and what
+//! dropout keeps is drawn again. There, U of all modules is one product with their A stacked, unless
+//! each drops inputs of its own.
 
 mod cuda;
+mod dropout;
 
 use faer::Accum;
-use rayon::prelude::*;
+
+pub use dropout::Dropout;
+use dropout::Mask;
 
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::ops::gemm::{affine, input_gradient, output, product_nn, product_nt, product_tn};
 use crate::ops::{Operator, expect_cols, expect_shape};
-use crate::rng::Stream;
 use crate::tensor::Tensor;
 
 /// Modules on one input. Inputs: X, then A and B of each module, and for one module alone also a
@@ -40,55 +44,24 @@ pub struct Frozen {
     pub dropout: Option<Dropout>,
 }
 
-/// Inverted dropout: zero with probability `p`, else scaled by 1/(1−p).
-#[derive(Clone, Debug)]
-pub struct Dropout {
-    /// Probability of a zero, in \[0, 1).
-    pub p: f32,
-    /// Where the mask's random numbers come from: word i belongs to element i.
-    pub stream: Stream,
-    /// On a GPU, where the stream's step (low word, high word) is read in place of the stream's
-    /// own, \[2\] u32: so the same launch draws another mask when the number there has changed.
-    pub step: Option<Tensor>,
-}
-
-impl Dropout {
-    /// An element is dropped where its random word is below this.
-    fn threshold(&self) -> u32 {
-        (f64::from(self.p) * 2f64.powi(32)) as u32
-    }
-
-    fn apply(&self, device: &Device, x: &Tensor) -> Result<Tensor> {
-        const CHUNK: usize = 1 << 12;
-        let threshold = self.threshold();
-        let keep = 1.0 / (1.0 - self.p);
-        let mut out = device.buffer(x.len());
-        out.par_chunks_mut(CHUNK)
-            .zip(x.f32s()?.par_chunks(CHUNK))
-            .enumerate()
-            .for_each(|(c, (out, x))| {
-                for (i, (out, x)) in out.chunks_mut(4).zip(x.chunks(4)).enumerate() {
-                    let words = self.stream.block((c * CHUNK / 4 + i) as u32);
-                    for ((out, x), word) in out.iter_mut().zip(x).zip(words) {
-                        *out = if word < threshold { 0.0 } else { x * keep };
-                    }
-                }
-            });
-        Tensor::from_buffer(out, x.shape())
-    }
-}
-
 /// What backward needs.
 pub enum Saved {
     /// On the CPU.
     Host {
         /// X
         x: Tensor,
-        /// U, A and B of each module.
-        adapters: Vec<[Tensor; 3]>,
+        /// Of each module.
+        adapters: Vec<HostAdapter>,
     },
     /// On a GPU.
     Cuda(cuda::Saved),
+}
+
+/// What backward needs of a module on the CPU.
+pub struct HostAdapter {
+    /// U, A and B.
+    factors: [Tensor; 3],
+    mask: Option<Mask>,
 }
 
 impl Operator for LoraLinear {
@@ -109,9 +82,9 @@ impl Operator for LoraLinear {
         }
         let (mut outputs, mut saved) = (Vec::new(), Vec::new());
         for (module, [a, b]) in self.modules.iter().zip(adapters) {
-            let (y, u) = module.forward(device, [x, a, b], residual, self.scale)?;
+            let (y, adapter) = module.forward(device, [x, a, b], residual, self.scale)?;
             outputs.push(y);
-            saved.push([u, a.clone(), b.clone()]);
+            saved.push(adapter);
         }
         let (x, adapters) = (x.clone(), saved);
         Ok((outputs, Saved::Host { x, adapters }))
@@ -188,7 +161,7 @@ impl LoraLinear {
         &self,
         device: &Device,
         x: &Tensor,
-        adapters: Vec<[Tensor; 3]>,
+        adapters: Vec<HostAdapter>,
         grads: Vec<Option<Tensor>>,
         needed: bool,
     ) -> Result<Gradients> {
@@ -213,29 +186,25 @@ impl LoraLinear {
 }
 
 impl Frozen {
-    fn dropped(&self, device: &Device, x: &Tensor) -> Result<Tensor> {
-        match &self.dropout {
-            Some(dropout) => dropout.apply(device, x),
-            None => Ok(x.clone()),
-        }
-    }
-
-    /// Y and U on the CPU.
+    /// Y on the CPU, and what backward needs.
     fn forward(
         &self,
         device: &Device,
         [x, a, b]: [&Tensor; 3],
         residual: Option<&Tensor>,
         scale: f32,
-    ) -> Result<(Tensor, Tensor)> {
+    ) -> Result<(Tensor, HostAdapter)> {
         let ((rows, _), (r, _)) = (x.matrix_dims(), a.matrix_dims());
         let mut y = affine(device, x, &self.weight, self.bias.as_ref(), residual)?;
         let mut u = device.buffer(rows * r);
-        let dropped = self.dropped(device, x)?;
+        let mask = self.dropout.as_ref().map(|dropout| dropout.draw(x.len()));
+        let dropped = dropped(device, x, mask.as_ref())?;
         product_nt(device, &mut u, Accum::Replace, dropped.f32s()?, a, 1.0)?;
         let u = Tensor::from_buffer(u, [rows, r])?;
         product_nt(device, &mut y, Accum::Add, u.f32s()?, b, scale)?;
-        Ok((output(x, &self.weight, y)?, u))
+        let factors = [u, a.clone(), b.clone()];
+        let y = output(x, &self.weight, y)?;
+        Ok((y, HostAdapter { factors, mask }))
     }
 
     /// The gradients of X (where `needed`), A and B on the CPU.
@@ -243,11 +212,12 @@ impl Frozen {
         &self,
         device: &Device,
         x: &Tensor,
-        [u, a, b]: [Tensor; 3],
+        HostAdapter { factors, mask }: HostAdapter,
         dy: &Tensor,
         scale: f32,
         needed: bool,
     ) -> Result<(Option<Tensor>, Tensor, Tensor)> {
+        let [u, a, b] = factors;
         let ((rows, _), (r, cols)) = (dy.matrix_dims(), a.matrix_dims());
         let mut du = device.buffer(rows * r);
         product_nn(device, &mut du, Accum::Replace, dy.f32s()?, &b)?;
@@ -255,37 +225,30 @@ impl Frozen {
         let du = Tensor::from_buffer(du, [rows, r])?;
 
         let mut da = device.buffer(a.len());
-        let dropped = self.dropped(device, x)?;
+        let dropped = dropped(device, x, mask.as_ref())?;
         product_tn(device, &mut da, Accum::Replace, &du, &dropped, 1.0)?;
+        drop(dropped);
         let mut db = device.buffer(b.len());
         product_tn(device, &mut db, Accum::Replace, dy, &u, scale)?;
-        let dx = match needed {
-            true => Some(self.input_gradient(device, dy, &du, &a, x)?),
-            false => None,
-        };
         let (da, db) = (
             Tensor::from_buffer(da, [r, cols])?,
             Tensor::from_buffer(db, b.shape())?,
         );
-        Ok((dx, da, db))
-    }
-
-    fn input_gradient(
-        &self,
-        device: &Device,
-        dy: &Tensor,
-        du: &Tensor,
-        a: &Tensor,
-        x: &Tensor,
-    ) -> Result<Tensor> {
-        let mut dx = input_gradient(device, dy, &self.weight)?;
-        match &self.dropout {
-            None => product_nn(device, dx.f32s_mut()?, Accum::Add, du.f32s()?, a)?,
-            Some(dropout) => {
-                let through = input_gradient(device, du, a)?;
-                device.add_assign(&mut dx, &dropout.apply(device, &through)?)?;
-            }
+        if !needed {
+            return Ok((None, da, db));
         }
-        dx.reshape(x.shape())
+        let mut dx = input_gradient(device, dy, &self.weight)?;
+        match mask {
+            None => product_nn(device, dx.f32s_mut()?, Accum::Add, du.f32s()?, &a)?,
+            Some(mask) => mask.add(&mut dx, &input_gradient(device, &du, &a)?)?,
+        }
+        Ok((Some(dx.reshape(x.shape())?), da, db))
+    }
+}
+
+fn dropped(device: &Device, x: &Tensor, mask: Option<&Mask>) -> Result<Tensor> {
+    match mask {
+        Some(mask) => mask.apply(device, x),
+        None => Ok(x.clone()),
     }
 }

@@ -4,9 +4,10 @@ use std::ops::Range;
 
 use super::{NAME, NULL, check_k, kernel};
 use crate::device::CudaDevice;
-use crate::device::cuda::{Arg, Grid};
+use crate::device::cuda::{Arg, Grid, Kernel};
 use crate::error::Result;
 use crate::ops::gemm::cuda::{Layout, Matrix, Product};
+use crate::ops::gemm::hopper;
 use crate::ops::topk::not_finite;
 use crate::tensor::{CudaBuffer, DType, Tensor};
 
@@ -213,12 +214,10 @@ impl Selection<'_> {
         let (candidates, d) = self.weights.matrix_dims();
         let [keys, counts, thresholds] = lists.args();
         let x = Matrix::of(self.x)?.rows(rows.clone())?;
-        let args = [
+        let mut args = vec![
             keys,
             counts,
             thresholds,
-            Arg::Pointer(x.address()),
-            self.weights.arg()?,
             self.bias.arg()?,
             Arg::size(NAME, rows.len())?,
             Arg::size(NAME, plan.first)?,
@@ -226,12 +225,27 @@ impl Selection<'_> {
             Arg::size(NAME, d)?,
             Arg::size(NAME, plan.length)?,
         ];
-        let tiles = (candidates - plan.first).div_ceil(TILE[1]);
-        let blocks = rows.len().div_ceil(TILE[0]) * tiles;
-        let grid = Grid::of_blocks(blocks, TILE_THREADS, TILE_SHARED);
+        let extents = [rows.len(), candidates - plan.first];
+        let (kernel, grid) = match hopper::wide_grid(self.cuda, extents) {
+            Some(grid) => {
+                let w = Matrix::of(&self.weights)?.rows(plan.first..candidates)?;
+                args.extend([x.block_map(self.cuda)?, w.block_map(self.cuda)?]);
+                let kernel = Kernel {
+                    stem: "topk_sm90a",
+                    function: "topk_extend_lists_wgmma_128x192",
+                };
+                (kernel, grid)
+            }
+            None => {
+                args.extend([Arg::Pointer(x.address()), self.weights.arg()?]);
+                let blocks = extents[0].div_ceil(TILE[0]) * extents[1].div_ceil(TILE[1]);
+                let grid = Grid::of_blocks(blocks, TILE_THREADS, TILE_SHARED);
+                (kernel("topk_extend_lists"), grid)
+            }
+        };
         // SAFETY: x is [rows, d] and the weights [candidates, d], both bf16 with rows at multiples
         // of 16 bytes, the bias [candidates] f32; the lists are those of `rows` tokens.
-        unsafe { self.cuda.launch(kernel("topk_extend_lists"), grid, &args) }
+        unsafe { self.cuda.launch(kernel, grid, &args) }
     }
 
     fn finish(&self, plan: Plan, lists: &Lists, rows: Range<usize>, out: &Outputs) -> Result<()> {

@@ -10,6 +10,7 @@
 mod output;
 mod pack;
 mod tile;
+mod widened;
 
 use std::ops::Range;
 use std::slice::ChunksExact;
@@ -23,6 +24,7 @@ use crate::device::Device;
 use crate::tensor::Buffer;
 use output::{Output, finish_streams};
 use tile::{Multiplier, PAIRS, Step};
+use widened::Widened;
 
 /// Most steps of the reduction that are packed at a time.
 const STEPS: usize = 48;
@@ -99,9 +101,10 @@ impl Product<'_> {
         let rows = self.dims[0] - first_row;
         let left = left.range(task.left.clone());
         let mut tiles = vec![Tile::ZERO; left.len()];
+        let mut wide = Widened::default();
         for j in task.right.clone() {
             let place = |i| (first_row + i * ROWS, first_col + j * COLS);
-            let (left, right) = (left.clone(), right.panel(j));
+            let (left, right) = (left.clone(), (right.panel(j), &mut wide));
             multiply(self.level, left, right, rows, &mut tiles, |i| {
                 out.prefetch(place(i), add)
             });
@@ -115,12 +118,13 @@ impl Product<'_> {
 }
 
 /// The products of left panels, of which `rows` rows are used, with a right one: part by part of
-/// the reduction, so that the part of the right panel stays in the L1 cache. `before_last` is
-/// called with the index of each tile before its last part.
+/// the reduction, so that the part of the right panel stays in the L1 cache, or widened, which is
+/// what the memory beside it is for, in L2. `before_last` is called with the index of each tile
+/// before its last part.
 fn multiply(
     level: Level,
     left: ChunksExact<Step>,
-    right: &[Step],
+    (right, wide): (&[Step], &mut Widened),
     rows: usize,
     tiles: &mut [Tile],
     before_last: impl Fn(usize),
@@ -130,11 +134,12 @@ fn multiply(
     for from in (0..right.len()).step_by(part) {
         let part = from..right.len().min(from + part);
         let last = part.end == right.len();
+        multiplier.widen(&right[part.clone()], wide);
         for ((i, left), tile) in left.clone().enumerate().zip(&mut *tiles) {
             if last {
                 before_last(i);
             }
-            let (left, right) = (&left[part.clone()], &right[part.clone()]);
+            let (left, right) = (&left[part.clone()], (&right[part.clone()], &mut *wide));
             multiplier.multiply(left, right, tile, ROWS.min(rows - i * ROWS), from > 0);
         }
     }
@@ -257,11 +262,12 @@ impl Panels {
         let left = self.range(0..self.len());
         let rows = self.len() * ROWS;
         let mut tiles = vec![Tile::ZERO; left.len()];
+        let mut wide = Widened::default();
         for j in 0..right.len() {
             multiply(
                 level,
                 left.clone(),
-                right.panel(j),
+                (right.panel(j), &mut wide),
                 rows,
                 &mut tiles,
                 |_| (),

@@ -5,6 +5,7 @@
 //! tile, so that each operand that is loaded is used twice; with AVX-512 a strip of 8 rows is
 //! 16 accumulators of 16 sums, in flight together.
 
+use super::widened::Widened;
 #[cfg(target_arch = "x86_64")]
 use crate::device::{
     amx::{self, Tiles},
@@ -107,10 +108,30 @@ impl Multiplier {
         }
     }
 
+    /// Makes `wide` hold the steps of a right panel, where the level widens.
+    pub(super) fn widen(&self, b: &[Step], wide: &mut Widened) {
+        match self.level {
+            // SAFETY: a machine of this level has AVX2.
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => unsafe { x86::widen_avx2(wide, b) },
+            Level::Plain => wide.set_right(b),
+            #[cfg(target_arch = "x86_64")]
+            Level::Amx | Level::Avx512Bf16 => {}
+        }
+    }
+
     /// tile\[i\]\[j\] (+)= Σ_p a\[i\]\[p\] · b\[p\]\[j\], each product being that of two pairs of
     /// bf16 (the lower index of the reduction in the lower half) and the sum of its two terms.
-    /// Rows from `rows` on may stay as they are.
-    pub(super) fn multiply(&self, a: &[Step], b: &[Step], tile: &mut Tile, rows: usize, add: bool) {
+    /// Rows from `rows` on may stay as they are. `wide` holds `b` where the level widens.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
+    pub(super) fn multiply(
+        &self,
+        a: &[Step],
+        (b, wide): (&[Step], &mut Widened),
+        tile: &mut Tile,
+        rows: usize,
+        add: bool,
+    ) {
         let b = &b[..a.len()];
         match self.level {
             // SAFETY: the tiles are configured for as long as `self` lives, and there are as many
@@ -123,68 +144,9 @@ impl Multiplier {
             Level::Avx512Bf16 => unsafe { x86::multiply_avx512_bf16(a, b, tile, rows, add) },
             // SAFETY: as above; a machine with AVX-512 has AVX2 and FMA as well.
             #[cfg(target_arch = "x86_64")]
-            Level::Avx2 => unsafe { x86::multiply_avx2(a, b, tile, rows, add) },
-            Level::Plain => multiply_widened::<false>(a, b, tile, rows, add),
+            Level::Avx2 => unsafe { x86::multiply_avx2(wide, a, tile, rows, add) },
+            Level::Plain => wide.multiply::<false>(a, tile, rows, add),
         }
-    }
-}
-
-/// Widens to f32, for a strip of the tile at a time so that its sums stay in registers.
-#[inline(always)]
-fn multiply_widened<const FUSED: bool>(
-    a: &[Step],
-    b: &[Step],
-    tile: &mut Tile,
-    rows: usize,
-    add: bool,
-) {
-    const STRIP: usize = 4;
-    const WIDTH: usize = 16;
-    for first_row in (0..rows).step_by(STRIP) {
-        for first_col in (0..COLS).step_by(WIDTH) {
-            let strip = &mut tile.0[first_row..][..STRIP];
-            let mut sums = [[0.0f32; WIDTH]; STRIP];
-            if add {
-                for (sums, row) in sums.iter_mut().zip(&*strip) {
-                    sums.copy_from_slice(&row[first_col..][..WIDTH]);
-                }
-            }
-            for (a, b) in a.iter().zip(b) {
-                let a: [&[u32]; STRIP] =
-                    std::array::from_fn(|row| &a[(first_row + row) * PAIRS..][..PAIRS]);
-                for (p, b) in b.as_chunks::<COLS>().0.iter().enumerate() {
-                    for (sums, a) in sums.iter_mut().zip(a) {
-                        for (sum, &b) in sums.iter_mut().zip(&b[first_col..][..WIDTH]) {
-                            *sum = add_product::<FUSED>(*sum, low(a[p]), low(b));
-                            *sum = add_product::<FUSED>(*sum, high(a[p]), high(b));
-                        }
-                    }
-                }
-            }
-            for (row, sums) in strip.iter_mut().zip(&sums) {
-                row[first_col..][..WIDTH].copy_from_slice(sums);
-            }
-        }
-    }
-}
-
-#[inline(always)]
-fn low(pair: u32) -> f32 {
-    f32::from_bits(pair << 16)
-}
-
-#[inline(always)]
-fn high(pair: u32) -> f32 {
-    f32::from_bits(pair & 0xffff_0000)
-}
-
-/// Fused where the target has the instruction; elsewhere fusing would be a call of the library.
-#[inline(always)]
-fn add_product<const FUSED: bool>(sum: f32, a: f32, b: f32) -> f32 {
-    if FUSED {
-        a.mul_add(b, sum)
-    } else {
-        sum + a * b
     }
 }
 
@@ -195,7 +157,7 @@ mod x86 {
         __m512, __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_set1_epi32, _mm512_setzero_ps,
     };
 
-    use super::{COLS, PAIRS, ROWS, Step, Tile};
+    use super::{COLS, PAIRS, Step, Tile, Widened};
 
     const VECTOR: usize = 16;
 
@@ -205,7 +167,10 @@ mod x86 {
     /// This thread's tiles are configured, and there are as many steps in `b` as in `a`.
     pub(super) unsafe fn multiply_amx(a: &[Step], b: &[Step], tile: &mut Tile, add: bool) {
         if a.is_empty() {
-            return super::multiply_widened::<false>(a, b, tile, ROWS, add);
+            if !add {
+                *tile = Tile::ZERO;
+            }
+            return;
         }
         // SAFETY: reads as many steps as `a` and `b` hold, 2 KiB each, and reads and writes the
         // 4 KiB of `tile`. No other code uses the registers between the first line and the last.
@@ -303,7 +268,18 @@ mod x86 {
     }
 
     #[target_feature(enable = "avx2,fma")]
-    pub(super) fn multiply_avx2(a: &[Step], b: &[Step], tile: &mut Tile, rows: usize, add: bool) {
-        super::multiply_widened::<true>(a, b, tile, rows, add);
+    pub(super) fn multiply_avx2(
+        wide: &mut Widened,
+        a: &[Step],
+        tile: &mut Tile,
+        rows: usize,
+        add: bool,
+    ) {
+        wide.multiply::<true>(a, tile, rows, add);
+    }
+
+    #[target_feature(enable = "avx2")]
+    pub(super) fn widen_avx2(wide: &mut Widened, b: &[Step]) {
+        wide.set_right(b);
     }
 }
