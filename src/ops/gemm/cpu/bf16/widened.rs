@@ -9,7 +9,7 @@ const DEPTH: usize = 2 * PAIRS;
 /// multiply-add.
 const STRIP: usize = 6;
 const WIDTH: usize = 16;
-const _: () = assert!(ROWS % STRIP == REST && COLS % WIDTH == 0);
+const _: () = assert!(ROWS % STRIP == REST && COLS.is_multiple_of(WIDTH));
 /// Rows of the last strip.
 const REST: usize = 2;
 
