@@ -15,8 +15,8 @@ python=$!
 trap 'kill $python 2>/dev/null || true' EXIT
 NVCC=$(tests/emulator/setup_nvcc.sh)
 export NVCC
-# The whole workspace in both calls: with other features the dependencies would be built twice.
-cargo build --release --workspace
+# The program too. Not by cargo build: without what the tests depend on, some crates have other features, and the library
+# would be built twice.
 cargo test --release --workspace --no-run
 wait $python
 cargo test --release --workspace
