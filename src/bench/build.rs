@@ -20,6 +20,7 @@ use crate::ops::topk::TopK;
 use crate::optim::signum::Signum;
 use crate::rng::{Purpose, Stream};
 use crate::tensor::Tensor;
+use crate::train::TrainConfig;
 
 use super::data::Data;
 use super::runs::{Calls, InTurn, OperatorRun, Optimizer, OptimizerRun, Run, Set};
@@ -249,6 +250,7 @@ impl Builder<'_, '_> {
         [inner, out]: [usize; 2],
         rank: usize,
     ) -> Result<Box<dyn Run>> {
+        let p = TrainConfig::default().lora_dropout as f32;
         self.operator(
             &[true; 3],
             |data| {
@@ -261,12 +263,12 @@ impl Builder<'_, '_> {
                     vec![data.activation(&[tokens, out], 1.0)?],
                 ])
             },
-            |fixed| {
+            move |fixed| {
                 let module = Frozen {
                     weight: fixed[0].clone(),
                     bias: None,
                     dropout: Some(Dropout {
-                        p: 0.05,
+                        p,
                         stream: Stream::new(0, Purpose::Dropout, 0, 0),
                         step: None,
                     }),

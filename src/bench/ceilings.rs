@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 use rayon::prelude::*;
 use serde::Serialize;
 
-#[cfg(target_arch = "x86_64")]
-use crate::device::amx;
 use crate::device::{Device, Precision};
+#[cfg(target_arch = "x86_64")]
+use crate::device::{amx, simd::multiplies_bf16_faster};
 
 /// Rates of the host's cores.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -18,7 +18,7 @@ pub struct Ceilings {
     /// The same, all threads.
     pub f32_flop_per_s: f64,
     /// FLOP a second of bf16 products added to f32 (AMX, else AVX512_BF16), one thread, where the
-    /// machine has them.
+    /// machine has them and they are faster than f32.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bf16_flop_per_s_one_thread: Option<f64>,
     /// The same, all threads.
@@ -170,7 +170,7 @@ fn bf16_kernel() -> Option<Kernel> {
         });
     }
     #[cfg(target_arch = "x86_64")]
-    if is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512f") {
+    if multiplies_bf16_faster() {
         return Some(Kernel {
             // SAFETY: the machine has just been seen to have AVX512_BF16.
             run: |rounds| unsafe { x86::bf16_avx512(rounds) },

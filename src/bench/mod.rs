@@ -16,6 +16,7 @@ pub mod stages;
 pub mod stats;
 pub mod work;
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -32,6 +33,7 @@ use data::Data;
 use gpu::{Emulator, Gpu};
 use report::{DeviceInfo, Report, Roof, Row};
 use shapes::ModelShape;
+use stats::Times;
 use work::Limits;
 
 /// Registers, shared memory, spills and instructions of every kernel, as nvcc compiled them.
@@ -133,20 +135,26 @@ pub fn run(options: &Options, observer: &mut dyn Observer) -> Result<Report> {
             ),
         ));
     }
-    let steps = (cases.len() + staged.len()) as u64;
+    let rounds = bench.rounds();
+    let steps = (rounds * cases.len() + staged.len()) as u64;
     let name = "Kernels".to_owned();
     observer.on_event(&Event::Phase {
         name,
         steps,
         done: 0,
     });
-    for (done, case) in (1..).zip(&cases) {
+    let mut done = 0;
+    let mut advance = || {
+        done += 1;
+        observer.on_event(&Event::Progress { done });
+    };
+    for case in std::iter::repeat_n(&cases, rounds).flatten() {
         bench.measure(case)?;
-        observer.on_event(&Event::Progress { done });
+        advance();
     }
-    for (done, model) in (cases.len() as u64 + 1..).zip(staged) {
+    for model in staged {
         bench.stages(model, options)?;
-        observer.on_event(&Event::Progress { done });
+        advance();
     }
     let mut report = bench.report;
     if let Some(old) = old {
@@ -196,6 +204,8 @@ struct Bench<'a> {
     data: Data<'a>,
     emulator: Option<Emulator>,
     gpu: Option<Gpu>,
+    /// What each row took on the host, in all rounds so far.
+    seconds: HashMap<String, Vec<f64>>,
     report: Report,
 }
 
@@ -237,6 +247,7 @@ impl<'a> Bench<'a> {
             setup,
             budget: options.budget,
             data: Data::new(device),
+            seconds: HashMap::new(),
             emulator,
             report: Report {
                 program: concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION")).to_owned(),
@@ -258,7 +269,15 @@ impl<'a> Bench<'a> {
         })
     }
 
-    /// Measures a row; an operator without a kernel is noted as such.
+    /// How often all rows are measured: events and counters do not wander as the host's clock.
+    fn rounds(&self) -> usize {
+        match self.device {
+            Device::Cpu(_) => clock::ROUNDS,
+            Device::Cuda(_) => 1,
+        }
+    }
+
+    /// Measures a row, once more where it has been; an operator without a kernel is noted as such.
     fn measure(&mut self, case: &Case) -> Result<()> {
         let least = case.work.least(case.pass, self.setup.bytes(case.precision));
         let mut row = Row {
@@ -282,7 +301,13 @@ impl<'a> Bench<'a> {
             ratio_to_old: None,
         };
         match self.fill(case, &mut row) {
-            Ok(()) => self.report.rows.push(row),
+            Ok(()) => {
+                let rows = &mut self.report.rows;
+                match rows.iter_mut().find(|old| old.name == row.name) {
+                    Some(old) => *old = row,
+                    None => rows.push(row),
+                }
+            }
             Err(Error::NoKernel { .. }) => {
                 let without = &mut self.report.without_kernel;
                 if !without.iter().any(|op| op == row.operator) {
@@ -311,7 +336,12 @@ impl<'a> Bench<'a> {
         if let Some(gpu) = &mut self.gpu {
             return gpu.measure(run.as_mut(), case.work, row);
         }
-        let times = device.run(|| clock::host_times(device, run.as_mut(), budget, sets))?;
+        let taken = device.run(|| clock::host_seconds(device, run.as_mut(), budget, sets))?;
+        let seconds = self.seconds.entry(row.name.clone()).or_default();
+        seconds.extend(taken);
+        let Some(times) = Times::of(seconds.clone()) else {
+            return Ok(());
+        };
         row.set_times(times);
         if let Some(ceilings) = &self.report.ceilings {
             let flop_per_s = ceilings.flop_per_s(case.precision);

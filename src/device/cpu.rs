@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::simd;
+use super::{amx, simd};
 use crate::error::{Error, Result};
 use crate::tensor::{Buffer, Pool};
 
@@ -27,7 +27,7 @@ pub enum Precision {
 impl Precision {
     /// The one that this machine's CPU is fastest in.
     pub fn fastest() -> Self {
-        match simd::multiplies_bf16() {
+        match amx::available() || simd::multiplies_bf16_faster() {
             true => Self::Bf16,
             false => Self::F32,
         }

@@ -4,6 +4,9 @@
 //! Rust never fuses a multiplication with an addition on its own, so that a loop gives the same
 //! bits at every level.
 
+#[cfg(target_arch = "x86_64")]
+use std::sync::LazyLock;
+
 /// Instruction sets that loops are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Simd {
@@ -43,6 +46,32 @@ pub(crate) fn multiplies_bf16() -> bool {
     {
         false
     }
+}
+
+/// Whether it does so in less time than it would take to widen them and to multiply in f32. Intel's
+/// processors with AVX512_FP16 are those with AMX; their `vdpbf16ps` starts every other cycle, while
+/// two fused multiply-adds of half the work start in each.
+#[inline]
+pub(crate) fn multiplies_bf16_faster() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        static FASTER: LazyLock<bool> =
+            LazyLock::new(|| !(is_intel() && is_x86_feature_detected!("avx512fp16")));
+        multiplies_bf16() && *FASTER
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        false
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn is_intel() -> bool {
+    let vendor = std::arch::x86_64::__cpuid(0);
+    [vendor.ebx, vendor.edx, vendor.ecx]
+        .map(u32::to_le_bytes)
+        .concat()
+        == b"GenuineIntel"
 }
 
 /// Asks for the cache line at an address, of which it may be known soon that it is needed; any

@@ -13,6 +13,7 @@ use resa_engine::ops::topk::TopK;
 use resa_engine::rng::{Purpose, Stream};
 
 use crate::harness::{cuda, random, round_bf16, run};
+use crate::topk::encoder_inputs;
 
 /// What sets the emulated device.
 const DEVICE: &str = "CUDA_EMU_DEVICE";
@@ -82,12 +83,7 @@ fn bits_of_products() -> Option<u64> {
     let adapted = run(device, adapted, &inputs, &[dy]);
     // Latents for two tiles beside those that go first, tokens for two clusters.
     let (t, d, m, k) = (264, 136, 640, 8);
-    let inputs = [
-        random(11, &[t, d], 1.0),
-        random(12, &[m, d], 1.0),
-        random(13, &[m], 1.0),
-        random(14, &[d], 1.0),
-    ];
+    let inputs = encoder_inputs(11, [t, d, m], [1.0; 4]);
     let encoder = TopK::new(k, SharedGroups::default());
     let encoded = run(device, encoder, &inputs, &[random(15, &[t, k], 1.0)]);
     let all = [plain, adapted, attended, encoded]

@@ -34,18 +34,17 @@ fn sorted_selection(row: &[f64], k: usize) -> Vec<usize> {
     order
 }
 
+/// x \[t, d\], W_enc \[m, d\], b_enc \[m\] and b_dec \[d\] of these sizes.
+pub fn encoder_inputs(seed: u64, [t, d, m]: [usize; 3], scales: [f32; 4]) -> [Tensor; 4] {
+    let shapes = [&[t, d][..], &[m, d], &[m], &[d]];
+    std::array::from_fn(|i| random(seed + i as u64, shapes[i], scales[i]))
+}
+
 /// Inputs for t tokens, d dimensions and m latents whose selection no small change flips: all
 /// pre-activations of a token lie at least 1e-3 apart from the border between k and k + 1.
 fn inputs_with_margin(t: usize, d: usize, m: usize, k: usize) -> Vec<Tensor> {
     (0u64..)
-        .map(|seed| {
-            vec![
-                random(4 * seed + 1, &[t, d], 1.0),
-                random(4 * seed + 2, &[m, d], 1.0),
-                random(4 * seed + 3, &[m], 0.5),
-                random(4 * seed + 4, &[d], 0.3),
-            ]
-        })
+        .map(|seed| encoder_inputs(4 * seed + 1, [t, d, m], [1.0, 1.0, 0.5, 0.3]).to_vec())
         .find(|inputs| {
             let inputs: Vec<_> = inputs.iter().map(crate::harness::to_f64).collect();
             rectified(&inputs, d).into_iter().all(|mut row| {
@@ -160,12 +159,7 @@ fn a_token_without_positive_values_takes_zeros_of_the_lowest_latents() {
 #[test]
 fn values_that_are_not_finite_are_an_error_that_names_the_token() {
     for device in devices("topk") {
-        let mut inputs = vec![
-            random(1, &[400, 3], 1.0),
-            random(2, &[40, 3], 1.0),
-            random(3, &[40], 1.0),
-            random(4, &[3], 1.0),
-        ];
+        let mut inputs = encoder_inputs(1, [400, 3, 40], [1.0; 4]).to_vec();
         inputs[0].f32s_mut().unwrap()[350 * 3] = f32::NAN;
         let error = forward(&device, 2, &inputs).unwrap_err();
         assert!(matches!(error, Error::NotFinite { .. }), "{error}");
@@ -200,12 +194,7 @@ fn operands_that_do_not_fit_are_errors() {
 
 #[test]
 fn the_number_of_threads_does_not_change_a_bit() {
-    let inputs = [
-        random(1, &[700, 24], 1.0),
-        random(2, &[4100, 24], 1.0),
-        random(3, &[4100], 0.1),
-        random(4, &[24], 1.0),
-    ];
+    let inputs = encoder_inputs(1, [700, 24, 4100], [1.0, 1.0, 0.1, 1.0]);
     let of = |threads| forward(&Device::cpu(threads).unwrap(), 9, &inputs).unwrap();
     assert_eq!(of(1), of(3));
 }
@@ -255,13 +244,7 @@ fn long_rows_in_any_order_are_selected_from_as_by_a_full_sort() {
 fn what_is_selected_is_as_large_as_what_float64_selects() {
     // On Hopper the second has rows enough for its own product.
     for (t, d, m, k) in [(37, 96, 3001, 16), (300, 200, 2601, 16)] {
-        let inputs = [
-            random(1, &[t, d], 4.0),
-            random(2, &[m, d], 1.0),
-            random(3, &[m], 1.0),
-            random(4, &[d], 3.0),
-        ]
-        .map(|t| round_bf16(&t));
+        let inputs = encoder_inputs(1, [t, d, m], [4.0, 1.0, 1.0, 3.0]).map(|t| round_bf16(&t));
         let rows = rectified(&inputs.each_ref().map(to_f64), d);
         for device in devices("topk") {
             let (acts, indices) = forward(&device, k, &inputs).unwrap();
@@ -325,12 +308,7 @@ fn each_pre_activation_is_read_once_by_the_selection() {
     let Some(device) = cuda() else { return };
     // Rows of 24 bytes: no lists.
     let (t, d, m) = (4, 12, 16_384);
-    let inputs = [
-        random(1, &[t, d], 1.0),
-        random(2, &[m, d], 1.0),
-        random(3, &[m], 1.0),
-        random(4, &[d], 1.0),
-    ];
+    let inputs = encoder_inputs(1, [t, d, m], [1.0; 4]);
     let op = TopK::new(32, SharedGroups::default());
     // On this thread, whose last kernel the counters are of.
     op.forward(device, &inputs.each_ref(), &[false; 4]).unwrap();
@@ -341,12 +319,7 @@ fn each_pre_activation_is_read_once_by_the_selection() {
 fn the_encoders_gradient_reads_each_row_once() {
     let Some(device) = cuda() else { return };
     let (t, d, m, k) = (64, 512, 128, 32);
-    let inputs = [
-        random(1, &[t, d], 1.0),
-        random(2, &[m, d], 1.0),
-        random(3, &[m], 1.0),
-        random(4, &[d], 1.0),
-    ];
+    let inputs = encoder_inputs(1, [t, d, m], [1.0; 4]);
     let op = TopK::new(k, SharedGroups::default());
     let needed = [false, true, true, false];
     let (_, saved) = op.forward(device, &inputs.each_ref(), &needed).unwrap();

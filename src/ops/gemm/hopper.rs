@@ -35,11 +35,25 @@ const SQUARE: (usize, usize) = (128, 6);
 /// kernels/common/gemm_wgmma.cuh, as wide as they can be and with nothing beside the ring in shared
 /// memory. `None` on another architecture, and where there are few rows.
 pub(crate) fn wide_grid(cuda: &CudaDevice, [m, n]: [usize; 2]) -> Option<Grid> {
-    let most = cuda.multiprocessors() / PAIR;
-    let suits = cuda.capability() == (9, 0) && m > ROWS && most > 0;
+    let most = most_clusters(cuda).filter(|_| m > ROWS)?;
     let (cols, stages) = WIDE;
-    let clusters = (m.div_ceil(PAIR * ROWS) * n.div_ceil(cols)).min(most);
-    suits.then(|| Grid::of_blocks(PAIR * clusters, THREADS, ring(cols, stages)))
+    let clusters = clusters([m, n], cols).min(most);
+    Some(Grid::of_blocks(
+        PAIR * clusters,
+        THREADS,
+        ring(cols, stages),
+    ))
+}
+
+/// Clusters that the device runs at a time; `None` on another architecture.
+fn most_clusters(cuda: &CudaDevice) -> Option<usize> {
+    let most = cuda.multiprocessors() / PAIR;
+    (cuda.capability() == (9, 0) && most > 0).then_some(most)
+}
+
+/// Clusters whose tiles, `cols` wide, cover a result \[m, n\].
+fn clusters([m, n]: [usize; 2], cols: usize) -> usize {
+    m.div_ceil(PAIR * ROWS) * n.div_ceil(cols)
 }
 
 /// Bytes of a ring and its barriers.
@@ -70,10 +84,9 @@ impl Tile {
         aligned: bool,
         low_rank: Option<&LowRank>,
     ) -> Option<Self> {
-        let suits = aligned && cuda.capability() == (9, 0);
-        let tile = suits.then(|| Self::of(layout, extents, low_rank))??;
-        let most = cuda.multiprocessors() / PAIR;
-        (most > 0).then_some(Self {
+        let most = most_clusters(cuda).filter(|_| aligned)?;
+        let tile = Self::of(layout, extents, low_rank)?;
+        Some(Self {
             clusters: tile.clusters.min(most),
             ..tile
         })
@@ -93,7 +106,7 @@ impl Tile {
             cols,
             stages,
             splits,
-            clusters: m.div_ceil(PAIR * ROWS) * n.div_ceil(cols) * splits,
+            clusters: clusters([m, n], cols) * splits,
         };
         if low_rank.is_some_and(|low| low.dropout.is_some()) {
             return Some(tile("gemm_nn_masked_wgmma_128x192", WIDE, 1));

@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 
 use super::Filter;
 use crate::device::simd::vectorized;
-use crate::ops::math::exp2_of_negative;
+use crate::ops::math::{LANES, exp2_of_negative};
 
 /// Weight of the likeliest token.
 const ONE: f32 = (1u64 << 39) as f32;
@@ -44,10 +44,28 @@ fn weigh(weights: &mut [u64], logits: &[f32], max: f32, scale: f32) {
     }
 }
 
+/// The largest logit, minus infinity where there is none; NaN is none.
+#[inline(always)]
+fn largest(logits: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let (vectors, rest) = logits.as_chunks::<LANES>();
+    for vector in vectors {
+        for (l, &v) in lanes.iter_mut().zip(vector) {
+            *l = if v > *l { v } else { *l };
+        }
+    }
+    let all = lanes.iter().chain(rest);
+    all.fold(f32::NEG_INFINITY, |l, &v| if v > l { v } else { l })
+}
+
 /// The token that `word` draws; `None` where no logit is above minus infinity.
 pub(super) fn draw(logits: &[f32], filter: Filter, word: u64) -> Option<u32> {
+    let max = vectorized!(largest(logits));
+    if max == f32::NEG_INFINITY {
+        return None;
+    }
+    let best = logits.iter().position(|&l| l == max)?;
     let keys = || logits.iter().enumerate().map(|(i, &l)| key_of(l, i));
-    let best = id_of(keys().max().filter(|&key| key > 0)?);
     let Some(scale) = filter.scale() else {
         return Some(best as u32);
     };

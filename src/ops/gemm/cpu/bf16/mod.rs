@@ -24,7 +24,6 @@ use crate::device::Device;
 use crate::tensor::Buffer;
 use output::{Output, finish_streams};
 use tile::{Multiplier, PAIRS, Step};
-use widened::Widened;
 
 /// Most steps of the reduction that are packed at a time.
 const STEPS: usize = 48;
@@ -101,11 +100,11 @@ impl Product<'_> {
         let rows = self.dims[0] - first_row;
         let left = left.range(task.left.clone());
         let mut tiles = vec![Tile::ZERO; left.len()];
-        let mut wide = Widened::default();
+        let mut multiplier = Multiplier::new(self.level);
         for j in task.right.clone() {
             let place = |i| (first_row + i * ROWS, first_col + j * COLS);
-            let (left, right) = (left.clone(), (right.panel(j), &mut wide));
-            multiply(self.level, left, right, rows, &mut tiles, |i| {
+            let panels = (left.clone(), right.panel(j));
+            multiply(&mut multiplier, panels, rows, &mut tiles, |i| {
                 out.prefetch(place(i), add)
             });
             for (i, tile) in tiles.iter().enumerate() {
@@ -118,29 +117,26 @@ impl Product<'_> {
 }
 
 /// The products of left panels, of which `rows` rows are used, with a right one: part by part of
-/// the reduction, so that the part of the right panel stays in the L1 cache, or widened, which is
-/// what the memory beside it is for, in L2. `before_last` is called with the index of each tile
-/// before its last part.
-fn multiply(
-    level: Level,
-    left: ChunksExact<Step>,
-    (right, wide): (&[Step], &mut Widened),
+/// the reduction, so that the part of the right panel stays in the L1 cache, or widened in L2.
+/// `before_last` is called with the index of each tile before its last part.
+fn multiply<'r>(
+    multiplier: &mut Multiplier<'r>,
+    (left, right): (ChunksExact<Step>, &'r [Step]),
     rows: usize,
     tiles: &mut [Tile],
     before_last: impl Fn(usize),
 ) {
     let part = right.len().div_ceil(right.len().div_ceil(PART));
-    let multiplier = Multiplier::new(level);
     for from in (0..right.len()).step_by(part) {
         let part = from..right.len().min(from + part);
         let last = part.end == right.len();
-        multiplier.widen(&right[part.clone()], wide);
+        multiplier.set_right(&right[part.clone()]);
         for ((i, left), tile) in left.clone().enumerate().zip(&mut *tiles) {
             if last {
                 before_last(i);
             }
-            let (left, right) = (&left[part.clone()], (&right[part.clone()], &mut *wide));
-            multiplier.multiply(left, right, tile, ROWS.min(rows - i * ROWS), from > 0);
+            let rows = ROWS.min(rows - i * ROWS);
+            multiplier.multiply(&left[part.clone()], tile, rows, from > 0);
         }
     }
 }
@@ -262,16 +258,10 @@ impl Panels {
         let left = self.range(0..self.len());
         let rows = self.len() * ROWS;
         let mut tiles = vec![Tile::ZERO; left.len()];
-        let mut wide = Widened::default();
+        let mut multiplier = Multiplier::new(level);
         for j in 0..right.len() {
-            multiply(
-                level,
-                left.clone(),
-                (right.panel(j), &mut wide),
-                rows,
-                &mut tiles,
-                |_| (),
-            );
+            let panels = (left.clone(), right.panel(j));
+            multiply(&mut multiplier, panels, rows, &mut tiles, |_| ());
             for (i, tile) in tiles.iter().enumerate() {
                 use_tile(i * ROWS, j * COLS, tile)?;
             }

@@ -6,7 +6,7 @@
 use half::bf16;
 
 use super::tile::{COLS, Level, PAIRS, Step};
-use crate::device::simd::vectorized;
+use crate::device::simd::{multiplies_bf16, vectorized};
 
 /// Which side of a product a panel is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,13 +88,13 @@ impl<'a> Operand<'a> {
             outer: outer_end - outer,
             len: end - from,
         };
-        match level {
-            // SAFETY: the level says that the machine has the instructions.
-            #[cfg(target_arch = "x86_64")]
-            Level::Amx | Level::Avx512Bf16 => unsafe { x86::pack(matrix, along, side, out) },
-            // SAFETY: plain vectors need no instructions.
-            _ => vectorized!(unsafe { pack::<Plain, T>(matrix, along, side, out) }),
+        #[cfg(target_arch = "x86_64")]
+        if level.has_avx512() && multiplies_bf16() {
+            // SAFETY: the machine has been seen to have the instructions.
+            return unsafe { x86::pack(matrix, along, side, out) };
         }
+        // SAFETY: plain vectors need no instructions.
+        vectorized!(unsafe { pack::<Plain, T>(matrix, along, side, out) });
     }
 }
 

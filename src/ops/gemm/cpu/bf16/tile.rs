@@ -6,6 +6,7 @@
 //! 16 accumulators of 16 sums, in flight together.
 
 use super::widened::Widened;
+use crate::device::simd::vectorized;
 #[cfg(target_arch = "x86_64")]
 use crate::device::{
     amx::{self, Tiles},
@@ -42,7 +43,10 @@ pub(crate) enum Level {
     /// `vdpbf16ps`: two products of bf16 and their sum in f32, for 16 sums at once.
     #[cfg(target_arch = "x86_64")]
     Avx512Bf16,
-    /// Widened to f32, with fused multiply-add.
+    /// Widened to f32, with fused multiply-adds of 512 bits.
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    /// Widened to f32, with fused multiply-adds of 256 bits.
     #[cfg(target_arch = "x86_64")]
     Avx2,
     /// Widened to f32, in plain Rust.
@@ -50,102 +54,111 @@ pub(crate) enum Level {
 }
 
 impl Level {
-    /// The best level of this machine (the answer is remembered).
+    /// All of them, the best first.
+    #[cfg(target_arch = "x86_64")]
+    const ALL: [Self; 5] = [
+        Self::Amx,
+        Self::Avx512Bf16,
+        Self::Avx512,
+        Self::Avx2,
+        Self::Plain,
+    ];
+    #[cfg(not(target_arch = "x86_64"))]
+    const ALL: [Self; 1] = [Self::Plain];
+
+    /// The fastest level of this machine (what the machine has is remembered).
     pub(crate) fn best() -> Self {
-        #[cfg(target_arch = "x86_64")]
-        {
-            if amx::available() {
-                return Self::Amx;
-            }
-            if simd::multiplies_bf16() {
-                return Self::Avx512Bf16;
-            }
-            if simd::level() != Simd::Baseline {
-                return Self::Avx2;
-            }
-        }
-        Self::Plain
+        let is_fast = |level: &Self| match level {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => simd::multiplies_bf16_faster(),
+            _ => true,
+        };
+        let mut available = Self::available().filter(is_fast);
+        available.next().unwrap_or(Self::Plain)
     }
 
-    /// Whether a machine of this level has AVX-512 with bf16, whatever tiles are computed with.
+    /// All levels of this machine.
+    pub(super) fn available() -> impl Iterator<Item = Self> {
+        Self::ALL.into_iter().filter(|level| match level {
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx => amx::available(),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => simd::multiplies_bf16(),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => simd::level() == Simd::Avx512,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => simd::level() != Simd::Baseline,
+            Self::Plain => true,
+        })
+    }
+
+    /// Whether a machine of this level has AVX-512, whatever tiles are computed with.
     pub(super) fn has_avx512(self) -> bool {
         #[cfg(target_arch = "x86_64")]
-        return matches!(self, Self::Amx | Self::Avx512Bf16);
+        return matches!(self, Self::Amx | Self::Avx512Bf16 | Self::Avx512);
         #[cfg(not(target_arch = "x86_64"))]
         return false;
     }
 }
 
-#[cfg(test)]
-impl Level {
-    /// All levels of this machine.
-    pub(super) fn available() -> Vec<Self> {
-        #[cfg(target_arch = "x86_64")]
-        {
-            let all = [Self::Amx, Self::Avx512Bf16, Self::Avx2, Self::Plain];
-            let best = all.iter().position(|&level| level == Self::best());
-            all[best.unwrap()..].to_vec()
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        vec![Self::Plain]
-    }
-}
-
-/// Computes tiles on this thread.
-pub(super) struct Multiplier {
+/// Computes tiles of left panels and a right one on this thread.
+pub(super) struct Multiplier<'r> {
     level: Level,
+    right: &'r [Step],
+    wide: Widened,
     #[cfg(target_arch = "x86_64")]
     _tiles: Option<Tiles>,
 }
 
-impl Multiplier {
+impl<'r> Multiplier<'r> {
     pub(super) fn new(level: Level) -> Self {
         Self {
             level,
-            // SAFETY: `Level::best` has asked, and no other code makes this level.
+            right: &[],
+            wide: Widened::default(),
+            // SAFETY: `Level::available` has asked, and no other code makes this level.
             #[cfg(target_arch = "x86_64")]
             _tiles: (level == Level::Amx).then(|| unsafe { Tiles::new() }),
         }
     }
 
-    /// Makes `wide` hold the steps of a right panel, where the level widens.
-    pub(super) fn widen(&self, b: &[Step], wide: &mut Widened) {
+    /// Takes these steps of a right panel, widened where the level widens.
+    pub(super) fn set_right(&mut self, steps: &'r [Step]) {
+        self.right = steps;
         match self.level {
-            // SAFETY: a machine of this level has AVX2.
-            #[cfg(target_arch = "x86_64")]
-            Level::Avx2 => unsafe { x86::widen_avx2(wide, b) },
-            Level::Plain => wide.set_right(b),
             #[cfg(target_arch = "x86_64")]
             Level::Amx | Level::Avx512Bf16 => {}
+            _ => vectorized!(self.wide.set_right(steps)),
         }
     }
 
-    /// tile\[i\]\[j\] (+)= Σ_p a\[i\]\[p\] · b\[p\]\[j\], each product being that of two pairs of
-    /// bf16 (the lower index of the reduction in the lower half) and the sum of its two terms.
-    /// Rows from `rows` on may stay as they are. `wide` holds `b` where the level widens.
-    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
-    pub(super) fn multiply(
-        &self,
-        a: &[Step],
-        (b, wide): (&[Step], &mut Widened),
-        tile: &mut Tile,
-        rows: usize,
-        add: bool,
-    ) {
-        let b = &b[..a.len()];
+    /// tile\[i\]\[j\] (+)= Σ_p left\[i\]\[p\] · right\[p\]\[j\], each product being that of
+    /// two pairs of bf16 (the lower index of the reduction in the lower half) and the sum of its two
+    /// terms. Rows from `rows` on may stay as they are.
+    ///
+    /// # Panics
+    /// Where the right panel has other steps than `left`.
+    pub(super) fn multiply(&mut self, left: &[Step], tile: &mut Tile, rows: usize, add: bool) {
+        assert_eq!(left.len(), self.right.len());
+        let wide = &mut self.wide;
         match self.level {
             // SAFETY: the tiles are configured for as long as `self` lives, and there are as many
             // steps of one side as of the other.
             #[cfg(target_arch = "x86_64")]
-            Level::Amx => unsafe { x86::multiply_amx(a, b, tile, add) },
-            // SAFETY: `Level::best` has seen that this machine has these instructions, and no
+            Level::Amx => unsafe { x86::multiply_amx(left, self.right, tile, add) },
+            // SAFETY: `Level::available` has seen that this machine has these instructions, and no
             // other code makes this level.
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512Bf16 => unsafe { x86::multiply_avx512_bf16(a, b, tile, rows, add) },
-            // SAFETY: as above; a machine with AVX-512 has AVX2 and FMA as well.
+            Level::Avx512Bf16 => unsafe {
+                x86::multiply_avx512_bf16(left, self.right, tile, rows, add);
+            },
+            // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Level::Avx2 => unsafe { x86::multiply_avx2(wide, a, tile, rows, add) },
-            Level::Plain => wide.multiply::<false>(a, tile, rows, add),
+            Level::Avx512 => unsafe { wide.multiply_avx512(left, tile, rows, add) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => unsafe { x86::multiply_avx2(wide, left, tile, rows, add) },
+            Level::Plain => wide.multiply::<false>(left, tile, rows, add),
         }
     }
 }
@@ -276,10 +289,5 @@ mod x86 {
         add: bool,
     ) {
         wide.multiply::<true>(a, tile, rows, add);
-    }
-
-    #[target_feature(enable = "avx2")]
-    pub(super) fn widen_avx2(wide: &mut Widened, b: &[Step]) {
-        wide.set_right(b);
     }
 }

@@ -1,46 +1,48 @@
-//! Tiles on machines without instructions for bf16: panels are widened to f32, the right one once
-//! for all left ones, and strips of the tile stay in registers.
+//! Tiles on machines without fast instructions for bf16: panels are widened to f32, the right one
+//! once for all left ones, and strips of the tile stay in registers.
 
 use super::tile::{COLS, PAIRS, ROWS, Step, Tile};
 
-/// Indices of the reduction in a step.
-const DEPTH: usize = 2 * PAIRS;
 /// Rows and columns of a strip: with AVX2 twelve accumulators, which hide the latency of a fused
-/// multiply-add.
+/// multiply-add. With AVX-512 a strip is 8 rows of all columns, sixteen accumulators.
 const STRIP: usize = 6;
 const WIDTH: usize = 16;
 const _: () = assert!(ROWS % STRIP == REST && COLS.is_multiple_of(WIDTH));
 /// Rows of the last strip.
 const REST: usize = 2;
 
-/// Steps of a left and of a right panel in f32.
+/// Steps of a left and of a right panel in f32: the lower values of all pairs, then the upper ones.
 #[derive(Default)]
 pub(super) struct Widened {
-    left: Vec<[[f32; DEPTH]; ROWS]>,
-    right: Vec<[[f32; COLS]; DEPTH]>,
+    left: Vec<Aligned<[[[f32; PAIRS]; 2]; ROWS]>>,
+    right: Vec<Aligned<[[[f32; COLS]; PAIRS]; 2]>>,
 }
+
+/// In whole cache lines, so that no vector lies in two.
+#[derive(Clone)]
+#[repr(align(64))]
+struct Aligned<T>(T);
 
 impl Widened {
     #[inline(always)]
     pub(super) fn set_right(&mut self, steps: &[Step]) {
-        self.right.resize(steps.len(), [[0.0; COLS]; DEPTH]);
-        for (wide, step) in self.right.iter_mut().zip(steps) {
-            let rows = wide.as_chunks_mut::<2>().0.iter_mut();
-            for ([lows, highs], pairs) in rows.zip(step.as_chunks::<COLS>().0) {
-                lows.iter_mut().zip(pairs).for_each(|(v, &p)| *v = low(p));
-                highs.iter_mut().zip(pairs).for_each(|(v, &p)| *v = high(p));
+        self.right
+            .resize(steps.len(), Aligned([[[0.0; COLS]; PAIRS]; 2]));
+        for (Aligned([lows, highs]), step) in self.right.iter_mut().zip(steps) {
+            let rows = lows.iter_mut().zip(highs).zip(step.as_chunks::<COLS>().0);
+            for ((lows, highs), pairs) in rows {
+                (*lows, *highs) = (pairs.map(low), pairs.map(high));
             }
         }
     }
 
     #[inline(always)]
     fn set_left(&mut self, steps: &[Step]) {
-        self.left.resize(steps.len(), [[0.0; DEPTH]; ROWS]);
-        for (wide, step) in self.left.iter_mut().zip(steps) {
+        self.left
+            .resize(steps.len(), Aligned([[[0.0; PAIRS]; 2]; ROWS]));
+        for (Aligned(wide), step) in self.left.iter_mut().zip(steps) {
             for (row, pairs) in wide.iter_mut().zip(step.as_chunks::<PAIRS>().0) {
-                for (values, &pair) in row.as_chunks_mut::<2>().0.iter_mut().zip(pairs) {
-                    *values = [low(pair), high(pair)];
-                }
+                *row = [pairs.map(low), pairs.map(high)];
             }
         }
     }
@@ -66,6 +68,61 @@ impl Widened {
         }
     }
 
+    /// The same with AVX-512.
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f")]
+    pub(super) fn multiply_avx512(
+        &mut self,
+        left: &[Step],
+        tile: &mut Tile,
+        rows: usize,
+        add: bool,
+    ) {
+        use std::arch::x86_64::{
+            __m512, __m512i, _mm512_and_si512, _mm512_fmadd_ps, _mm512_set1_epi32, _mm512_set1_ps,
+            _mm512_setzero_ps, _mm512_slli_epi32,
+        };
+        const STRIP: usize = 8;
+        type Vectors = [__m512; COLS / 16];
+        // As `set_left`, of which the compiler makes gathers and scatters across the rows.
+        self.left
+            .resize(left.len(), Aligned([[[0.0; PAIRS]; 2]; ROWS]));
+        for (Aligned(wide), step) in self.left.iter_mut().zip(left) {
+            for (row, pairs) in wide.iter_mut().zip(step.as_chunks::<PAIRS>().0) {
+                // SAFETY: 16 words or f32 on either side, of which every bit pattern is a value.
+                unsafe {
+                    let pairs = std::mem::transmute::<[u32; PAIRS], __m512i>(*pairs);
+                    let highs = _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+                    let halves = [_mm512_slli_epi32::<16>(pairs), highs];
+                    *row = std::mem::transmute::<[__m512i; 2], [[f32; PAIRS]; 2]>(halves);
+                }
+            }
+        }
+        let strips = tile.0.as_chunks_mut::<STRIP>().0.iter_mut();
+        for (s, strip) in strips.enumerate().take(rows.div_ceil(STRIP)) {
+            let mut sums: [Vectors; STRIP] = [[_mm512_setzero_ps(); COLS / 16]; STRIP];
+            if add {
+                // SAFETY: 8 x 32 f32 on either side, row by row, here and below.
+                sums = unsafe { std::mem::transmute::<[[f32; COLS]; STRIP], _>(*strip) };
+            }
+            for (Aligned(left), Aligned(right)) in self.left.iter().zip(&self.right) {
+                let left = &left.as_chunks::<STRIP>().0[s];
+                for (k, right) in right.as_flattened().iter().enumerate() {
+                    // SAFETY: 32 f32 on either side, of which every bit pattern is a value.
+                    let right: Vectors = unsafe { std::mem::transmute(*right) };
+                    for (sums, left) in sums.iter_mut().zip(left) {
+                        let left = _mm512_set1_ps(left.as_flattened()[k]);
+                        for (sum, right) in sums.iter_mut().zip(right) {
+                            *sum = _mm512_fmadd_ps(left, right, *sum);
+                        }
+                    }
+                }
+            }
+            // SAFETY: as above.
+            *strip = unsafe { std::mem::transmute::<[Vectors; STRIP], [[f32; COLS]; STRIP]>(sums) };
+        }
+    }
+
     /// N rows of the tile from (row, col) on.
     #[inline(always)]
     fn strip<const FUSED: bool, const N: usize>(
@@ -81,13 +138,13 @@ impl Widened {
                 sums.copy_from_slice(&row[col..][..WIDTH]);
             }
         }
-        for (left, right) in self.left.iter().zip(&self.right) {
+        for (Aligned(left), Aligned(right)) in self.left.iter().zip(&self.right) {
             let left = &left[row..][..N];
-            for (k, right) in right.iter().enumerate() {
+            for (k, right) in right.as_flattened().iter().enumerate() {
                 let right = &right[col..][..WIDTH];
                 for (sums, left) in sums.iter_mut().zip(left) {
                     for (sum, &right) in sums.iter_mut().zip(right) {
-                        *sum = add_product::<FUSED>(*sum, left[k], right);
+                        *sum = add_product::<FUSED>(*sum, left.as_flattened()[k], right);
                     }
                 }
             }
