@@ -46,8 +46,9 @@ __device__ __forceinline__ Operand right(const __nv_bfloat16* data, unsigned n, 
 template <class T, Layout kLayout, bool kWide>
 __device__ __forceinline__ void gemm(const GemmArgs& g) {
   using P = Product<T, kLayout, kWide>;
-  // The largest tile leaves no registers for it.
-  constexpr bool kMasked = kLayout == Layout::kNn && T::kN <= 128;
+  constexpr bool kMasked = kLayout == Layout::kNn;
+  // The largest tile leaves no registers for more than words of the mask.
+  constexpr bool kWords = T::kN > 128;
   static_assert(T::kWarps * kMmaM * (T::kWarpN + 8) * 4 <= T::kStages * P::kStageBytes,
                 "the accumulators pass through the ring's memory");
   extern __shared__ __align__(128) unsigned char shared[];
@@ -62,7 +63,7 @@ __device__ __forceinline__ void gemm(const GemmArgs& g) {
   typename P::Accumulator acc = {};
   accumulate<P, T>(acc, low, full, begin, min(begin + share, stages), at.row, at.col,
                    shared_address(shared), [&](typename P::Accumulator& a) {
-                     if (kMasked && g.mask) drop<T, kWide>(a, g, at.row, at.col);
+                     if (kMasked && g.mask) drop<T, kWide, kWords>(a, g, at.row, at.col);
                    });
   Output out{g.out, g.bias, g.residual, g.m, g.n, g.alpha, g.flags};
   if (g.splits > 1) out.data = static_cast<float*>(g.out) + size_t(at.split) * g.m * g.n;

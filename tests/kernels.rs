@@ -46,7 +46,7 @@ const LOCAL: usize = 6;
 const THREADS: u32 = 256;
 
 /// Dynamic shared memory of a block, by the beginning of the kernel's name.
-const DYNAMIC_SHARED: [(&str, u32); 27] = [
+const DYNAMIC_SHARED: [(&str, u32); 33] = [
     ("flash_attention_backward_bf16_d128", 99_072),
     ("flash_attention_backward_bf16_d64", 49_920),
     ("flash_attention_backward_wgmma_bf16_d128", 200_328),
@@ -69,6 +69,13 @@ const DYNAMIC_SHARED: [(&str, u32); 27] = [
     ("gemm_nt_128x256", 3 * 384 * 128),
     ("gemm_tn_128x128", 3 * 256 * 128),
     ("gemm_", 4 * 160 * 128),
+    // Stages of 64 x (128 + 32 a module) bf16, backward with the bits of 64 x 128 values for each.
+    ("lora_down_backward_1", 3 * (160 * 128 + 1024)),
+    ("lora_down_backward_2", 3 * (192 * 128 + 2048)),
+    ("lora_down_backward_3", 3 * (224 * 128 + 3072)),
+    ("lora_down_forward_1", 3 * 160 * 128),
+    ("lora_down_forward_2", 3 * 192 * 128),
+    ("lora_down_forward_3", 3 * 224 * 128),
     ("lora_up_backward", 94_208),
     // w and a row (forward) or two (backward) for each warp, 1536 values each.
     ("rmsnorm_backward_bf16", 15 * 3072),
@@ -91,13 +98,15 @@ const MULTIPROCESSORS: [(&str, u32, u32, u32); 6] = [
 ];
 
 /// Kernels of matrix products, by the beginnings of their names.
-const PRODUCTS: [&str; 7] = [
+const PRODUCTS: [&str; 9] = [
     "gemm_nt",
     "gemm_nn",
     "gemm_tn",
     "flash_attention_forward",
     "flash_attention_backward_bf16",
     "topk_extend_lists",
+    "lora_down_forward",
+    "lora_down_backward",
     "lora_up_backward",
 ];
 
@@ -420,8 +429,9 @@ fn every_kernel_file_has_an_operator_of_its_name() {
     };
     for source in sources() {
         let stem = source.file_stem().unwrap().to_string_lossy().into_owned();
-        // A long stem has a file for each direction, and may have one for an architecture.
-        let parts = ["_sm90a", "_forward", "_backward"];
+        // A long stem has a file for each direction or a part of its own for a factor of adapters,
+        // and may have one for an architecture.
+        let parts = ["_sm90a", "_forward", "_backward", "_down"];
         let stem = parts.iter().fold(stem.as_str(), |stem, part| {
             stem.strip_suffix(part).unwrap_or(stem)
         });

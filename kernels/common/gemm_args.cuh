@@ -45,21 +45,28 @@ __device__ __forceinline__ TilePlace place_tile(unsigned tile, unsigned rows, un
 }
 
 // acc = keep acc where the mask has a one, else 0, for the tile at (row, col). With kWide n is a
-// multiple of 8, so that the columns of a fragment share a byte.
-template <class T, bool kWide>
+// multiple of 8, so that the columns of a fragment share a byte; where it is one of 32, as with
+// kWords it must be, those of four share a word.
+template <class T, bool kWide, bool kWords = false>
 __device__ __forceinline__ void drop(float (&acc)[T::kFragmentsM][T::kFragmentsN][4],
                                      const GemmArgs& g, unsigned row, unsigned col) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   row += warp / T::kWarpsN * T::kWarpM + lane / 4;
   col += warp % T::kWarpsN * T::kWarpN;
+  static_assert(T::kWarpN % 32 == 0, "whole words of the mask");
 #pragma unroll
   for (int half = 0; half < 2 * T::kFragmentsM; ++half) {
     const size_t first = size_t(min(row + half * 8, g.m - 1)) * g.n;
+    uint32_t word = 0;
 #pragma unroll
     for (int j = 0; j < T::kFragmentsN; ++j) {
       const unsigned at_col = col + j * kMmaN + lane % 4 * 2;
       uint32_t bits;
-      if constexpr (kWide) {
+      if (kWords || (kWide && g.n % 32 == 0)) {
+        const auto* words = reinterpret_cast<const uint32_t*>(g.mask) + first / 32;
+        if (j % 4 == 0) word = words[min(at_col, g.n - 1) / 32];
+        bits = word >> at_col % 32;
+      } else if constexpr (kWide) {
         bits = g.mask[(first + min(at_col, g.n - 1)) / 8] >> at_col % 8;
       } else {
         const size_t a = first + min(at_col, g.n - 1), b = first + min(at_col + 1, g.n - 1);

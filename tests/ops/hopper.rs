@@ -55,7 +55,7 @@ fn bits_of_products() -> Option<u64> {
     };
     let inputs = [(7, 256), (8, 128), (9, 128)].map(|(seed, n)| random(seed, &[200, n], 2.0));
     let attended = run(device, attention, &inputs, &[random(10, &[200, 256], 1.0)]);
-    let (t, k, n, r) = (264, 200, 136, 8);
+    let (t, k, n, r) = (264, 224, 136, 8);
     let weight = round_bf16(&random(1, &[n, k], 1.0));
     let bias = Some(round_bf16(&random(2, &[n], 1.0)));
     let [x, dy] = [random(3, &[t, k], 1.0), random(4, &[t, n], 1.0)];

@@ -99,34 +99,42 @@ impl Case<'_> {
     }
 }
 
+/// What dropout with this probability multiplies each of n inputs by: 16 bits of the stream an
+/// element, against p in 2^-16ths.
+fn kept(stream: Stream, p: f32, n: usize) -> Vec<f64> {
+    let threshold = (f64::from(p) * 65536.0).round();
+    let factor = |i: usize| {
+        let word = stream.word(i as u64 / 2);
+        let half = if i.is_multiple_of(2) {
+            word & 0xffff
+        } else {
+            word >> 16
+        };
+        match f64::from(half) < threshold {
+            true => 0.0,
+            false => 1.0 / (1.0 - threshold / 65536.0),
+        }
+    };
+    (0..n).map(factor).collect()
+}
+
 #[test]
 fn lora_matches_float64_with_and_without_dropout_and_residual() {
-    // Every tensor has so many values that its error is not one lucky or unlucky rounding.
+    // Every tensor has so many values that its error is not one lucky or unlucky rounding. On a GPU
+    // one kernel draws, drops and multiplies where inputs are in 32s, ranks and outputs in eights.
     for (t, k, n, r) in [
         (1, 40, 24, 2),
         (7, 13, 5, 3),
         (33, 31, 65, 4),
         (19, 24, 40, 8),
+        (19, 32, 40, 8),
+        (131, 160, 24, 40),
     ] {
         let [w, bias] = [random(3, &[n, k], 1.0), random(4, &[n], 1.0)].map(|t| round_bf16(&t));
         let (w64, bias64) = (to_f64(&w), to_f64(&bias));
         for p in [0.0f32, 0.4] {
             let stream = Stream::new(9, Purpose::Dropout, 2, 11);
-            // 16 bits an element, against p in 2^-16ths.
-            let threshold = (f64::from(p) * 65536.0).round();
-            let kept = (0..t * k).map(|i| {
-                let word = stream.word(i as u64 / 2);
-                let half = if i % 2 == 0 {
-                    word & 0xffff
-                } else {
-                    word >> 16
-                };
-                match f64::from(half) < threshold {
-                    true => 0.0,
-                    false => 1.0 / (1.0 - threshold / 65536.0),
-                }
-            });
-            let kept: Vec<f64> = kept.collect();
+            let kept = kept(stream, p, t * k);
             let make = || LoraLinear {
                 modules: vec![Frozen {
                     weight: w.clone(),
@@ -197,12 +205,19 @@ fn dropout_zeroes_the_stated_share() {
     );
 }
 
-/// Three modules on one X, whose U are one product on a GPU where the ranks allow it.
+/// Three modules on one X, whose U come from one launch on a GPU where the shapes allow it.
 #[test]
 fn modules_on_one_input_match_float64_and_add_up_their_gradients() {
-    let (t, k) = (21, 24);
-    // A rank in eights, and one that is not; outputs in eights, and one that is not.
-    for (outs, r) in [([40, 16, 24], 8), ([40, 16, 24], 3), ([40, 13, 24], 8)] {
+    let t = 21;
+    // Inputs in 32s, ranks and outputs in eights, and each of them not.
+    for (k, outs, r, p) in [
+        (32, [40, 16, 24], 8, 0.0),
+        (96, [40, 16, 24], 40, 0.4),
+        (24, [40, 16, 24], 8, 0.4),
+        (32, [40, 16, 24], 3, 0.0),
+        (32, [40, 13, 24], 8, 0.4),
+    ] {
+        let stream = |module: usize| Stream::new(9, Purpose::Dropout, 2, 11 + module as u32);
         let frozen: Vec<_> = (0..3u64)
             .map(|i| round_bf16(&random(30 + i, &[outs[i as usize], k], 1.0)))
             .collect();
@@ -211,10 +226,15 @@ fn modules_on_one_input_match_float64_and_add_up_their_gradients() {
             .collect();
         let make = || LoraLinear {
             modules: std::iter::zip(&frozen, &bias)
-                .map(|(weight, bias)| Frozen {
+                .enumerate()
+                .map(|(module, (weight, bias))| Frozen {
                     weight: weight.clone(),
                     bias: Some(bias.clone()),
-                    dropout: None,
+                    dropout: (p > 0.0).then_some(Dropout {
+                        p,
+                        stream: stream(module),
+                        step: None,
+                    }),
                 })
                 .collect(),
             scale: SCALE,
@@ -222,12 +242,13 @@ fn modules_on_one_input_match_float64_and_add_up_their_gradients() {
         let (w64, bias64): (Vec<_>, Vec<_>) = std::iter::zip(&frozen, &bias)
             .map(|(w, b)| (to_f64(w), to_f64(b)))
             .unzip();
-        let kept = vec![1.0; t * k];
+        let kept: Vec<_> = (0..3).map(|m| kept(stream(m), p, t * k)).collect();
         let cases: Vec<Case> = std::iter::zip(&w64, &bias64)
-            .map(|(w, bias)| Case {
+            .zip(&kept)
+            .map(|((w, bias), kept)| Case {
                 w,
                 bias,
-                kept: &kept,
+                kept,
                 k,
                 r,
             })
@@ -319,9 +340,15 @@ fn gradients_of_many_rows_and_columns_are_those_of_float64() {
 /// A number in the GPU's memory draws the mask of the stream that has it as its step.
 #[test]
 fn dropout_reads_its_step_from_memory_on_the_gpu() {
-    use resa_engine::tensor::Tensor;
     let Some(device) = cuda() else { return };
-    let (t, k, n, r) = (33, 24, 40, 8);
+    for k in [24, 32] {
+        reads_its_step_from_memory(device, k);
+    }
+}
+
+fn reads_its_step_from_memory(device: &Device, k: usize) {
+    use resa_engine::tensor::Tensor;
+    let (t, n, r) = (33, 40, 8);
     let w = random(3, &[n, k], 1.0);
     let inputs = [
         random(5, &[t, k], 1.0),

@@ -316,6 +316,8 @@ pub(crate) struct LowRank<'a> {
 pub(crate) struct Kept<'a> {
     /// One bit an element, the lowest of a byte first.
     pub(crate) mask: &'a CudaBuffer,
+    /// The element of the buffer that the bits begin with.
+    pub(crate) first: usize,
     /// The factor on what was kept.
     pub(crate) scale: f32,
 }
@@ -332,8 +334,9 @@ impl LowRank<'_> {
         args.low_lhs_stride = extent(NAME, self.lhs.stride())?;
         args.low_rhs_stride = extent(NAME, self.rhs.stride())?;
         args.low_k = extent(NAME, k)?;
-        if let Some(Kept { mask, scale }) = self.dropout {
-            let bits = mask.len() * mask.dtype().size() * 8;
+        if let Some(Kept { mask, first, scale }) = self.dropout {
+            let bytes = mask.dtype().size();
+            let bits = mask.len().saturating_sub(first) * bytes * 8;
             if layout != Layout::Nn || bits < m * n {
                 let expected = format!("layout Nn and a mask of {} bits", m * n);
                 return Err(Error::operand(
@@ -342,7 +345,7 @@ impl LowRank<'_> {
                     format!("{layout:?} and {bits}"),
                 ));
             }
-            args.mask = mask.address();
+            args.mask = mask.address() + (first * bytes) as u64;
             args.keep = scale;
         }
         Ok(())

@@ -152,8 +152,8 @@ fn a_low_rank_product_is_added_and_dropped_where_the_mask_says() {
         ([13, 11, 10], 3),
         ([136, 264, 72], 8),
         ([264, 72, 200], 136),
-        // On Hopper more tiles than blocks.
-        ([136, 8720, 16], 16),
+        // The widest tile, by words of the mask; on Hopper more tiles than blocks.
+        ([136, 12_960, 16], 16),
     ];
     let scale = 1.25;
     for (layout, masked) in [
@@ -182,7 +182,11 @@ fn a_low_rank_product_is_added_and_dropped_where_the_mask_says() {
             let low_rank = LowRank {
                 lhs: Matrix::of(&low_lhs).unwrap(),
                 rhs: Matrix::of(&low_rhs).unwrap(),
-                dropout: masked.then_some(Kept { mask: &mask, scale }),
+                dropout: masked.then_some(Kept {
+                    mask: &mask,
+                    first: 0,
+                    scale,
+                }),
             };
             let (l, r_) = (Matrix::of(&lhs).unwrap(), Matrix::of(&rhs).unwrap());
             let product = Product::new(layout, l, r_);

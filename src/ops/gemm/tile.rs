@@ -74,7 +74,8 @@ impl Tile {
         match layout {
             Layout::Nt if is_wide => wide("gemm_nt_128x256"),
             Layout::Nt => square("gemm_nt_128x128"),
-            Layout::Nn if is_wide && !masked => wide("gemm_nn_128x256"),
+            // With a mask by words of it.
+            Layout::Nn if is_wide && (!masked || n.is_multiple_of(32)) => wide("gemm_nn_128x256"),
             Layout::Nn => square("gemm_nn_128x128"),
             Layout::Tn => square("gemm_tn_128x128"),
         }

@@ -6,9 +6,9 @@
 //! dropout kept. With dU = s · dY B: dA = dUᵀ drop(X), dB = s · dYᵀ U, and dX is the sum of
 //! dY W + drop(dU A).
 //!
-//! On CUDA X, W, Y and, for the products, A and B are bf16; U is saved with s in it, and what
-//! dropout keeps is drawn again. There, U of all modules is one product with their A stacked, unless
-//! each drops inputs of its own.
+//! On CUDA X, W, Y and, for the products, A and B are bf16, and U is saved with s in it. There, U of
+//! all modules comes from one pass over X, and so do their dA, where the shapes allow it; elsewhere
+//! module by module, and what dropout keeps is drawn again.
 
 mod cuda;
 mod dropout;

@@ -100,10 +100,12 @@ impl Widened {
         }
         let strips = tile.0.as_chunks_mut::<STRIP>().0.iter_mut();
         for (s, strip) in strips.enumerate().take(rows.div_ceil(STRIP)) {
-            let mut sums: [Vectors; STRIP] = [[_mm512_setzero_ps(); COLS / 16]; STRIP];
+            let mut sums = [[_mm512_setzero_ps(); COLS / 16]; STRIP];
             if add {
                 // SAFETY: 8 x 32 f32 on either side, row by row, here and below.
-                sums = unsafe { std::mem::transmute::<[[f32; COLS]; STRIP], _>(*strip) };
+                sums = unsafe {
+                    std::mem::transmute::<[[f32; COLS]; STRIP], [Vectors; STRIP]>(*strip)
+                };
             }
             for (Aligned(left), Aligned(right)) in self.left.iter().zip(&self.right) {
                 let left = &left.as_chunks::<STRIP>().0[s];
