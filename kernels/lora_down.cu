@@ -40,13 +40,18 @@ constexpr int kFragments = kRanks / kMmaN;
 constexpr int kStages = 3;
 constexpr int kSteps = kStageK / kMmaK;
 
-// The first and the last stage of the reduction's slice `slice` of `count`.
-struct Slice {
-  unsigned begin, end;
+// What a block works on: ranks, and rows or columns of X, `extent` of them, from these on, over the
+// stages of a slice of the reduction, which is over `depth`.
+struct Part {
+  unsigned rank, first, slice, begin, end;
 
-  __device__ __forceinline__ Slice(unsigned extent, unsigned slice, unsigned count) {
-    const unsigned stages = (extent + kStageK - 1) / kStageK;
-    const unsigned share = (stages + count - 1) / count;
+  __device__ __forceinline__ Part(const DownArgs& g, unsigned extent, unsigned depth) {
+    const unsigned rank_tiles = (g.rank + kRanks - 1) / kRanks;
+    rank = blockIdx.x % rank_tiles * kRanks;
+    slice = blockIdx.x / rank_tiles % g.slices;
+    first = blockIdx.x / rank_tiles / g.slices * extent;
+    const unsigned stages = (depth + kStageK - 1) / kStageK;
+    const unsigned share = (stages + g.slices - 1) / g.slices;
     begin = min(slice * share, stages);
     end = min(begin + share, stages);
   }
@@ -90,36 +95,32 @@ __device__ __forceinline__ void down_forward(const DownArgs& g) {
   extern __shared__ __align__(128) unsigned char shared[];
   const uint32_t ring = shared_address(shared);
 
-  const unsigned rank_tiles = (g.rank + kRanks - 1) / kRanks;
-  const unsigned first_rank = blockIdx.x % rank_tiles * kRanks;
-  const unsigned at_slice = blockIdx.x / rank_tiles % g.slices;
-  const unsigned first_row = blockIdx.x / rank_tiles / g.slices * kRows;
-  const Slice slice(g.in, at_slice, g.slices);
+  const Part part(g, kRows, g.in);
 
   const auto fill = [&](unsigned index) {
-    if (index < slice.end) {
+    if (index < part.end) {
       const uint32_t stage = ring + index % kStages * kStageBytes;
-      Inputs::fill<kThreads, true>(stage, Operand{g.x, g.rows, g.in, g.in}, first_row,
+      Inputs::fill<kThreads, true>(stage, Operand{g.x, g.rows, g.in, g.in}, part.first,
                                    index * kStageK);
 #pragma unroll
       for (int m = 0; m < kModules; ++m) {
         const Operand a{g.with + size_t(m) * g.rank * g.in, g.rank, g.in, g.in};
-        Factors::fill<kThreads, true>(stage + Inputs::kBytes + m * Factors::kBytes, a, first_rank,
+        Factors::fill<kThreads, true>(stage + Inputs::kBytes + m * Factors::kBytes, a, part.rank,
                                       index * kStageK);
       }
     }
     copy_commit();
   };
-  for (unsigned i = 0; i < kStages - 1; ++i) fill(slice.begin + i);
+  for (unsigned i = 0; i < kStages - 1; ++i) fill(part.begin + i);
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, own = lane % 4;
-  const unsigned row = first_row + warp * kMmaM + lane / 4;
+  const unsigned row = part.first + warp * kMmaM + lane / 4;
   // A quad's fragment is four blocks of eight: rows `row` and `row` + 8 of columns 0 to 7, then of
   // columns 8 to 15. Each of its threads draws for one of them, and writes a word of one row.
   const unsigned own_row = row + own % 2 * 8;
-  const bool leaves_masks = g.masks && first_rank == 0 && own_row < g.rows;
+  const bool leaves_masks = g.masks && part.rank == 0 && own_row < g.rows;
   float acc[kModules][kFragments][4] = {};
-  for (unsigned index = slice.begin; index < slice.end; ++index) {
+  for (unsigned index = part.begin; index < part.end; ++index) {
     copy_wait<kStages - 2>();
     __syncthreads();
     // The stage that all warps have left before the barrier is the next to fill.
@@ -168,10 +169,10 @@ __device__ __forceinline__ void down_forward(const DownArgs& g) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const unsigned at_row = row + half * 8;
-      const size_t to = (size_t(at_slice) * g.rows + at_row) * kModules + m;
+      const size_t to = (size_t(part.slice) * g.rows + at_row) * kModules + m;
 #pragma unroll
       for (int j = 0; j < kFragments; ++j) {
-        const unsigned rank = first_rank + j * kMmaN + own * 2;
+        const unsigned rank = part.rank + j * kMmaN + own * 2;
         if (at_row >= g.rows || rank >= g.rank) continue;
         *reinterpret_cast<float2*>(g.shares + to * g.rank + rank) =
             make_float2(acc[m][j][2 * half], acc[m][j][2 * half + 1]);
@@ -194,26 +195,22 @@ __device__ __forceinline__ void down_backward(const DownArgs& g) {
   extern __shared__ __align__(128) unsigned char shared[];
   const uint32_t ring = shared_address(shared);
 
-  const unsigned rank_tiles = (g.rank + kRanks - 1) / kRanks;
-  const unsigned first_rank = blockIdx.x % rank_tiles * kRanks;
-  const unsigned at_slice = blockIdx.x / rank_tiles % g.slices;
-  const unsigned first_col = blockIdx.x / rank_tiles / g.slices * kCols;
-  const Slice slice(g.rows, at_slice, g.slices);
+  const Part part(g, kCols, g.rows);
   const unsigned ranks = kModules * g.rank;
 
   const auto fill = [&](unsigned index) {
-    if (index < slice.end) {
+    if (index < part.end) {
       const uint32_t stage = ring + index % kStages * kStageBytes;
       const unsigned first_row = index * kStageK;
-      Inputs::fill<kThreads, true>(stage, Operand{g.x, g.rows, g.in, g.in}, first_row, first_col);
+      Inputs::fill<kThreads, true>(stage, Operand{g.x, g.rows, g.in, g.in}, first_row, part.first);
 #pragma unroll
       for (int m = 0; m < kModules; ++m) {
         const uint32_t to = stage + Inputs::kBytes + m * kModuleBytes;
         const Operand du{g.with + m * g.rank, g.rows, g.rank, ranks};
-        Gradients::fill<kThreads, true>(to, du, first_row, first_rank);
+        Gradients::fill<kThreads, true>(to, du, first_row, part.rank);
         if (g.masks) {
           const unsigned row = first_row + threadIdx.x / kWords;
-          const unsigned word = first_col / 32 + threadIdx.x % kWords;
+          const unsigned word = part.first / 32 + threadIdx.x % kWords;
           const bool inside = row < g.rows && word < g.in / 32;
           const uint32_t* from = g.masks + (size_t(m) * g.rows + row) * (g.in / 32) + word;
           copy_async_word(to + Gradients::kBytes + threadIdx.x * 4, inside ? from : g.masks,
@@ -223,14 +220,14 @@ __device__ __forceinline__ void down_backward(const DownArgs& g) {
     }
     copy_commit();
   };
-  for (unsigned i = 0; i < kStages - 1; ++i) fill(slice.begin + i);
+  for (unsigned i = 0; i < kStages - 1; ++i) fill(part.begin + i);
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int own_cols = warp * kMmaM;
   // Where the bits of a thread's first column of its first row lie within a stage's.
   const unsigned place = lane % 4 * 2 * kWords + own_cols / 32, shift = own_cols % 32 + lane / 4;
   float acc[kModules][kFragments][4] = {};
-  for (unsigned index = slice.begin; index < slice.end; ++index) {
+  for (unsigned index = part.begin; index < part.end; ++index) {
     copy_wait<kStages - 2>();
     __syncthreads();
     fill(index + kStages - 1);
@@ -269,10 +266,10 @@ __device__ __forceinline__ void down_backward(const DownArgs& g) {
     for (int j = 0; j < kFragments; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const unsigned rank = first_rank + j * kMmaN + lane % 4 * 2 + i % 2;
-        const unsigned col = first_col + own_cols + lane / 4 + i / 2 * 8;
+        const unsigned rank = part.rank + j * kMmaN + lane % 4 * 2 + i % 2;
+        const unsigned col = part.first + own_cols + lane / 4 + i / 2 * 8;
         if (rank >= g.rank || col >= g.in) continue;
-        g.shares[(size_t(at_slice) * ranks + m * g.rank + rank) * g.in + col] = acc[m][j][i];
+        g.shares[(size_t(part.slice) * ranks + m * g.rank + rank) * g.in + col] = acc[m][j][i];
       }
     }
   }
@@ -280,6 +277,7 @@ __device__ __forceinline__ void down_backward(const DownArgs& g) {
 
 }  // namespace
 
+// Blocks a multiprocessor for which there are registers: left to itself ptxas spills to have more.
 extern "C" __global__ void __launch_bounds__(kThreads, 3)
     lora_down_forward_1(const __grid_constant__ DownArgs g) {
   down_forward<1>(g);
@@ -295,17 +293,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
   down_forward<3>(g);
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, 3)
     lora_down_backward_1(const __grid_constant__ DownArgs g) {
   down_backward<1>(g);
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, 2)
     lora_down_backward_2(const __grid_constant__ DownArgs g) {
   down_backward<2>(g);
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, 2)
     lora_down_backward_3(const __grid_constant__ DownArgs g) {
   down_backward<3>(g);
 }

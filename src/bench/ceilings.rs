@@ -134,6 +134,7 @@ fn flop_rate(kernel: Kernel, threads: usize) -> f64 {
 }
 
 /// Accumulators in flight: enough to hide the latency of an addition in every pipe.
+#[cfg(target_arch = "x86_64")]
 const ACCUMULATORS: usize = 20;
 
 fn f32_kernel() -> Kernel {

@@ -14,25 +14,26 @@ pub(super) const MOST: usize = 400;
 /// the times of a row then.
 pub(super) const ROUNDS: usize = 3;
 
-/// Seconds that a run took each time: a round of warm-up over all sets of operands (as far as a
-/// third of the budget goes), then repetitions until one round's share of the budget is spent.
+/// Seconds that a run took each time: first all sets of operands once (as far as the budget goes),
+/// which are new in each round and whose memory the system may not have given out yet, then
+/// repetitions until one round's share of the budget is spent.
 pub(super) fn host_seconds(
     device: &Device,
     run: &mut dyn Run,
     budget: Duration,
     sets: usize,
 ) -> Result<Vec<f64>> {
-    let budget = budget / ROUNDS as u32;
     let began = Instant::now();
-    for round in 0..sets + 1 {
-        if round > 0 && began.elapsed() > budget / 3 {
+    for set in 0..sets + 1 {
+        if set > 0 && began.elapsed() > budget {
             break;
         }
         once(device, run)?;
     }
+    let (share, most) = (budget / ROUNDS as u32, MOST / ROUNDS);
     let began = Instant::now();
     let mut seconds = Vec::new();
-    while seconds.is_empty() || (began.elapsed() < budget && seconds.len() < MOST / ROUNDS) {
+    while seconds.is_empty() || (began.elapsed() < share && seconds.len() < most) {
         seconds.push(once(device, run)?);
     }
     Ok(seconds)

@@ -88,9 +88,9 @@ impl<'a> Operand<'a> {
             outer: outer_end - outer,
             len: end - from,
         };
-        #[cfg(target_arch = "x86_64")]
         if level.has_avx512() && multiplies_bf16() {
             // SAFETY: the machine has been seen to have the instructions.
+            #[cfg(target_arch = "x86_64")]
             return unsafe { x86::pack(matrix, along, side, out) };
         }
         // SAFETY: plain vectors need no instructions.
