@@ -21,13 +21,7 @@ extern "C" __global__ void lora_dropout_bf16(__nv_bfloat16* __restrict__ dropped
   const uint64_t at = thread * kWide;
   if (at >= n) return;
   const Stream stream{key0, key1, high0, step ? step[0] : high1, step ? step[1] : high2};
-  const uint4 drawn = stream.words(uint32_t(thread));
-  const uint32_t words[kWide / 2] = {drawn.x, drawn.y, drawn.z, drawn.w};
-  uint32_t kept = 0;
-#pragma unroll
-  for (int i = 0; i < kWide; ++i) {
-    kept |= uint32_t((words[i / 2] >> 16 * (i % 2) & 0xffff) >= threshold) << i;
-  }
+  const uint32_t kept = stream.kept(uint32_t(thread), threshold);
   if (mask) mask[thread] = uint8_t(kept);
   if (at + kWide <= n) {
     float v[kWide];

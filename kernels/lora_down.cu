@@ -75,17 +75,6 @@ __device__ __forceinline__ void multiply(float (&acc)[kFragments][4], const uint
   }
 }
 
-// Bit i says whether element i of the block of eight that `words` decide on is kept.
-__device__ __forceinline__ uint32_t kept(uint4 words, uint32_t threshold) {
-  const uint32_t all[4] = {words.x, words.y, words.z, words.w};
-  uint32_t bits = 0;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    bits |= uint32_t((all[i / 2] >> 16 * (i % 2) & 0xffff) >= threshold) << i;
-  }
-  return bits;
-}
-
 template <int kModules>
 __device__ __forceinline__ void down_forward(const DownArgs& g) {
   constexpr int kRows = kWarps * kMmaM;
@@ -143,7 +132,7 @@ __device__ __forceinline__ void down_forward(const DownArgs& g) {
         if (g.threshold > 0) {
           const unsigned col = first_col + s * kMmaK + own / 2 * 8;
           const uint64_t at = uint64_t(own_row) * g.in + col;
-          uint32_t all = kept(stream.words(uint32_t(at / 8)), g.threshold) << 8 * own;
+          uint32_t all = stream.kept(uint32_t(at / 8), g.threshold) << 8 * own;
           all |= __shfl_xor_sync(~0u, all, 1);
           all |= __shfl_xor_sync(~0u, all, 2);
           if (s / 2 == own / 2) bits[s % 2] = all;

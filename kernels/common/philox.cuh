@@ -23,4 +23,17 @@ struct Stream {
     }
     return counter;
   }
+
+  // What dropout keeps of elements 8 x block .. 8 x block + 7: bit i is set where half i % 2, lower
+  // first, of word i / 2 is not below the threshold.
+  __device__ __forceinline__ uint32_t kept(uint32_t block, uint32_t threshold) const {
+    const uint4 drawn = words(block);
+    const uint32_t all[4] = {drawn.x, drawn.y, drawn.z, drawn.w};
+    uint32_t bits = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      bits |= uint32_t((all[i / 2] >> 16 * (i % 2) & 0xffff) >= threshold) << i;
+    }
+    return bits;
+  }
 };

@@ -9,6 +9,7 @@ use std::sync::LazyLock;
 
 /// Instruction sets that loops are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+// Elsewhere nothing makes the levels of x86-64.
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 pub(crate) enum Simd {
     /// What every machine of the target has.

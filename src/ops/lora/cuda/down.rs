@@ -1,14 +1,15 @@
 //! The products with the inputs that modules share, for all of them in one launch
 //! (kernels/lora_down.cu).
 
+use std::ops::Range;
+
 use bytemuck::{Pod, Zeroable};
 
+use super::NAME;
 use super::up::{SUM_BF16, sum_args};
-use super::{Columns, NAME, Rows};
 use crate::device::CudaDevice;
 use crate::device::cuda::{Arg, Grid, Kernel, WIDE, extent};
 use crate::error::Result;
-use crate::ops::expect_shape;
 use crate::ops::lora::{Dropout, Frozen};
 use crate::tensor::{CudaBuffer, DType, Tensor};
 
@@ -104,7 +105,8 @@ impl<'m> Down<'m> {
             && !x.is_empty()
             // A stream's blocks are of eight elements.
             && u32::try_from(x.len() / 8).is_ok()
-            && modules.iter().all(|m| m.weight.matrix_dims().0.is_multiple_of(WIDE) && alike(m));
+            && modules.iter().all(|m| m.weight.matrix_dims().0.is_multiple_of(WIDE))
+            && modules[1..].iter().all(alike);
         fits.then_some(Self {
             modules,
             rows,
@@ -165,13 +167,9 @@ impl<'m> Down<'m> {
             0 => None,
             _ => Some(Masks(cuda.alloc(DType::U32, words)?)),
         };
-        let step = step(&self.modules[0]);
-        let step = step
-            .map(|step| {
-                expect_shape(NAME, step, &[2])?;
-                cuda.resident(step, DType::U32)
-            })
-            .transpose()?;
+        let dropout = self.modules[0].dropout.as_ref();
+        let step = dropout.map(|dropout| dropout.resident_step(cuda));
+        let step = step.transpose()?.flatten();
         let (slices, blocks) = self.slices(self.rows, self.inner);
         let shares = cuda.alloc(DType::F32, slices * self.rows * ranks)?;
         let mut args = self.args(&shares, x, a, masks.as_ref(), slices)?;
@@ -290,25 +288,9 @@ impl<'m> Down<'m> {
         })
     }
 
-    /// Which of `count` rows or columns that stand for the ranks of all modules are a module's.
-    fn own(&self, module: usize) -> std::ops::Range<usize> {
+    /// A module's rows of all A, and its columns of all U and dU.
+    pub(super) fn ranks_of(&self, module: usize) -> Range<usize> {
         module * self.rank..(module + 1) * self.rank
-    }
-
-    /// A module's rows of a matrix of all modules' A.
-    pub(super) fn rows_of(&self, tensor: &Tensor, module: usize) -> Rows {
-        Rows {
-            tensor: tensor.clone(),
-            range: self.own(module),
-        }
-    }
-
-    /// A module's columns of a matrix of all modules' U or dU.
-    pub(super) fn columns_of(&self, tensor: &Tensor, module: usize) -> Columns {
-        Columns {
-            tensor: tensor.clone(),
-            range: self.own(module),
-        }
     }
 }
 
@@ -324,11 +306,10 @@ fn step(module: &Frozen) -> Option<&Tensor> {
 /// Whether both streams take their step from the same memory, or both from themselves.
 fn is_same(a: Option<&Tensor>, b: Option<&Tensor>) -> bool {
     match (a, b) {
-        (Some(a), Some(b)) => {
-            std::ptr::eq(a, b)
-                || a.cuda()
-                    .is_some_and(|a| b.cuda().is_some_and(|b| a.address() == b.address()))
-        }
+        (Some(a), Some(b)) => match (a.cuda(), b.cuda()) {
+            (Some(a), Some(b)) => a.address() == b.address(),
+            _ => false,
+        },
         (None, None) => true,
         _ => false,
     }

@@ -19,11 +19,22 @@ use down::{Down, Masks};
 
 const NAME: &str = "lora";
 
-const DROPOUT: Kernel = Kernel {
-    stem: "lora",
-    function: "lora_dropout_bf16",
-};
+/// A kernel of kernels/lora.cu.
+const fn kernel(function: &'static str) -> Kernel {
+    let stem = "lora";
+    Kernel { stem, function }
+}
+
 impl Dropout {
+    /// The step's words in the GPU's memory, where the stream takes it from memory.
+    fn resident_step(&self, cuda: &CudaDevice) -> Result<Option<Tensor>> {
+        let step = self.step.as_ref().map(|step| {
+            expect_shape(NAME, step, &[2])?;
+            cuda.resident(step, DType::U32)
+        });
+        step.transpose()
+    }
+
     /// X, bf16, with zeros for what is dropped and the rest as it is.
     fn drop_cuda(
         &self,
@@ -31,15 +42,9 @@ impl Dropout {
         x: &Tensor,
         mask: Option<&CudaBuffer>,
     ) -> Result<Tensor> {
-        if let Some(step) = &self.step {
-            expect_shape(NAME, step, &[2])?;
-        }
+        let step = self.resident_step(cuda)?;
         let dropped = cuda.alloc(DType::Bf16, x.len())?;
         let (key, high) = self.stream.parts();
-        let step = self.step.as_ref();
-        let step = step
-            .map(|step| cuda.resident(step, DType::U32))
-            .transpose()?;
         let args = [
             Arg::from(&dropped),
             mask.map_or(Arg::Pointer(0), Arg::from),
@@ -55,7 +60,13 @@ impl Dropout {
         ];
         // SAFETY: x and its copy are bf16 of one length; the mask, where there is one, was made
         // for that length by `mask`; the step, where it is in memory, is two u32.
-        unsafe { cuda.launch(DROPOUT, Grid::over(x.len().div_ceil(WIDE)), &args) }?;
+        unsafe {
+            cuda.launch(
+                kernel("lora_dropout_bf16"),
+                Grid::over(x.len().div_ceil(WIDE)),
+                &args,
+            )
+        }?;
         Tensor::from_cuda(dropped, x.shape())
     }
 
@@ -129,10 +140,13 @@ impl LoraLinear {
             Some(down) => {
                 let (a, all_b) = down.factors(cuda, adapters)?;
                 let (u, masks) = down.forward(cuda, &x, &a, self.scale)?;
-                let adapter = |(i, b)| Adapter {
-                    u: down.columns_of(&u, i),
-                    a: down.rows_of(&a, i),
-                    b,
+                let adapter = |(i, b)| {
+                    let (range, tensor) = (down.ranks_of(i), a.clone());
+                    Adapter {
+                        u: columns(&u, range.clone()),
+                        a: Rows { tensor, range },
+                        b,
+                    }
                 };
                 (all_b.into_iter().enumerate().map(adapter).collect(), masks)
             }
@@ -220,7 +234,7 @@ impl LoraLinear {
             let modules = self.modules.iter().zip(&adapters).zip(dy.iter().flatten());
             for (i, ((module, adapter), dy)) in modules.enumerate() {
                 let mask = masks.as_ref().map(|masks| masks.of(i, &x));
-                let du = down.columns_of(&du, i);
+                let du = columns(&du, adapter.a.range.clone());
                 dx = Some(module.input_gradient_cuda(cuda, dy, &du, adapter, mask, dx)?);
             }
         }

@@ -1,6 +1,6 @@
 //! What the gradients take of dY, in one pass over it (kernels/lora.cu).
 
-use super::{Adapter, NAME};
+use super::{Adapter, NAME, kernel};
 use crate::device::CudaDevice;
 use crate::device::cuda::{Arg, Grid, Kernel, WIDE};
 use crate::error::Result;
@@ -8,18 +8,9 @@ use crate::ops::gemm::cuda::{Layout, Matrix, Product};
 use crate::ops::lora::LoraLinear;
 use crate::tensor::{CudaBuffer, DType, Tensor};
 
-const UP_BACKWARD: Kernel = Kernel {
-    stem: "lora",
-    function: "lora_up_backward",
-};
-pub(super) const SUM_BF16: Kernel = Kernel {
-    stem: "lora",
-    function: "lora_sum_bf16",
-};
-const SUM_F32: Kernel = Kernel {
-    stem: "lora",
-    function: "lora_sum_f32",
-};
+const UP_BACKWARD: Kernel = kernel("lora_up_backward");
+pub(super) const SUM_BF16: Kernel = kernel("lora_sum_bf16");
+const SUM_F32: Kernel = kernel("lora_sum_f32");
 
 /// Rows that a block of `lora_up_backward` works through, ranks that it sums at a time, its
 /// threads and its shared memory (kernels/lora.cu).
