@@ -137,6 +137,8 @@ trait Line: Copy {
     unsafe fn zipped<T: Value>(low: &[T; PAIRS], high: &[T; PAIRS]) -> Self;
     unsafe fn transposed(square: [Self; PAIRS]) -> [Self; PAIRS];
     unsafe fn pairs(self) -> [u32; PAIRS];
+    /// Asks for the cache line at `index`, which may be beyond the values.
+    unsafe fn prefetch<T>(values: &[T], index: usize);
 }
 
 /// # Safety
@@ -166,7 +168,9 @@ unsafe fn pack<L: Line, T: Value>(matrix: Matrix<T>, along: bool, side: Side, ou
     }
 }
 
-/// A square from stored rows that run along the reduction: a line for each outer index.
+/// A square from stored rows that run along the reduction: a line for each outer index. The same
+/// square of the next panel is asked for: a row is too short for the machine to see where this
+/// leads.
 ///
 /// # Safety
 /// The machine has the instructions of `L`.
@@ -180,13 +184,19 @@ unsafe fn read_along<L: Line, T: Value>(
     let width = PAIRS.min(matrix.outer.saturating_sub(first));
     for (i, line) in square.iter_mut().enumerate().take(width) {
         let row = &matrix.values[(first + i) * matrix.stride..][..matrix.len];
+        let next = (first + COLS + i) * matrix.stride + from;
         // SAFETY: the caller's promise.
-        *line = unsafe { L::neighbours(chunk(row, from, &mut [T::default(); _])) };
+        unsafe {
+            L::prefetch(matrix.values, next);
+            L::prefetch(matrix.values, next + PAIRS);
+            *line = L::neighbours(chunk(row, from, &mut [T::default(); _]));
+        }
     }
     square
 }
 
-/// A square from stored rows that run across the reduction: a line for each pair of rows.
+/// A square from stored rows that run across the reduction: a line for each pair of rows. The same
+/// square of the next panel, which lies beside it, is asked for.
 ///
 /// # Safety
 /// The machine has the instructions of `L`.
@@ -206,6 +216,8 @@ unsafe fn read_across<L: Line, T: Value>(
         let high = row(from + 2 * p + 1);
         // SAFETY: the caller's promise.
         *line = unsafe {
+            L::prefetch(low, first + COLS);
+            L::prefetch(high, first + COLS);
             L::zipped(
                 chunk(low, first, &mut [T::default(); _]),
                 chunk(high, first, &mut [T::default(); _]),
@@ -319,14 +331,17 @@ impl Line for Plain {
     unsafe fn pairs(self) -> [u32; PAIRS] {
         self.0
     }
+
+    #[inline(always)]
+    unsafe fn prefetch<T>(_: &[T], _: usize) {}
 }
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::{
-        __m512, __m512bh, __m512i, _mm512_cvtne2ps_pbh, _mm512_permutexvar_epi16,
-        _mm512_shuffle_i32x4, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32,
-        _mm512_unpacklo_epi64,
+        __m512, __m512bh, __m512i, _MM_HINT_T1, _mm_prefetch, _mm512_cvtne2ps_pbh,
+        _mm512_permutexvar_epi16, _mm512_shuffle_i32x4, _mm512_unpackhi_epi32,
+        _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
     };
 
     use super::{Line, Matrix, PAIRS, Side, Step, Value};
@@ -375,6 +390,13 @@ mod x86 {
         unsafe fn pairs(self) -> [u32; PAIRS] {
             // SAFETY: both are 64 bytes, of which every pattern is a value.
             unsafe { std::mem::transmute(self) }
+        }
+
+        #[inline(always)]
+        unsafe fn prefetch<T>(values: &[T], index: usize) {
+            let line = values.as_ptr().wrapping_add(index);
+            // SAFETY: a prefetch has no effect but on caches, wherever it points.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) };
         }
     }
 
