@@ -297,6 +297,25 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
   down_backward<3>(g);
 }
 
+// out = alpha times the sum of partial [parts, size], size a multiple of 4: U of all modules from
+// the shares of the slices. A thread for each four values. Least traffic: 4 parts size + 2 size bytes.
+extern "C" __global__ void lora_sum_bf16(__nv_bfloat16* __restrict__ out,
+                                         const float* __restrict__ partial, unsigned parts,
+                                         size_t size, float alpha) {
+  const size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * kWideFloat;
+  if (at >= size) return;
+  float sum[kWideFloat] = {};
+  for (unsigned part = 0; part < parts; ++part) {
+    float v[kWideFloat];
+    load(v, partial + part * size + at);
+#pragma unroll
+    for (int i = 0; i < kWideFloat; ++i) sum[i] += v[i];
+  }
+#pragma unroll
+  for (int i = 0; i < kWideFloat; ++i) sum[i] *= alpha;
+  store(out + at, sum);
+}
+
 // The dA of each module, [size] fp32 (unused ones null): alpha times the sum of shares
 // [slices, modules, size]. A thread for each four values; size is a multiple of 4. Least traffic:
 // 4 (slices + 1) modules size bytes.

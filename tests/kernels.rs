@@ -76,7 +76,7 @@ const DYNAMIC_SHARED: [(&str, u32); 33] = [
     ("lora_down_forward_1", 3 * 160 * 128),
     ("lora_down_forward_2", 3 * 192 * 128),
     ("lora_down_forward_3", 3 * 224 * 128),
-    ("lora_up_backward", 94_208),
+    ("lora_up_backward", 77_824),
     // w and a row (forward) or two (backward) for each warp, 1536 values each.
     ("rmsnorm_backward_bf16", 15 * 3072),
     ("rmsnorm_forward_bf16", 9 * 3072),

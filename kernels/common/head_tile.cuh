@@ -171,12 +171,15 @@ __device__ __forceinline__ void add_product(float (&c)[M][D / 8][4], const float
 }
 
 // Writes the warp's 16 M rows, rounded to bf16, to rows first + row.. of a head. They go by way of
-// rows `row`.. of a tile that no other warp uses, so that memory is written 16 bytes at a time.
+// rows `row`.. of a tile that no other warp uses any more, so that memory is written 16 bytes at a
+// time.
 template <int D, int M>
 __device__ __forceinline__ void store_rows(const HeadRows<__nv_bfloat16>& to, unsigned first,
                                            const float (&c)[M][D / 8][4], char* tile,
                                            unsigned row) {
   const unsigned lane = threadIdx.x % 32;
+  // The warp's own lanes may still be reading what these rows held.
+  __syncwarp();
 #pragma unroll
   for (int m = 0; m < M; ++m) {
 #pragma unroll

@@ -3,7 +3,7 @@
 use super::inputs::batch;
 use crate::data::Packed;
 use crate::device::Device;
-use crate::device::cuda::Recorded;
+use crate::device::cuda::{Cut, Recorded};
 use crate::error::Result;
 use crate::model::{Layout, Qwen2};
 use crate::tape::{Tape, Var};
@@ -54,7 +54,7 @@ impl<'a> Frozen<'a> {
             Some(recorded) => recorded,
             empty => {
                 let (model, layers) = (self.model, &self.layers);
-                let work = |device: &Device, inputs: &[Tensor]| {
+                let work = |device: &Device, inputs: &[Tensor], _: Cut| {
                     let layout = layout.with_batch(layout.batch, inputs.get(1).cloned());
                     through(device, model, layers, inputs[0].clone(), &layout)
                 };

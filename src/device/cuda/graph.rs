@@ -1,6 +1,7 @@
 //! A part of a computation that is the same each time, recorded as a CUDA graph and launched as
 //! one: the driver then has one call to take instead of one for each kernel.
 
+use std::cell::RefCell;
 use std::fmt;
 
 use cudarc::driver::CudaGraph;
@@ -16,7 +17,8 @@ use crate::tensor::{CudaBuffer, DType, Tensor};
 /// lies between. Nobody else's tensors are in that memory, so that a run writes to no one's, and a
 /// run allocates nothing but copies of its outputs.
 pub(crate) struct Recorded {
-    graph: CudaGraph,
+    /// Launched one after the other.
+    graphs: Vec<CudaGraph>,
     inputs: Vec<Tensor>,
     outputs: Vec<Tensor>,
     device: CudaDevice,
@@ -26,11 +28,17 @@ pub(crate) struct Recorded {
 // mutable; nothing in it belongs to a thread.
 unsafe impl Send for Recorded {}
 
+/// Ends a graph of a recording and begins the next.
+pub(crate) type Cut<'a> = &'a dyn Fn() -> Result<()>;
+
 impl CudaDevice {
     /// Records what `work` launches for inputs of these shapes and dtypes, on this device or (f32
     /// and u32) on the host. It is given a device whose memory is the recording's own, and inputs
     /// there, and is called twice: so that its kernels are loaded and all memory is there, and to
     /// be recorded. What else it reads is read where it lies now, and must lie there in each run.
+    /// Where it calls the function that it is given, a graph ends and another begins: the device is
+    /// at work on the first while the host launches the second, which takes longer the more kernels
+    /// there are.
     ///
     /// # Errors
     /// Those of `work`; work that copies between host and device, which would copy the same host
@@ -38,13 +46,13 @@ impl CudaDevice {
     pub(crate) fn record(
         &self,
         inputs: &[&Tensor],
-        work: impl Fn(&Device, &[Tensor]) -> Result<Vec<Tensor>>,
+        work: impl Fn(&Device, &[Tensor], Cut) -> Result<Vec<Tensor>>,
     ) -> Result<Recorded> {
         let own = self.beside();
         let inputs = inputs.iter().map(|input| own.copied(input));
         let inputs = inputs.collect::<Result<Vec<_>>>()?;
         let device = Device::Cuda(own.clone());
-        drop(work(&device, &inputs)?);
+        drop(work(&device, &inputs, &|| Ok(()))?);
         let failed = |e| {
             Error::cuda(
                 self.ordinal(),
@@ -52,15 +60,24 @@ impl CudaDevice {
             )
         };
         let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        self.stream.begin_capture(mode).map_err(failed)?;
-        let outputs = work(&device, &inputs);
+        let begin = || self.stream.begin_capture(mode).map_err(failed);
+        let graphs = RefCell::new(Vec::new());
+        let end = || {
+            let graph = self.stream.end_capture(CUgraphInstantiate_flags(0));
+            let nothing = || Error::operand("graph", "work that launches a kernel", "none");
+            let graph = graph.map_err(failed)?.ok_or_else(nothing)?;
+            graphs.borrow_mut().push(graph);
+            Ok(())
+        };
+        begin()?;
+        let outputs = work(&device, &inputs, &|| end().and_then(|()| begin()));
         // Ended whatever came of it: the stream records until then.
-        let graph = self.stream.end_capture(CUgraphInstantiate_flags(0));
+        let ended = end();
         let outputs = outputs?;
-        let nothing = || Error::operand("graph", "work that launches a kernel", "none");
-        let graph = graph.map_err(failed)?.ok_or_else(nothing)?;
+        ended?;
+        let graphs = graphs.into_inner();
         Ok(Recorded {
-            graph,
+            graphs,
             inputs,
             outputs,
             device: own,
@@ -142,11 +159,12 @@ impl Recorded {
             let own = own.ok_or_else(|| Error::operand("graph", "an input of its own", found))?;
             self.device.fill(own, given)?;
         }
-        let launched = self.graph.launch();
-        launched.map_err(|e| {
-            let what = format!("launching a recorded graph: {}", error_name(e));
-            Error::cuda(self.device.ordinal(), what)
-        })?;
+        for graph in &self.graphs {
+            graph.launch().map_err(|e| {
+                let what = format!("launching a recorded graph: {}", error_name(e));
+                Error::cuda(self.device.ordinal(), what)
+            })?;
+        }
         Ok(&mut self.outputs)
     }
 
@@ -207,12 +225,18 @@ mod tests {
         };
         let eager = Device::Cuda(cuda.clone());
         let first = [upload(&cuda, 1), upload(&cuda, 2)];
-        let mut recorded = cuda.record(&first.each_ref(), sums).unwrap();
+        let in_two = |device: &Device, inputs: &[Tensor], cut: Cut| {
+            let before = sums(device, inputs)?;
+            cut()?;
+            sums(device, &[before[0].clone(), inputs[1].clone()])
+        };
+        let mut recorded = cuda.record(&first.each_ref(), in_two).unwrap();
+        assert_eq!(recorded.graphs.len(), 2);
         let mut kept = Vec::new();
         let mut reserved = 0;
         for seed in 0..4 {
             let inputs = [upload(&cuda, seed), upload(&cuda, 7 * seed)];
-            let want = sums(&eager, &inputs).unwrap();
+            let want = in_two(&eager, &inputs, &|| Ok(())).unwrap();
             let got = recorded.run(&cuda, &inputs.each_ref()).unwrap();
             for (got, want) in got.iter().zip(&want) {
                 assert_eq!((got.dtype(), values(got)), (want.dtype(), values(want)));
@@ -260,7 +284,8 @@ mod tests {
         type Work<'a> = &'a dyn Fn(&Device, &[Tensor]) -> Result<Vec<Tensor>>;
         let cases: [(Work, &str); 3] = [(&reads, "copy"), (&writes, "copy"), (&grows, "memory")];
         for (work, what) in cases {
-            let error = cuda.record(&[&x, &x], work).unwrap_err().to_string();
+            let recorded = cuda.record(&[&x, &x], |device, inputs, _| work(device, inputs));
+            let error = recorded.unwrap_err().to_string();
             assert!(
                 error.contains("recorded") && error.contains(what),
                 "{error}"

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use cudarc::driver::sys::{CUdevice_attribute, CUresult};
 use cudarc::driver::{CudaContext, CudaStream, DriverError};
 
-pub(crate) use graph::Recorded;
+pub(crate) use graph::{Cut, Recorded};
 pub(crate) use kernel::{Arg, Grid, Kernel, extent};
 
 use super::CpuDevice;

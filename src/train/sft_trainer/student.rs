@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::device::Device;
-use crate::device::cuda::Recorded;
+use crate::device::cuda::{Cut, Recorded};
 use crate::error::{Error, Result};
 use crate::model::{Adapters, Layout, Lora, Qwen2, Sae, StepDropout};
 use crate::ops::cross_entropy::CrossEntropy;
@@ -114,7 +114,7 @@ impl<'a> StudentPass<'a> {
                     lora,
                     dropout,
                 };
-                let (losses, grads) = sweep.run(micro, seeds)?;
+                let (losses, grads) = sweep.run(micro, seeds, &|| Ok(()))?;
                 self.own = grads;
                 losses.to_f32()?
             }
@@ -167,7 +167,7 @@ impl<'a> StudentPass<'a> {
         let recording = match &mut self.recording {
             Some(recording) => recording,
             empty => {
-                let work = |device: &Device, inputs: &[Tensor]| {
+                let work = |device: &Device, inputs: &[Tensor], cut: Cut| {
                     let sweep = Sweep {
                         device,
                         model: self.model,
@@ -189,7 +189,7 @@ impl<'a> StudentPass<'a> {
                             batch: *batch,
                         },
                     };
-                    let (losses, grads) = sweep.run(micro, inputs[2].clone())?;
+                    let (losses, grads) = sweep.run(micro, inputs[2].clone(), cut)?;
                     Ok([vec![losses], grads].concat())
                 };
                 empty.insert(Recording {
@@ -265,8 +265,9 @@ struct Sweep<'s> {
 }
 
 impl Sweep<'_> {
-    /// The losses, and the gradients of A and B of each adapter where `seeds` are theirs.
-    fn run(self, micro: MicroBatch, seeds: Tensor) -> Result<(Tensor, Vec<Tensor>)> {
+    /// The losses, and the gradients of A and B of each adapter where `seeds` are theirs. `cut` is
+    /// called where a GPU has work for as long as the launch of the rest takes.
+    fn run(self, micro: MicroBatch, seeds: Tensor, cut: Cut) -> Result<(Tensor, Vec<Tensor>)> {
         let mut tape = Tape::new(self.device);
         let adapters = Adapters::trained(&mut tape, self.lora, self.layers, Some(self.dropout));
         let hidden = forward(
@@ -275,6 +276,7 @@ impl Sweep<'_> {
             &micro.layout,
             micro.student,
             &adapters,
+            cut,
         )?;
         let hidden = self.model.final_norm(&mut tape, &hidden)?;
         let head = self.model.lm_head.clone();
@@ -309,16 +311,19 @@ fn forward(
     layout: &Layout,
     student: Student,
     adapters: &Adapters,
+    cut: Cut,
 ) -> Result<Var> {
+    /// Layers before the cut.
+    const FIRST: usize = 2;
     let layers = model.layers.len();
     match student {
-        Student::Reconstruction { x, layer } => model.decode(
-            tape,
-            Var::constant(x),
-            layer + 1..layers,
-            layout,
-            Some(adapters),
-        ),
+        Student::Reconstruction { x, layer } => {
+            let (first, adapters) = (layer + 1, Some(adapters));
+            let rest = (first + FIRST).min(layers);
+            let x = model.decode(tape, Var::constant(x), first..rest, layout, adapters)?;
+            cut()?;
+            model.decode(tape, x, rest..layers, layout, adapters)
+        }
         Student::ThroughSae { ids, sae, layer } => {
             let x = model.embed(tape, ids)?;
             let x = model.decode(tape, x, 0..layer + 1, layout, Some(adapters))?;

@@ -6,7 +6,6 @@ use std::ops::Range;
 use bytemuck::{Pod, Zeroable};
 
 use super::NAME;
-use super::up::{SUM_BF16, sum_args};
 use crate::device::CudaDevice;
 use crate::device::cuda::{Arg, Grid, Kernel, WIDE, extent};
 use crate::error::Result;
@@ -190,9 +189,21 @@ impl<'m> Down<'m> {
         unsafe { cuda.launch(kernel(function), grid, &args) }?;
         let u = cuda.alloc(DType::Bf16, self.rows * ranks)?;
         let alpha = scale * self.modules[0].keep();
-        let (args, grid) = sum_args(Arg::from(&u), (ranks, ranks), &shares, slices, alpha)?;
-        // SAFETY: the shares are [slices, rows, ranks] and u [rows, ranks].
-        unsafe { cuda.launch(SUM_BF16, grid, &args) }?;
+        let args = [
+            Arg::from(&u),
+            Arg::from(&shares),
+            Arg::size(NAME, slices)?,
+            Arg::U64(u.len() as u64),
+            Arg::F32(alpha),
+        ];
+        // SAFETY: the shares are [slices, rows, ranks] and u [rows, ranks], a multiple of eight.
+        unsafe {
+            cuda.launch(
+                kernel("lora_sum_bf16"),
+                Grid::over(u.len().div_ceil(4)),
+                &args,
+            )
+        }?;
         Ok((Tensor::from_cuda(u, [self.rows, ranks])?, masks))
     }
 

@@ -220,18 +220,12 @@ impl LoraLinear {
         let Some(down) = down.filter(|_| dy.iter().all(Option::is_some)) else {
             return self.backward_each(cuda, &x, &adapters, &dy, needed);
         };
-        let (rows, all) = (x.matrix_dims().0, adapters[0].a.tensor.matrix_dims().0);
-        let du = cuda.alloc(DType::Bf16, rows * all)?;
-        let mut all_db = Vec::new();
-        for (adapter, dy) in adapters.iter().zip(dy.iter().flatten()) {
-            let first = adapter.a.range.start;
-            all_db.push(self.output_gradients(cuda, dy, adapter, &du, (first, all))?);
-        }
-        let du = Tensor::from_cuda(du, [rows, all])?;
+        let all_dy: Vec<&Tensor> = dy.iter().flatten().collect();
+        let (du, all_db) = self.output_gradients(cuda, &all_dy, &adapters)?;
         let all_da = down.backward(cuda, &x, &du, masks.as_ref())?;
         let mut dx = None;
         if needed {
-            let modules = self.modules.iter().zip(&adapters).zip(dy.iter().flatten());
+            let modules = self.modules.iter().zip(&adapters).zip(all_dy);
             for (i, ((module, adapter), dy)) in modules.enumerate() {
                 let mask = masks.as_ref().map(|masks| masks.of(i, &x));
                 let du = columns(&du, adapter.a.range.clone());
@@ -258,10 +252,10 @@ impl LoraLinear {
                 found.push([None, None]);
                 continue;
             };
-            let (rows, r) = (x.matrix_dims().0, adapter.a.range.len());
-            let du = cuda.alloc(DType::Bf16, rows * r)?;
-            let db = self.output_gradients(cuda, dy, adapter, &du, (0, r))?;
-            let du = columns(&Tensor::from_cuda(du, [rows, r])?, 0..r);
+            let r = adapter.a.range.len();
+            let one = std::slice::from_ref(adapter);
+            let (du, mut db) = self.output_gradients(cuda, &[dy], one)?;
+            let du = columns(&du, 0..r);
             let mask = match (&module.dropout, needed) {
                 (Some(_), true) => Some(Dropout::mask(cuda, x)?),
                 _ => None,
@@ -275,7 +269,7 @@ impl LoraLinear {
                 ..Product::new(Layout::Tn, du.matrix()?, Matrix::of(&dropped)?)
             };
             let da = Tensor::from_cuda(da.run(cuda, DType::F32)?, [r, x.matrix_dims().1])?;
-            found.push([Some(da), Some(db)]);
+            found.push([Some(da), db.pop()]);
             if needed {
                 let mask = mask.as_ref().map(|mask| (mask, 0));
                 sum = Some(module.input_gradient_cuda(cuda, dy, &du, adapter, mask, sum)?);

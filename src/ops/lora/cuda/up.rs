@@ -1,111 +1,122 @@
-//! What the gradients take of dY, in one pass over it (kernels/lora.cu).
+//! What the gradients take of dY, in one pass over it for all modules of an input
+//! (kernels/lora_up.cu).
 
-use super::{Adapter, NAME, kernel};
+use bytemuck::{Pod, Zeroable};
+
+use super::{Adapter, NAME};
 use crate::device::CudaDevice;
-use crate::device::cuda::{Arg, Grid, Kernel, WIDE};
+use crate::device::cuda::{Arg, Grid, Kernel, WIDE, extent};
 use crate::error::Result;
 use crate::ops::gemm::cuda::{Layout, Matrix, Product};
 use crate::ops::lora::LoraLinear;
 use crate::tensor::{CudaBuffer, DType, Tensor};
 
-const UP_BACKWARD: Kernel = kernel("lora_up_backward");
-pub(super) const SUM_BF16: Kernel = kernel("lora_sum_bf16");
-const SUM_F32: Kernel = kernel("lora_sum_f32");
-
+/// Modules that a launch serves at most.
+const MODULES: usize = 3;
 /// Rows that a block of `lora_up_backward` works through, ranks that it sums at a time, its
-/// threads and its shared memory (kernels/lora.cu).
-const ROWS: usize = 512;
+/// threads and its shared memory.
+const ROWS: usize = 256;
 const RANKS: usize = 32;
 const THREADS: u32 = 256;
 const SHARED: usize = (3 * (128 + RANKS) * 64 + ROWS * RANKS) * 2;
 
-/// Columns of dY for a block: as many blocks as keep a device busy, unless the shares of dU would
-/// cost more than half of reading dY again (at rank 32).
-fn span(row_blocks: usize, out: usize) -> usize {
-    const BLOCKS: usize = 128;
-    const LEAST: usize = 256;
-    let spans = BLOCKS.div_ceil(row_blocks.max(1));
-    out.div_ceil(spans).next_multiple_of(64).max(LEAST)
-}
-
-impl LoraLinear {
-    /// dU = s dY B into columns of `du`, from `first` on, whose rows have `stride` values; and
-    /// dB = dYᵀ U, where U holds s already.
-    pub(super) fn output_gradients(
-        &self,
-        cuda: &CudaDevice,
-        dy: &Tensor,
-        adapter: &Adapter,
-        du: &CudaBuffer,
-        (first, stride): (usize, usize),
-    ) -> Result<Tensor> {
-        let ((rows, out), (_, r)) = (dy.matrix_dims(), adapter.b.matrix_dims());
-        let u = adapter.u.matrix()?;
-        if !(out.is_multiple_of(WIDE) && r.is_multiple_of(WIDE) && u.is_aligned()) {
-            // Without 16-byte accesses: dU alone in its matrix, as the caller has it then.
-            let product = Product {
-                alpha: self.scale,
-                ..Product::new(Layout::Nn, Matrix::of(dy)?, Matrix::of(&adapter.b)?)
-            };
-            product.run_into(cuda, du, 0, false)?;
-            let db = Product::new(Layout::Tn, Matrix::of(dy)?, u);
-            return Tensor::from_cuda(db.run(cuda, DType::F32)?, adapter.b.shape());
-        }
-        let blocks = rows.div_ceil(ROWS);
-        let span = span(blocks, out);
-        let spans = out.div_ceil(span);
-        let du_shares = cuda.alloc(DType::F32, spans * rows * r)?;
-        let db_shares = cuda.alloc(DType::F32, blocks * out * r)?;
-        let args = [
-            Arg::from(&du_shares),
-            Arg::from(&db_shares),
-            dy.arg()?,
-            Arg::Pointer(u.address()),
-            adapter.b.arg()?,
-            Arg::size(NAME, u.stride())?,
-            Arg::size(NAME, rows)?,
-            Arg::size(NAME, out)?,
-            Arg::size(NAME, r)?,
-            Arg::size(NAME, span)?,
-        ];
-        let grid = Grid::of_blocks(blocks * spans * r.div_ceil(RANKS), THREADS, SHARED);
-        // SAFETY: dY is [rows, out], U [rows, r] with the stride stated, B [out, r], all bf16 and
-        // with rows at multiples of 16 bytes; the shares are as kernels/lora.cu has them.
-        unsafe { cuda.launch(UP_BACKWARD, grid, &args) }?;
-        let db = cuda.alloc(DType::F32, out * r)?;
-        let sum = |to, stride, shares: &CudaBuffer, parts: usize, alpha| {
-            sum_args(to, (stride, r), shares, parts, alpha)
-        };
-        let to = Arg::Pointer(du.address() + (first * DType::Bf16.size()) as u64);
-        let (args, grid) = sum(to, stride, &du_shares, spans, self.scale)?;
-        // SAFETY: the shares are [spans, rows, r]; du has rows of `stride` bf16, of which r from
-        // `first` on are this module's.
-        unsafe { cuda.launch(SUM_BF16, grid, &args) }?;
-        let (args, grid) = sum(Arg::from(&db), r, &db_shares, blocks, 1.0)?;
-        // SAFETY: the shares are [blocks, out, r] and db [out, r], all f32.
-        unsafe { cuda.launch(SUM_F32, grid, &args) }?;
-        Tensor::from_cuda(db, adapter.b.shape())
+const fn kernel(function: &'static str) -> Kernel {
+    Kernel {
+        stem: "lora_up",
+        function,
     }
 }
 
-/// The arguments and the grid of `lora_sum_bf16` and `lora_sum_f32`: `to`, whose rows are `stride`
-/// values apart and `width` long, becomes alpha times the sum of `parts` shares.
-pub(super) fn sum_args(
-    to: Arg,
-    (stride, width): (usize, usize),
-    shares: &CudaBuffer,
-    parts: usize,
-    alpha: f32,
-) -> Result<([Arg; 7], Grid)> {
-    let size = shares.len() / parts.max(1);
-    let args = [
-        to,
-        Arg::size(NAME, stride)?,
-        Arg::from(shares),
-        Arg::size(NAME, parts)?,
-        Arg::U64(size as u64),
-        Arg::size(NAME, width)?,
-        Arg::F32(alpha),
-    ];
-    Ok((args, Grid::over(size.div_ceil(4))))
+/// `UpArgs` of the kernels.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct UpArgs {
+    shares: u64,
+    u: u64,
+    du: u64,
+    dy: [u64; MODULES],
+    b: [u64; MODULES],
+    db: [u64; MODULES],
+    out: [u32; MODULES],
+    rows: u32,
+    rank: u32,
+    span: u32,
+    u_stride: u32,
+    scale: f32,
+}
+
+/// Columns of dY for a block, of `all` of the modules: as many blocks as an H100 was fastest with,
+/// two for each multiprocessor, unless the shares of dU would cost more than reading dY again (at
+/// rank 32).
+fn span(row_blocks: usize, all: usize) -> usize {
+    const BLOCKS: usize = 264;
+    const LEAST: usize = 128;
+    let spans = BLOCKS.div_ceil(row_blocks.max(1));
+    all.div_ceil(spans).next_multiple_of(64).max(LEAST)
+}
+
+impl LoraLinear {
+    /// dU = s dY B of modules that share an input, side by side \[T, modules r\], and each dB =
+    /// dYᵀ U, where U holds s already. The adapters have one rank and, if they are several, U in one
+    /// matrix and rows at multiples of 16 bytes.
+    pub(super) fn output_gradients(
+        &self,
+        cuda: &CudaDevice,
+        dy: &[&Tensor],
+        adapters: &[Adapter],
+    ) -> Result<(Tensor, Vec<Tensor>)> {
+        let (rows, r) = (dy[0].matrix_dims().0, adapters[0].b.matrix_dims().1);
+        let u = adapters[0].u.matrix()?;
+        let outs: Vec<usize> = dy.iter().map(|dy| dy.matrix_dims().1).collect();
+        let ranks = adapters.len() * r;
+        let shape = [rows, ranks];
+        let aligned = |n: &usize| n.is_multiple_of(WIDE);
+        if !(outs.iter().all(aligned) && aligned(&r) && u.is_aligned()) {
+            let (dy, b) = (Matrix::of(dy[0])?, &adapters[0].b);
+            let du = Product {
+                alpha: self.scale,
+                ..Product::new(Layout::Nn, dy, Matrix::of(b)?)
+            };
+            let du = Tensor::from_cuda(du.run(cuda, DType::Bf16)?, shape)?;
+            let db = Product::new(Layout::Tn, dy, u).run(cuda, DType::F32)?;
+            return Ok((du, vec![Tensor::from_cuda(db, b.shape())?]));
+        }
+        let blocks = rows.div_ceil(ROWS);
+        let all: usize = outs.iter().sum();
+        let span = span(blocks, all);
+        let spans: usize = outs.iter().map(|out| out.div_ceil(span)).sum();
+        let shares = cuda.alloc(DType::F32, (spans * rows + blocks * all) * r)?;
+        let du = cuda.alloc(DType::Bf16, rows * ranks)?;
+        let mut args = UpArgs {
+            shares: shares.address(),
+            u: u.address(),
+            du: du.address(),
+            rows: extent(NAME, rows)?,
+            rank: extent(NAME, r)?,
+            span: extent(NAME, span)?,
+            u_stride: extent(NAME, u.stride())?,
+            scale: self.scale,
+            ..UpArgs::zeroed()
+        };
+        let address = |t: &Tensor| t.cuda().map_or(0, CudaBuffer::address);
+        let mut all_db = Vec::new();
+        for (i, (dy, adapter)) in dy.iter().zip(adapters).enumerate() {
+            let db = cuda.alloc(DType::F32, outs[i] * r)?;
+            args.out[i] = extent(NAME, outs[i])?;
+            args.dy[i] = address(dy);
+            args.b[i] = address(&adapter.b);
+            args.db[i] = db.address();
+            all_db.push(Tensor::from_cuda(db, adapter.b.shape())?);
+        }
+        let args = Arg::Struct(bytemuck::cast(args));
+        let grid = Grid::of_blocks(blocks * spans * r.div_ceil(RANKS), THREADS, SHARED);
+        // SAFETY: dY are [rows, out], U [rows, r] of each module with the stride stated, B [out, r],
+        // all bf16 and with rows at multiples of 16 bytes; the shares are as many as the kernel has.
+        unsafe { cuda.launch(kernel("lora_up_backward"), grid, &[args]) }?;
+        let grid = Grid::over(((rows * adapters.len() + all) * r).div_ceil(4));
+        let args = [args, Arg::size(NAME, blocks)?];
+        // SAFETY: as above; du is [rows, modules r] and each dB [out, r].
+        unsafe { cuda.launch(kernel("lora_up_sum"), grid, &args) }?;
+        Ok((Tensor::from_cuda(du, shape)?, all_db))
+    }
 }
