@@ -4,20 +4,22 @@
 //! whose row r is query r / group, head r % group. That gives matrix products of a good size,
 //! and their reduction adds up the gradients of the group in a fixed order.
 
+mod products;
+
 use std::f32::consts::{LN_2, LOG2_E};
 use std::ops::Range;
 
-use faer::linalg::matmul::matmul;
-use faer::{Accum, MatMut, MatRef, Par};
+use faer::Accum;
 use rayon::prelude::*;
 
 use super::FlashAttention;
 use super::softmax::{Visible, finish_softmax, online_softmax, softmax_backward};
-use crate::device::Device;
 use crate::device::simd::vectorized;
+use crate::device::{Device, Precision};
 use crate::error::Result;
 use crate::ops::math::dot;
 use crate::tensor::{Buffer, Tensor};
+use products::{Mat, Products, mat};
 
 /// Stacked rows of a query tile (more only where the group alone is larger).
 const TILE_ROWS: usize = 192;
@@ -35,11 +37,13 @@ pub(super) struct Operands<'a> {
     k: &'a [f32],
     v: &'a [f32],
     doc_starts: Option<&'a [u32]>,
+    scales: Scales,
 }
 
 impl<'a> Operands<'a> {
     /// The caller has checked the shapes.
     pub(super) fn new(
+        device: &Device,
         op: &'a FlashAttention,
         q: &'a Tensor,
         k: &'a Tensor,
@@ -51,11 +55,16 @@ impl<'a> Operands<'a> {
             k: k.f32s()?,
             v: v.f32s()?,
             doc_starts: op.doc_starts.as_ref().map(Tensor::u32s).transpose()?,
+            scales: Scales::new(device.precision(), op.head_dim),
         })
     }
 
     fn queries_of_tile(&self) -> usize {
         (TILE_ROWS / self.op.group()).clamp(1, MAX_QUERIES)
+    }
+
+    fn rows_of_tile(&self) -> usize {
+        self.queries_of_tile() * self.op.group()
     }
 
     /// Keys (or values) `keys` of the tile's key/value head, as a matrix [keys, D].
@@ -108,13 +117,43 @@ impl<'a> Operands<'a> {
         ));
     }
 
-    /// What q is multiplied by so that scores come out in base 2.
-    fn score_scale(&self) -> f32 {
-        LOG2_E * self.inverse_sqrt_d()
+    /// The products of a task.
+    fn products(&self, device: &Device) -> Products {
+        let sides = [self.rows_of_tile(), KEYS, self.op.head_dim];
+        Products::new(device, sides.into_iter().max().expect("there are three"))
     }
+}
 
-    fn inverse_sqrt_d(&self) -> f32 {
-        1.0 / (self.op.head_dim as f32).sqrt()
+/// Factors by which scores come out in base 2, and gradients of what they are of.
+struct Scales {
+    /// Of the queries in a tile.
+    queries: f32,
+    /// Of their products with keys.
+    scores: f32,
+    /// Of dS K.
+    dq: f32,
+    /// Of dS^T times the queries in a tile.
+    dk: f32,
+}
+
+impl Scales {
+    fn new(precision: Precision, head_dim: usize) -> Self {
+        let dq = 1.0 / (head_dim as f32).sqrt();
+        match precision {
+            Precision::F32 => Self {
+                queries: LOG2_E * dq,
+                scores: 1.0,
+                dq,
+                dk: LN_2,
+            },
+            // Queries that bf16 holds stay as they are: times a factor they would be rounded.
+            Precision::Bf16 => Self {
+                queries: 1.0,
+                scores: LOG2_E * dq,
+                dq,
+                dk: dq,
+            },
+        }
     }
 }
 
@@ -184,7 +223,8 @@ fn copy_scaled(
 
 /// Memory for one query tile.
 struct Scratch {
-    /// [rows, D]: queries, scaled for base-2 scores.
+    products: Products,
+    /// [rows, D]: queries, scaled.
     q: Buffer,
     /// [rows, D]: O, or dQ.
     out: Buffer,
@@ -198,8 +238,9 @@ struct Scratch {
 
 impl Scratch {
     fn new(device: &Device, x: &Operands<'_>) -> Self {
-        let rows = x.queries_of_tile() * x.op.group();
+        let rows = x.rows_of_tile();
         Self {
+            products: x.products(device),
             q: device.buffer(rows * x.op.head_dim),
             out: device.buffer(rows * x.op.head_dim),
             scores: device.buffer(rows * KEYS),
@@ -219,26 +260,12 @@ struct GradScratch {
 
 impl GradScratch {
     fn new(device: &Device, x: &Operands<'_>) -> Self {
-        let rows = x.queries_of_tile() * x.op.group();
+        let rows = x.rows_of_tile();
         Self {
             grad: device.buffer(rows * x.op.head_dim),
             grads: device.buffer(rows * KEYS),
         }
     }
-}
-
-type Mat<'a> = MatRef<'a, f32>;
-
-/// The first `cols` columns of a row-major matrix whose rows are `stride` long.
-fn mat(data: &[f32], rows: usize, cols: usize, stride: usize) -> Mat<'_> {
-    MatRef::from_row_major_slice_with_stride(data, rows, cols, stride)
-}
-
-/// `out` (rows `stride` long) becomes a b, or has it added.
-fn product(out: &mut [f32], stride: usize, accumulate: Accum, a: Mat<'_>, b: Mat<'_>) {
-    // Made as its transpose: faer 0.24's from_row_major_slice_with_stride_mut mixes up the strides.
-    let out = MatMut::from_column_major_slice_with_stride_mut(out, b.ncols(), a.nrows(), stride);
-    matmul(out.transpose_mut(), accumulate, a, b, 1.0, Par::Seq);
 }
 
 /// Blocks of at most `rows` rows of each sequence, `cols` wide: sequence, rows, elements.
@@ -297,25 +324,27 @@ pub(super) fn forward(device: &Device, x: &Operands<'_>, o: &mut [f32], log_sum:
 fn forward_tile(x: &Operands<'_>, tile: &TileOf, scratch: &mut Scratch) {
     let d = x.op.head_dim;
     let rows = tile.queries.len() * x.op.group();
+    let products = &mut scratch.products;
     let q = &mut scratch.q[..rows * d];
     let o = &mut scratch.out[..rows * d];
     let scores = &mut scratch.scores[..rows * KEYS];
     let (max, sum) = (&mut scratch.log_sum[..rows], &mut scratch.sum[..rows]);
-    x.pack(x.q, d, tile, x.score_scale(), q);
+    x.pack(x.q, d, tile, x.scales.queries, q);
     o.fill(0.0);
     max.fill(f32::NEG_INFINITY);
     sum.fill(0.0);
     for keys in key_blocks(x.first_visible(tile)..tile.queries.end) {
         let (k, v) = (x.keys_of(x.k, tile, &keys), x.keys_of(x.v, tile, &keys));
-        product(
-            scores,
-            KEYS,
+        products.product(
+            (scores, KEYS),
             Accum::Replace,
+            x.scales.scores,
             mat(q, rows, d, d),
             k.transpose(),
         );
         vectorized!(online_softmax(scores, &x.visible(tile, &keys), max, sum, o));
-        product(o, d, Accum::Add, mat(scores, rows, keys.len(), KEYS), v);
+        let p = mat(scores, rows, keys.len(), KEYS);
+        products.product((o, d), Accum::Add, 1.0, p, v);
     }
     vectorized!(finish_softmax(max, sum, o));
 }
@@ -342,10 +371,11 @@ pub(super) fn backward_q(device: &Device, x: &Operands<'_>, up: &Upstream<'_>, d
                 score_grads(x, &tile, &keys, &mut scratch, &mut grads);
                 let ds = mat(&grads.grads, rows, keys.len(), KEYS);
                 let k = x.keys_of(x.k, &tile, &keys);
-                product(&mut scratch.out, d, Accum::Add, ds, k);
+                let out = (&mut scratch.out[..], d);
+                scratch.products.product(out, Accum::Add, 1.0, ds, k);
             }
             let out = &scratch.out[..rows * d];
-            x.unpack(out, d, kv_head, x.inverse_sqrt_d(), dq);
+            x.unpack(out, d, kv_head, x.scales.dq, dq);
         }
     });
 }
@@ -385,12 +415,13 @@ pub(super) fn backward_kv(
                 let p = mat(&scratch.scores, rows, keys.len(), KEYS).transpose();
                 let ds = mat(&grads.grads, rows, keys.len(), KEYS).transpose();
                 let (q, grad) = (mat(&scratch.q, rows, d, d), mat(&grads.grad, rows, d, d));
-                product(&mut dk[kv_head * d..], cols, Accum::Add, ds, q);
-                product(&mut dv[kv_head * d..], cols, Accum::Add, p, grad);
+                let (dk, dv) = (&mut dk[kv_head * d..], &mut dv[kv_head * d..]);
+                let products = &mut scratch.products;
+                products.product((dk, cols), Accum::Add, 1.0, ds, q);
+                products.product((dv, cols), Accum::Add, 1.0, p, grad);
             }
         }
-        // The queries carried log2(e) for base-2 scores.
-        dk.iter_mut().for_each(|v| *v *= LN_2);
+        dk.iter_mut().for_each(|v| *v *= x.scales.dk);
     });
 }
 
@@ -404,7 +435,7 @@ fn load_tile(
 ) {
     let d = x.op.head_dim;
     let rows = tile.queries.len() * x.op.group();
-    x.pack(x.q, d, tile, x.score_scale(), &mut scratch.q[..rows * d]);
+    x.pack(x.q, d, tile, x.scales.queries, &mut scratch.q[..rows * d]);
     x.pack(up.grad, d, tile, 1.0, &mut grads.grad[..rows * d]);
     x.pack(up.log_sum, 1, tile, 1.0, &mut scratch.log_sum[..rows]);
     x.pack(&up.delta, 1, tile, 1.0, &mut scratch.sum[..rows]);
@@ -422,9 +453,12 @@ fn score_grads(
     let rows = tile.queries.len() * x.op.group();
     let (k, v) = (x.keys_of(x.k, tile, keys), x.keys_of(x.v, tile, keys));
     let q = mat(&scratch.q, rows, d, d);
-    product(&mut scratch.scores, KEYS, Accum::Replace, q, k.transpose());
+    let products = &mut scratch.products;
+    let scores = (&mut scratch.scores[..], KEYS);
+    products.product(scores, Accum::Replace, x.scales.scores, q, k.transpose());
     let grad = mat(&grads.grad, rows, d, d);
-    product(&mut grads.grads, KEYS, Accum::Replace, grad, v.transpose());
+    let grads_of_p = (&mut grads.grads[..], KEYS);
+    products.product(grads_of_p, Accum::Replace, 1.0, grad, v.transpose());
     vectorized!(softmax_backward(
         &mut scratch.scores,
         &mut grads.grads,
