@@ -149,7 +149,7 @@ impl Operator for FlashAttention {
         let mut result = vec![None, None, None];
         let operands = cpu::Operands::new(device, self, q, k, v)?;
         let (o, log_sum) = (saved.o.f32s()?, saved.log_sum.f32s()?);
-        let upstream = cpu::Upstream::new(device, self, o, grad.f32s()?, log_sum);
+        let upstream = cpu::Upstream::new(device, &operands, o, grad.f32s()?, log_sum);
         if needed[0] {
             let mut dq = device.buffer(q.len());
             cpu::backward_q(device, &operands, &upstream, &mut dq);

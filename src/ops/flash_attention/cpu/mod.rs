@@ -19,7 +19,7 @@ use crate::device::{Device, Precision};
 use crate::error::Result;
 use crate::ops::math::dot;
 use crate::tensor::{Buffer, Tensor};
-use products::{Mat, Products, mat};
+use products::{KEY_STEP, Keys, Products, mat};
 
 /// Stacked rows of a query tile (more only where the group alone is larger).
 const TILE_ROWS: usize = 192;
@@ -38,6 +38,8 @@ pub(super) struct Operands<'a> {
     v: &'a [f32],
     doc_starts: Option<&'a [u32]>,
     scales: Scales,
+    /// Where blocks of keys may begin: at multiples of this.
+    key_step: usize,
 }
 
 impl<'a> Operands<'a> {
@@ -56,6 +58,10 @@ impl<'a> Operands<'a> {
             v: v.f32s()?,
             doc_starts: op.doc_starts.as_ref().map(Tensor::u32s).transpose()?,
             scales: Scales::new(device.precision(), op.head_dim),
+            key_step: match device.precision() {
+                Precision::F32 => 1,
+                Precision::Bf16 => KEY_STEP,
+            },
         })
     }
 
@@ -65,13 +71,6 @@ impl<'a> Operands<'a> {
 
     fn rows_of_tile(&self) -> usize {
         self.queries_of_tile() * self.op.group()
-    }
-
-    /// Keys (or values) `keys` of the tile's key/value head, as a matrix [keys, D].
-    fn keys_of<'b>(&self, kv: &'b [f32], tile: &TileOf, keys: &Range<usize>) -> Mat<'b> {
-        let (d, stride) = (self.op.head_dim, self.op.kv_heads * self.op.head_dim);
-        let first = (tile.seq * self.op.seq_len + keys.start) * stride + tile.kv_head * d;
-        mat(&kv[first..], keys.len(), d, stride)
     }
 
     /// For each query of the tile the first position that it sees, where documents are masked.
@@ -164,25 +163,27 @@ struct TileOf {
     queries: Range<usize>,
 }
 
-/// What flows into backward, and what backward needs of the softmax.
+/// What flows into backward, and what both passes of backward need beside the operands.
 pub(super) struct Upstream<'a> {
     grad: &'a [f32],
     /// [T, heads], base 2.
     log_sum: &'a [f32],
     /// [T, heads]: rowsum(dO O).
     delta: Buffer,
+    k_t: Keys<'a>,
+    v_t: Keys<'a>,
 }
 
 impl<'a> Upstream<'a> {
     pub(super) fn new(
         device: &Device,
-        op: &FlashAttention,
+        x: &Operands<'a>,
         o: &[f32],
         grad: &'a [f32],
         log_sum: &'a [f32],
     ) -> Self {
         let mut delta = device.buffer(log_sum.len());
-        let d = op.head_dim;
+        let d = x.op.head_dim;
         delta
             .par_chunks_mut(KEYS)
             .zip(o.par_chunks(KEYS * d).zip(grad.par_chunks(KEYS * d)))
@@ -191,6 +192,8 @@ impl<'a> Upstream<'a> {
             grad,
             log_sum,
             delta,
+            k_t: Keys::new(device, x.op, x.k, true),
+            v_t: Keys::new(device, x.op, x.v, true),
         }
     }
 }
@@ -287,15 +290,19 @@ fn blocks<'a>(
         .collect()
 }
 
-/// `keys` cut into blocks that a tile of scores can hold.
-fn key_blocks(keys: Range<usize>) -> impl Iterator<Item = Range<usize>> {
-    let end = keys.end;
-    keys.step_by(KEYS).map(move |j| j..(j + KEYS).min(end))
+/// The keys that a query tile meets, cut into blocks that its scores can hold.
+fn key_blocks(x: &Operands<'_>, tile: &TileOf) -> impl Iterator<Item = Range<usize>> + use<> {
+    let (first, end) = (x.first_visible(tile), tile.queries.end);
+    let first = first - first % x.key_step;
+    let blocks = (first..end).step_by(KEYS);
+    blocks.map(move |j| j..(j + KEYS).min(end))
 }
 
 /// Computes the output and the base-2 logarithms of the softmax's denominators.
 pub(super) fn forward(device: &Device, x: &Operands<'_>, o: &mut [f32], log_sum: &mut [f32]) {
     let op = x.op;
+    let k_t = Keys::new(device, op, x.k, true);
+    let v = Keys::new(device, op, x.v, false);
     let o = blocks(o, op, op.heads * op.head_dim, x.queries_of_tile());
     let log_sum = blocks(log_sum, op, op.heads, x.queries_of_tile());
     let tasks = o.into_par_iter().zip(log_sum).with_max_len(1);
@@ -308,7 +315,7 @@ pub(super) fn forward(device: &Device, x: &Operands<'_>, o: &mut [f32], log_sum:
                 kv_head,
                 queries: queries.clone(),
             };
-            forward_tile(x, &tile, &mut scratch);
+            forward_tile(x, (&k_t, &v), &tile, &mut scratch);
             x.unpack(
                 &scratch.out[..rows * op.head_dim],
                 op.head_dim,
@@ -321,7 +328,12 @@ pub(super) fn forward(device: &Device, x: &Operands<'_>, o: &mut [f32], log_sum:
     });
 }
 
-fn forward_tile(x: &Operands<'_>, tile: &TileOf, scratch: &mut Scratch) {
+fn forward_tile(
+    x: &Operands<'_>,
+    (k_t, v): (&Keys<'_>, &Keys<'_>),
+    tile: &TileOf,
+    scratch: &mut Scratch,
+) {
     let d = x.op.head_dim;
     let rows = tile.queries.len() * x.op.group();
     let products = &mut scratch.products;
@@ -333,17 +345,17 @@ fn forward_tile(x: &Operands<'_>, tile: &TileOf, scratch: &mut Scratch) {
     o.fill(0.0);
     max.fill(f32::NEG_INFINITY);
     sum.fill(0.0);
-    for keys in key_blocks(x.first_visible(tile)..tile.queries.end) {
-        let (k, v) = (x.keys_of(x.k, tile, &keys), x.keys_of(x.v, tile, &keys));
+    for keys in key_blocks(x, tile) {
         products.product(
             (scores, KEYS),
             Accum::Replace,
             x.scales.scores,
             mat(q, rows, d, d),
-            k.transpose(),
+            k_t.of(tile.seq, tile.kv_head, &keys),
         );
         vectorized!(online_softmax(scores, &x.visible(tile, &keys), max, sum, o));
         let p = mat(scores, rows, keys.len(), KEYS);
+        let v = v.of(tile.seq, tile.kv_head, &keys);
         products.product((o, d), Accum::Add, 1.0, p, v);
     }
     vectorized!(finish_softmax(max, sum, o));
@@ -352,6 +364,7 @@ fn forward_tile(x: &Operands<'_>, tile: &TileOf, scratch: &mut Scratch) {
 /// Computes dQ: a task owns a block of queries.
 pub(super) fn backward_q(device: &Device, x: &Operands<'_>, up: &Upstream<'_>, dq: &mut [f32]) {
     let (op, d) = (x.op, x.op.head_dim);
+    let k = Keys::new(device, op, x.k, false);
     let tasks = blocks(dq, op, op.heads * d, x.queries_of_tile());
     let tasks = tasks.into_par_iter().with_max_len(1);
     tasks.for_each(|(seq, queries, dq)| {
@@ -367,10 +380,10 @@ pub(super) fn backward_q(device: &Device, x: &Operands<'_>, up: &Upstream<'_>, d
             load_tile(x, up, &tile, &mut scratch, &mut grads);
             let out = &mut scratch.out[..rows * d];
             out.fill(0.0);
-            for keys in key_blocks(x.first_visible(&tile)..tile.queries.end) {
-                score_grads(x, &tile, &keys, &mut scratch, &mut grads);
+            for keys in key_blocks(x, &tile) {
+                score_grads(x, up, &tile, &keys, &mut scratch, &mut grads);
                 let ds = mat(&grads.grads, rows, keys.len(), KEYS);
-                let k = x.keys_of(x.k, &tile, &keys);
+                let k = k.of(seq, kv_head, &keys);
                 let out = (&mut scratch.out[..], d);
                 scratch.products.product(out, Accum::Add, 1.0, ds, k);
             }
@@ -410,7 +423,7 @@ pub(super) fn backward_kv(
                     continue;
                 }
                 load_tile(x, up, &tile, &mut scratch, &mut grads);
-                score_grads(x, &tile, &keys, &mut scratch, &mut grads);
+                score_grads(x, up, &tile, &keys, &mut scratch, &mut grads);
                 let rows = tile.queries.len() * op.group();
                 let p = mat(&scratch.scores, rows, keys.len(), KEYS).transpose();
                 let ds = mat(&grads.grads, rows, keys.len(), KEYS).transpose();
@@ -444,6 +457,7 @@ fn load_tile(
 /// For a loaded query tile and a block of keys: P in `scratch.scores`, dS in `grads.grads`.
 fn score_grads(
     x: &Operands<'_>,
+    up: &Upstream<'_>,
     tile: &TileOf,
     keys: &Range<usize>,
     scratch: &mut Scratch,
@@ -451,14 +465,14 @@ fn score_grads(
 ) {
     let d = x.op.head_dim;
     let rows = tile.queries.len() * x.op.group();
-    let (k, v) = (x.keys_of(x.k, tile, keys), x.keys_of(x.v, tile, keys));
+    let [k_t, v_t] = [&up.k_t, &up.v_t].map(|all| all.of(tile.seq, tile.kv_head, keys));
     let q = mat(&scratch.q, rows, d, d);
     let products = &mut scratch.products;
     let scores = (&mut scratch.scores[..], KEYS);
-    products.product(scores, Accum::Replace, x.scales.scores, q, k.transpose());
+    products.product(scores, Accum::Replace, x.scales.scores, q, k_t);
     let grad = mat(&grads.grad, rows, d, d);
     let grads_of_p = (&mut grads.grads[..], KEYS);
-    products.product(grads_of_p, Accum::Replace, 1.0, grad, v.transpose());
+    products.product(grads_of_p, Accum::Replace, 1.0, grad, v_t);
     vectorized!(softmax_backward(
         &mut scratch.scores,
         &mut grads.grads,

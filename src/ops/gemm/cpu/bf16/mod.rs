@@ -165,6 +165,13 @@ fn tasks(left: usize, right: usize, most: usize, threads: usize) -> Vec<Task> {
         .collect()
 }
 
+/// Some panels, and some steps of each.
+pub(crate) struct Part<'a> {
+    panels: &'a Panels,
+    which: Range<usize>,
+    steps: Range<usize>,
+}
+
 /// An operand's panels for some of its outer indices and a block of the reduction.
 pub(crate) struct Panels {
     memory: Buffer,
@@ -270,15 +277,26 @@ impl Panels {
         bytemuck::cast_slice(&self.memory)
     }
 
+    /// The panels of these outer indices, with these indices of the reduction, both counted from
+    /// the first that is packed. Each range begins with a panel or a step.
+    pub(crate) fn part(&self, outer: &Range<usize>, reduction: &Range<usize>) -> Part<'_> {
+        assert!(outer.start.is_multiple_of(ROWS) && reduction.start.is_multiple_of(2 * PAIRS));
+        Part {
+            panels: self,
+            which: outer.start / ROWS..outer.end.div_ceil(ROWS),
+            steps: reduction.start / (2 * PAIRS)..reduction.end.div_ceil(2 * PAIRS),
+        }
+    }
+
     /// out \[m, n\] (+)= alpha · self · rightᵀ on this thread. `out` holds m rows of n values,
-    /// `stride` apart.
+    /// `stride` apart. The right side may go on beyond the reduction where the left one is zero.
     ///
     /// # Panics
     /// When the panels hold more than that or another reduction, or `out` less.
     pub(crate) fn multiply(
         &self,
         level: Level,
-        right: &Panels,
+        right: Part<'_>,
         (out, [m, n, stride]): (&mut [f32], [usize; 3]),
         alpha: f32,
         add: bool,
@@ -286,8 +304,8 @@ impl Panels {
         let out = Output::new(out, [m, n, stride], alpha, level);
         let mut tile = Tile::ZERO;
         let mut multiplier = Multiplier::new(level);
-        for j in 0..right.len() {
-            multiplier.set_right(right.panel(j));
+        for (j, panel) in right.which.enumerate() {
+            multiplier.set_right(&right.panels.panel(panel)[right.steps.clone()]);
             for (i, left) in self.range(0..self.len()).enumerate() {
                 let place = (i * ROWS, j * COLS);
                 multiplier.multiply(left, &mut tile, m - i * ROWS, false);
