@@ -179,10 +179,10 @@ impl Work {
 
     /// Whether it computes matrix products, which may be in f32 or in bf16.
     pub fn has_products(&self) -> bool {
-        use Work::{CrossEntropy, DecodeLinear, Gemm, KlDiv, Lora, TopK};
+        use Work::{CrossEntropy, DecodeLinear, FlashAttention, Gemm, KlDiv, Lora, TopK};
         let is_head = matches!(self, KlDiv { .. } | CrossEntropy { .. });
         let is_linear = matches!(self, Gemm { .. } | Lora { .. } | DecodeLinear { .. });
-        is_head || is_linear || matches!(self, TopK { .. })
+        is_head || is_linear || matches!(self, TopK { .. } | FlashAttention { .. })
     }
 
     /// The table: least FLOP and bytes of a pass, with stored values of these sizes. Elementwise

@@ -1,6 +1,6 @@
 use cuda_emulator::Counters;
 use half::bf16;
-use resa_engine::Device;
+use resa_engine::device::{Device, Precision};
 use resa_engine::ops::Operator;
 use resa_engine::ops::flash_attention::FlashAttention;
 use resa_engine::tape::{Tape, Var};
@@ -86,8 +86,8 @@ impl Case {
 
     /// Every entry of the output and of the gradients is compared.
     fn agrees_with_the_textbook(&self, device: &Device, starts: Option<&Tensor>) {
-        let on_gpu = device.name() == "cuda";
-        let held = |t: Tensor| if on_gpu { round_bf16(&t) } else { t };
+        let narrow = device.precision() == Precision::Bf16;
+        let held = |t: Tensor| if narrow { round_bf16(&t) } else { t };
         let inputs = self.inputs().map(held);
         let inputs64 = inputs.each_ref().map(to_f64);
         let rows = self.batch * self.seq_len;
@@ -95,13 +95,17 @@ impl Case {
         let results = |round| textbook(*self, &inputs64, starts, &to_f64(&up), round);
         let ((want_o, want), (plain_o, plain)) = (results(|v| v), results(to_bf16));
         let (o, grads) = run(device, self.op(starts), &inputs, &up);
-        let close = |what: &str, got: &Tensor, want: &[f64], plain: &[f64], on_cpu: f64| {
-            let limit = match on_gpu {
+        let close = |what: &str, got: &Tensor, want: &[f64], plain: &[f64], in_f32: f64| {
+            let limit = match narrow {
                 true => 2.0 * relative_error(plain, want),
-                false => on_cpu,
+                false => in_f32,
             };
             let error = relative_error(&to_f64(got), want);
-            assert!(error < limit, "{what} is off by {error:e} of {limit:e}");
+            let on = (device.name(), device.precision());
+            assert!(
+                error <= limit,
+                "{what} is off by {error:e} of {limit:e} on {on:?}"
+            );
         };
         close("output", &o, &want_o, &plain_o, 2e-6);
         for (i, got) in grads.iter().enumerate() {
@@ -109,6 +113,12 @@ impl Case {
             close(&what, got, &want[i], &plain[i], 5e-6);
         }
     }
+}
+
+/// Every device, and the CPU in bf16.
+fn devices_and_narrow_cpus() -> impl Iterator<Item = Device> {
+    let narrow = [1, 3].map(|n| Device::cpu(n).unwrap().with_precision(Precision::Bf16));
+    devices("flash_attention").into_iter().chain(narrow)
 }
 
 fn case(batch: usize, seq_len: usize, heads: usize, kv_heads: usize, head_dim: usize) -> Case {
@@ -137,7 +147,7 @@ fn odd_shapes_agree_with_float64() {
 #[test]
 fn a_row_that_sees_itself_alone_takes_its_value() {
     let case = case(3, 1, 4, 2, 16);
-    for device in devices("flash_attention") {
+    for device in devices_and_narrow_cpus() {
         let inputs = case.inputs().map(|t| round_bf16(&t));
         let up = round_bf16(&random(10, inputs[0].shape(), 1.0));
         let (o, grads) = run(&device, case.op(None), &inputs, &up);
@@ -164,7 +174,10 @@ fn head_sizes_below_a_vector_agree_with_float64_on_the_cpu() {
         case(3, 7, 1, 1, 6),
         case(1, 65, 3, 1, 4),
     ] {
-        case.agrees_with_the_textbook(&Device::cpu(2).unwrap(), None);
+        for precision in [Precision::F32, Precision::Bf16] {
+            let device = Device::cpu(2).unwrap().with_precision(precision);
+            case.agrees_with_the_textbook(&device, None);
+        }
     }
 }
 
@@ -273,7 +286,7 @@ fn many_blocks_agree_with_float64() {
         };
         let starts: Option<Vec<u32>> = (0..rows).map(start_of).collect();
         let starts = starts.map(|starts| Tensor::from_u32(starts, [rows]).unwrap());
-        for device in devices("flash_attention") {
+        for device in devices_and_narrow_cpus() {
             case.agrees_with_the_textbook(&device, starts.as_ref());
         }
     }

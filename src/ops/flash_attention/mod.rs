@@ -3,7 +3,8 @@
 //! O = softmax(Q K^T / sqrt(D)) V for each head, where row i of a sequence sees keys
 //! start_i <= j <= i (start_i = 0 without a document mask).
 //!
-//! q, o: [T, heads * D]; k, v: [T, kv_heads * D], f32, bf16 on CUDA; T = batch * seq_len; query head h
+//! q, o: [T, heads * D]; k, v: [T, kv_heads * D], f32, bf16 on CUDA; on the CPU products are computed
+//! in the device's precision, f32 or bf16 with sums in f32; T = batch * seq_len; query head h
 //! reads key/value head h / (heads / kv_heads). Saved: q, k, v, o and, for each row and head,
 //! the base-2 logarithm of the softmax's denominator. Backward recomputes the scores: with
 //! P = softmax, dP = dO V^T and dS = P (dP - rowsum(dO O)),
@@ -119,7 +120,7 @@ impl Operator for FlashAttention {
         let mut o = device.buffer(q.len());
         let rows = self.batch * self.seq_len;
         let mut log_sum = device.buffer(rows * self.heads);
-        let operands = cpu::Operands::new(self, q, k, v)?;
+        let operands = cpu::Operands::new(device, self, q, k, v)?;
         cpu::forward(device, &operands, &mut o, &mut log_sum);
         let o = Tensor::from_buffer(o, q.shape())?;
         let saved = Saved {
@@ -146,9 +147,9 @@ impl Operator for FlashAttention {
             return self.backward_cuda(cuda, &saved, &grad, needed);
         }
         let mut result = vec![None, None, None];
-        let operands = cpu::Operands::new(self, q, k, v)?;
+        let operands = cpu::Operands::new(device, self, q, k, v)?;
         let (o, log_sum) = (saved.o.f32s()?, saved.log_sum.f32s()?);
-        let upstream = cpu::Upstream::new(device, self, o, grad.f32s()?, log_sum);
+        let upstream = cpu::Upstream::new(device, &operands, o, grad.f32s()?, log_sum);
         if needed[0] {
             let mut dq = device.buffer(q.len());
             cpu::backward_q(device, &operands, &upstream, &mut dq);

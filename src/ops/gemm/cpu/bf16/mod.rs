@@ -165,9 +165,18 @@ fn tasks(left: usize, right: usize, most: usize, threads: usize) -> Vec<Task> {
         .collect()
 }
 
+/// Some panels, and some steps of each.
+pub(crate) struct Part<'a> {
+    panels: &'a Panels,
+    which: Range<usize>,
+    steps: Range<usize>,
+}
+
 /// An operand's panels for some of its outer indices and a block of the reduction.
 pub(crate) struct Panels {
     memory: Buffer,
+    /// Panels that are packed.
+    count: usize,
     /// Steps of a panel.
     steps: usize,
 }
@@ -177,18 +186,42 @@ impl Panels {
     pub(crate) fn new(
         device: &Device,
         level: Level,
-        (operand, side): (&Operand, Side),
+        operand: (&Operand, Side),
         outer: Range<usize>,
         reduction: Range<usize>,
     ) -> Self {
-        let mut panels = Self::empty(device, &outer, &reduction);
+        let mut panels = Self::with_capacity(device, outer.len(), reduction.len());
+        panels.pack(level, operand, outer, reduction);
+        panels
+    }
+
+    /// Memory for panels of so many outer indices and a reduction of that length; none is packed.
+    pub(crate) fn with_capacity(device: &Device, outer: usize, reduction: usize) -> Self {
+        let steps = outer.div_ceil(ROWS) * reduction.div_ceil(2 * PAIRS);
+        Self {
+            memory: device.buffer(steps * size_of::<Step>() / size_of::<f32>()),
+            count: 0,
+            steps: 0,
+        }
+    }
+
+    /// Packs on this thread, in place of what was there.
+    ///
+    /// # Panics
+    /// When the panels have more steps than there is memory for.
+    pub(crate) fn pack(
+        &mut self,
+        level: Level,
+        (operand, side): (&Operand, Side),
+        outer: Range<usize>,
+        reduction: Range<usize>,
+    ) {
+        let (steps, panels) = self.lay_out(&outer, &reduction);
         let reduction = (reduction.start, reduction.end);
-        let steps = panels.steps;
-        for (i, panel) in panels.steps_mut().chunks_mut(steps).enumerate() {
+        for (i, panel) in panels.chunks_mut(steps).enumerate() {
             let outer = (outer.start + i * ROWS, outer.end);
             operand.pack(level, side, panel, outer, reduction);
         }
-        panels
     }
 
     /// Packs on all threads of the current pool.
@@ -201,12 +234,11 @@ impl Panels {
     ) -> Self {
         // So many values are packed in a fraction of the time that it takes to wake a thread.
         const LEAST: usize = 1 << 14;
-        let mut panels = Self::empty(device, &outer, &reduction);
+        let mut packed = Self::with_capacity(device, outer.len(), reduction.len());
+        let (steps, panels) = packed.lay_out(&outer, &reduction);
         let least = (LEAST / reduction.len()).div_ceil(ROWS).max(1);
         let reduction = (reduction.start, reduction.end);
-        let steps = panels.steps;
         panels
-            .steps_mut()
             .par_chunks_mut(steps)
             .with_min_len(least)
             .enumerate()
@@ -214,20 +246,22 @@ impl Panels {
                 let outer = (outer.start + i * ROWS, outer.end);
                 operand.pack(level, side, panel, outer, reduction);
             });
-        panels
+        packed
     }
 
-    fn empty(device: &Device, outer: &Range<usize>, reduction: &Range<usize>) -> Self {
-        let steps = reduction.len().div_ceil(2 * PAIRS);
-        let words = outer.len().div_ceil(ROWS) * steps * size_of::<Step>() / size_of::<f32>();
-        Self {
-            memory: device.buffer(words),
-            steps,
-        }
+    /// Panels to be packed, and the steps of one.
+    fn lay_out(&mut self, outer: &Range<usize>, reduction: &Range<usize>) -> (usize, &mut [Step]) {
+        self.count = outer.len().div_ceil(ROWS);
+        self.steps = reduction.len().div_ceil(2 * PAIRS);
+        let steps = self.count * self.steps;
+        (
+            self.steps,
+            &mut bytemuck::cast_slice_mut(&mut self.memory)[..steps],
+        )
     }
 
     fn len(&self) -> usize {
-        self.steps().len() / self.steps
+        self.count
     }
 
     fn range(&self, panels: Range<usize>) -> ChunksExact<'_, Step> {
@@ -243,8 +277,43 @@ impl Panels {
         bytemuck::cast_slice(&self.memory)
     }
 
-    fn steps_mut(&mut self) -> &mut [Step] {
-        bytemuck::cast_slice_mut(&mut self.memory)
+    /// The panels of these outer indices, with these indices of the reduction, both counted from
+    /// the first that is packed. Each range begins with a panel or a step.
+    pub(crate) fn part(&self, outer: &Range<usize>, reduction: &Range<usize>) -> Part<'_> {
+        assert!(outer.start.is_multiple_of(ROWS) && reduction.start.is_multiple_of(2 * PAIRS));
+        Part {
+            panels: self,
+            which: outer.start / ROWS..outer.end.div_ceil(ROWS),
+            steps: reduction.start / (2 * PAIRS)..reduction.end.div_ceil(2 * PAIRS),
+        }
+    }
+
+    /// out \[m, n\] (+)= alpha · self · rightᵀ on this thread. `out` holds m rows of n values,
+    /// `stride` apart. The right side may go on beyond the reduction where the left one is zero.
+    ///
+    /// # Panics
+    /// When the panels hold more than that or another reduction, or `out` less.
+    pub(crate) fn multiply(
+        &self,
+        level: Level,
+        right: Part<'_>,
+        (out, [m, n, stride]): (&mut [f32], [usize; 3]),
+        alpha: f32,
+        add: bool,
+    ) {
+        let out = Output::new(out, [m, n, stride], alpha, level);
+        let mut tile = Tile::ZERO;
+        let mut multiplier = Multiplier::new(level);
+        for (j, panel) in right.which.enumerate() {
+            multiplier.set_right(&right.panels.panel(panel)[right.steps.clone()]);
+            for (i, left) in self.range(0..self.len()).enumerate() {
+                let place = (i * ROWS, j * COLS);
+                multiplier.multiply(left, &mut tile, m - i * ROWS, false);
+                // SAFETY: `out` is borrowed for this product, and this thread alone writes to it.
+                unsafe { out.write(&tile, place, add) };
+            }
+        }
+        finish_streams();
     }
 
     /// Calls `use_tile` with the first row, the first column and the sums of each tile of

@@ -129,6 +129,45 @@ fn bits_do_not_depend_on_the_number_of_threads_or_of_other_rows() {
 }
 
 #[test]
+fn a_part_of_panels_multiplied_on_one_thread_has_the_bits_of_the_whole_product() {
+    let device = Device::cpu(1).unwrap();
+    let (m, n, k, stride) = (70, 33, 130, 40);
+    // Values of the right operand before the part, which begins with a panel and a step.
+    let (cols, depth) = (n + COLS, k + 4 * PAIRS);
+    let (a, b, before) = (
+        values(8, m * k),
+        values(9, cols * depth),
+        values(10, m * stride),
+    );
+    let part = &b[COLS * depth + 4 * PAIRS..];
+    let (a, b) = (
+        Operand::rows(Values::F32(&a), k),
+        Operand::rows(Values::F32(&b), depth),
+    );
+    for level in Level::available() {
+        let mut left = Panels::with_capacity(&device, 3 * m, k);
+        let right = Panels::new(&device, level, (&b, Side::Right), 0..cols, 0..depth);
+        for add in [false, true] {
+            let mut want = before.clone();
+            let product = Product {
+                a,
+                b: Operand::rows(Values::F32(part), depth),
+                dims: [m, n, k],
+                alpha: 0.75,
+                add,
+                level,
+            };
+            device.run(|| product.run(&device, &mut want, stride));
+            let mut got = before.clone();
+            left.pack(level, (&a, Side::Left), 0..m, 0..k);
+            let right = right.part(&(COLS..cols), &(4 * PAIRS..depth));
+            left.multiply(level, right, (&mut got, [m, n, stride]), 0.75, add);
+            assert_eq!(got, want, "{level:?}");
+        }
+    }
+}
+
+#[test]
 fn rounding_to_bf16_is_to_nearest_with_ties_to_even() {
     let level = Level::Plain;
     let specials = [

@@ -4,20 +4,22 @@
 //! whose row r is query r / group, head r % group. That gives matrix products of a good size,
 //! and their reduction adds up the gradients of the group in a fixed order.
 
+mod products;
+
 use std::f32::consts::{LN_2, LOG2_E};
 use std::ops::Range;
 
-use faer::linalg::matmul::matmul;
-use faer::{Accum, MatMut, MatRef, Par};
+use faer::Accum;
 use rayon::prelude::*;
 
 use super::FlashAttention;
 use super::softmax::{Visible, finish_softmax, online_softmax, softmax_backward};
-use crate::device::Device;
 use crate::device::simd::vectorized;
+use crate::device::{Device, Precision};
 use crate::error::Result;
 use crate::ops::math::dot;
 use crate::tensor::{Buffer, Tensor};
+use products::{KEY_STEP, Keys, Products, mat};
 
 /// Stacked rows of a query tile (more only where the group alone is larger).
 const TILE_ROWS: usize = 192;
@@ -35,11 +37,15 @@ pub(super) struct Operands<'a> {
     k: &'a [f32],
     v: &'a [f32],
     doc_starts: Option<&'a [u32]>,
+    scales: Scales,
+    /// Where blocks of keys may begin: at multiples of this.
+    key_step: usize,
 }
 
 impl<'a> Operands<'a> {
     /// The caller has checked the shapes.
     pub(super) fn new(
+        device: &Device,
         op: &'a FlashAttention,
         q: &'a Tensor,
         k: &'a Tensor,
@@ -51,6 +57,11 @@ impl<'a> Operands<'a> {
             k: k.f32s()?,
             v: v.f32s()?,
             doc_starts: op.doc_starts.as_ref().map(Tensor::u32s).transpose()?,
+            scales: Scales::new(device.precision(), op.head_dim),
+            key_step: match device.precision() {
+                Precision::F32 => 1,
+                Precision::Bf16 => KEY_STEP,
+            },
         })
     }
 
@@ -58,11 +69,8 @@ impl<'a> Operands<'a> {
         (TILE_ROWS / self.op.group()).clamp(1, MAX_QUERIES)
     }
 
-    /// Keys (or values) `keys` of the tile's key/value head, as a matrix [keys, D].
-    fn keys_of<'b>(&self, kv: &'b [f32], tile: &TileOf, keys: &Range<usize>) -> Mat<'b> {
-        let (d, stride) = (self.op.head_dim, self.op.kv_heads * self.op.head_dim);
-        let first = (tile.seq * self.op.seq_len + keys.start) * stride + tile.kv_head * d;
-        mat(&kv[first..], keys.len(), d, stride)
+    fn rows_of_tile(&self) -> usize {
+        self.queries_of_tile() * self.op.group()
     }
 
     /// For each query of the tile the first position that it sees, where documents are masked.
@@ -108,13 +116,43 @@ impl<'a> Operands<'a> {
         ));
     }
 
-    /// What q is multiplied by so that scores come out in base 2.
-    fn score_scale(&self) -> f32 {
-        LOG2_E * self.inverse_sqrt_d()
+    /// The products of a task.
+    fn products(&self, device: &Device) -> Products {
+        let sides = [self.rows_of_tile(), KEYS, self.op.head_dim];
+        Products::new(device, sides.into_iter().max().expect("there are three"))
     }
+}
 
-    fn inverse_sqrt_d(&self) -> f32 {
-        1.0 / (self.op.head_dim as f32).sqrt()
+/// Factors by which scores come out in base 2, and gradients of what they are of.
+struct Scales {
+    /// Of the queries in a tile.
+    queries: f32,
+    /// Of their products with keys.
+    scores: f32,
+    /// Of dS K.
+    dq: f32,
+    /// Of dS^T times the queries in a tile.
+    dk: f32,
+}
+
+impl Scales {
+    fn new(precision: Precision, head_dim: usize) -> Self {
+        let dq = 1.0 / (head_dim as f32).sqrt();
+        match precision {
+            Precision::F32 => Self {
+                queries: LOG2_E * dq,
+                scores: 1.0,
+                dq,
+                dk: LN_2,
+            },
+            // Queries that bf16 holds stay as they are: times a factor they would be rounded.
+            Precision::Bf16 => Self {
+                queries: 1.0,
+                scores: LOG2_E * dq,
+                dq,
+                dk: dq,
+            },
+        }
     }
 }
 
@@ -125,25 +163,27 @@ struct TileOf {
     queries: Range<usize>,
 }
 
-/// What flows into backward, and what backward needs of the softmax.
+/// What flows into backward, and what both passes of backward need beside the operands.
 pub(super) struct Upstream<'a> {
     grad: &'a [f32],
     /// [T, heads], base 2.
     log_sum: &'a [f32],
     /// [T, heads]: rowsum(dO O).
     delta: Buffer,
+    k_t: Keys<'a>,
+    v_t: Keys<'a>,
 }
 
 impl<'a> Upstream<'a> {
     pub(super) fn new(
         device: &Device,
-        op: &FlashAttention,
+        x: &Operands<'a>,
         o: &[f32],
         grad: &'a [f32],
         log_sum: &'a [f32],
     ) -> Self {
         let mut delta = device.buffer(log_sum.len());
-        let d = op.head_dim;
+        let d = x.op.head_dim;
         delta
             .par_chunks_mut(KEYS)
             .zip(o.par_chunks(KEYS * d).zip(grad.par_chunks(KEYS * d)))
@@ -152,6 +192,8 @@ impl<'a> Upstream<'a> {
             grad,
             log_sum,
             delta,
+            k_t: Keys::new(device, x.op, x.k, true),
+            v_t: Keys::new(device, x.op, x.v, true),
         }
     }
 }
@@ -184,7 +226,8 @@ fn copy_scaled(
 
 /// Memory for one query tile.
 struct Scratch {
-    /// [rows, D]: queries, scaled for base-2 scores.
+    products: Products,
+    /// [rows, D]: queries, scaled.
     q: Buffer,
     /// [rows, D]: O, or dQ.
     out: Buffer,
@@ -198,8 +241,9 @@ struct Scratch {
 
 impl Scratch {
     fn new(device: &Device, x: &Operands<'_>) -> Self {
-        let rows = x.queries_of_tile() * x.op.group();
+        let rows = x.rows_of_tile();
         Self {
+            products: x.products(device),
             q: device.buffer(rows * x.op.head_dim),
             out: device.buffer(rows * x.op.head_dim),
             scores: device.buffer(rows * KEYS),
@@ -219,26 +263,12 @@ struct GradScratch {
 
 impl GradScratch {
     fn new(device: &Device, x: &Operands<'_>) -> Self {
-        let rows = x.queries_of_tile() * x.op.group();
+        let rows = x.rows_of_tile();
         Self {
             grad: device.buffer(rows * x.op.head_dim),
             grads: device.buffer(rows * KEYS),
         }
     }
-}
-
-type Mat<'a> = MatRef<'a, f32>;
-
-/// The first `cols` columns of a row-major matrix whose rows are `stride` long.
-fn mat(data: &[f32], rows: usize, cols: usize, stride: usize) -> Mat<'_> {
-    MatRef::from_row_major_slice_with_stride(data, rows, cols, stride)
-}
-
-/// `out` (rows `stride` long) becomes a b, or has it added.
-fn product(out: &mut [f32], stride: usize, accumulate: Accum, a: Mat<'_>, b: Mat<'_>) {
-    // Made as its transpose: faer 0.24's from_row_major_slice_with_stride_mut mixes up the strides.
-    let out = MatMut::from_column_major_slice_with_stride_mut(out, b.ncols(), a.nrows(), stride);
-    matmul(out.transpose_mut(), accumulate, a, b, 1.0, Par::Seq);
 }
 
 /// Blocks of at most `rows` rows of each sequence, `cols` wide: sequence, rows, elements.
@@ -260,15 +290,19 @@ fn blocks<'a>(
         .collect()
 }
 
-/// `keys` cut into blocks that a tile of scores can hold.
-fn key_blocks(keys: Range<usize>) -> impl Iterator<Item = Range<usize>> {
-    let end = keys.end;
-    keys.step_by(KEYS).map(move |j| j..(j + KEYS).min(end))
+/// The keys that a query tile meets, cut into blocks that its scores can hold.
+fn key_blocks(x: &Operands<'_>, tile: &TileOf) -> impl Iterator<Item = Range<usize>> + use<> {
+    let (first, end) = (x.first_visible(tile), tile.queries.end);
+    let first = first - first % x.key_step;
+    let blocks = (first..end).step_by(KEYS);
+    blocks.map(move |j| j..(j + KEYS).min(end))
 }
 
 /// Computes the output and the base-2 logarithms of the softmax's denominators.
 pub(super) fn forward(device: &Device, x: &Operands<'_>, o: &mut [f32], log_sum: &mut [f32]) {
     let op = x.op;
+    let k_t = Keys::new(device, op, x.k, true);
+    let v = Keys::new(device, op, x.v, false);
     let o = blocks(o, op, op.heads * op.head_dim, x.queries_of_tile());
     let log_sum = blocks(log_sum, op, op.heads, x.queries_of_tile());
     let tasks = o.into_par_iter().zip(log_sum).with_max_len(1);
@@ -281,7 +315,7 @@ pub(super) fn forward(device: &Device, x: &Operands<'_>, o: &mut [f32], log_sum:
                 kv_head,
                 queries: queries.clone(),
             };
-            forward_tile(x, &tile, &mut scratch);
+            forward_tile(x, (&k_t, &v), &tile, &mut scratch);
             x.unpack(
                 &scratch.out[..rows * op.head_dim],
                 op.head_dim,
@@ -294,28 +328,35 @@ pub(super) fn forward(device: &Device, x: &Operands<'_>, o: &mut [f32], log_sum:
     });
 }
 
-fn forward_tile(x: &Operands<'_>, tile: &TileOf, scratch: &mut Scratch) {
+fn forward_tile(
+    x: &Operands<'_>,
+    (k_t, v): (&Keys<'_>, &Keys<'_>),
+    tile: &TileOf,
+    scratch: &mut Scratch,
+) {
     let d = x.op.head_dim;
     let rows = tile.queries.len() * x.op.group();
+    let products = &mut scratch.products;
     let q = &mut scratch.q[..rows * d];
     let o = &mut scratch.out[..rows * d];
     let scores = &mut scratch.scores[..rows * KEYS];
     let (max, sum) = (&mut scratch.log_sum[..rows], &mut scratch.sum[..rows]);
-    x.pack(x.q, d, tile, x.score_scale(), q);
+    x.pack(x.q, d, tile, x.scales.queries, q);
     o.fill(0.0);
     max.fill(f32::NEG_INFINITY);
     sum.fill(0.0);
-    for keys in key_blocks(x.first_visible(tile)..tile.queries.end) {
-        let (k, v) = (x.keys_of(x.k, tile, &keys), x.keys_of(x.v, tile, &keys));
-        product(
-            scores,
-            KEYS,
+    for keys in key_blocks(x, tile) {
+        products.product(
+            (scores, KEYS),
             Accum::Replace,
+            x.scales.scores,
             mat(q, rows, d, d),
-            k.transpose(),
+            k_t.of(tile.seq, tile.kv_head, &keys),
         );
         vectorized!(online_softmax(scores, &x.visible(tile, &keys), max, sum, o));
-        product(o, d, Accum::Add, mat(scores, rows, keys.len(), KEYS), v);
+        let p = mat(scores, rows, keys.len(), KEYS);
+        let v = v.of(tile.seq, tile.kv_head, &keys);
+        products.product((o, d), Accum::Add, 1.0, p, v);
     }
     vectorized!(finish_softmax(max, sum, o));
 }
@@ -323,6 +364,7 @@ fn forward_tile(x: &Operands<'_>, tile: &TileOf, scratch: &mut Scratch) {
 /// Computes dQ: a task owns a block of queries.
 pub(super) fn backward_q(device: &Device, x: &Operands<'_>, up: &Upstream<'_>, dq: &mut [f32]) {
     let (op, d) = (x.op, x.op.head_dim);
+    let k = Keys::new(device, op, x.k, false);
     let tasks = blocks(dq, op, op.heads * d, x.queries_of_tile());
     let tasks = tasks.into_par_iter().with_max_len(1);
     tasks.for_each(|(seq, queries, dq)| {
@@ -338,14 +380,15 @@ pub(super) fn backward_q(device: &Device, x: &Operands<'_>, up: &Upstream<'_>, d
             load_tile(x, up, &tile, &mut scratch, &mut grads);
             let out = &mut scratch.out[..rows * d];
             out.fill(0.0);
-            for keys in key_blocks(x.first_visible(&tile)..tile.queries.end) {
-                score_grads(x, &tile, &keys, &mut scratch, &mut grads);
+            for keys in key_blocks(x, &tile) {
+                score_grads(x, up, &tile, &keys, &mut scratch, &mut grads);
                 let ds = mat(&grads.grads, rows, keys.len(), KEYS);
-                let k = x.keys_of(x.k, &tile, &keys);
-                product(&mut scratch.out, d, Accum::Add, ds, k);
+                let k = k.of(seq, kv_head, &keys);
+                let out = (&mut scratch.out[..], d);
+                scratch.products.product(out, Accum::Add, 1.0, ds, k);
             }
             let out = &scratch.out[..rows * d];
-            x.unpack(out, d, kv_head, x.inverse_sqrt_d(), dq);
+            x.unpack(out, d, kv_head, x.scales.dq, dq);
         }
     });
 }
@@ -380,17 +423,18 @@ pub(super) fn backward_kv(
                     continue;
                 }
                 load_tile(x, up, &tile, &mut scratch, &mut grads);
-                score_grads(x, &tile, &keys, &mut scratch, &mut grads);
+                score_grads(x, up, &tile, &keys, &mut scratch, &mut grads);
                 let rows = tile.queries.len() * op.group();
                 let p = mat(&scratch.scores, rows, keys.len(), KEYS).transpose();
                 let ds = mat(&grads.grads, rows, keys.len(), KEYS).transpose();
                 let (q, grad) = (mat(&scratch.q, rows, d, d), mat(&grads.grad, rows, d, d));
-                product(&mut dk[kv_head * d..], cols, Accum::Add, ds, q);
-                product(&mut dv[kv_head * d..], cols, Accum::Add, p, grad);
+                let (dk, dv) = (&mut dk[kv_head * d..], &mut dv[kv_head * d..]);
+                let products = &mut scratch.products;
+                products.product((dk, cols), Accum::Add, 1.0, ds, q);
+                products.product((dv, cols), Accum::Add, 1.0, p, grad);
             }
         }
-        // The queries carried log2(e) for base-2 scores.
-        dk.iter_mut().for_each(|v| *v *= LN_2);
+        dk.iter_mut().for_each(|v| *v *= x.scales.dk);
     });
 }
 
@@ -404,7 +448,7 @@ fn load_tile(
 ) {
     let d = x.op.head_dim;
     let rows = tile.queries.len() * x.op.group();
-    x.pack(x.q, d, tile, x.score_scale(), &mut scratch.q[..rows * d]);
+    x.pack(x.q, d, tile, x.scales.queries, &mut scratch.q[..rows * d]);
     x.pack(up.grad, d, tile, 1.0, &mut grads.grad[..rows * d]);
     x.pack(up.log_sum, 1, tile, 1.0, &mut scratch.log_sum[..rows]);
     x.pack(&up.delta, 1, tile, 1.0, &mut scratch.sum[..rows]);
@@ -413,6 +457,7 @@ fn load_tile(
 /// For a loaded query tile and a block of keys: P in `scratch.scores`, dS in `grads.grads`.
 fn score_grads(
     x: &Operands<'_>,
+    up: &Upstream<'_>,
     tile: &TileOf,
     keys: &Range<usize>,
     scratch: &mut Scratch,
@@ -420,11 +465,14 @@ fn score_grads(
 ) {
     let d = x.op.head_dim;
     let rows = tile.queries.len() * x.op.group();
-    let (k, v) = (x.keys_of(x.k, tile, keys), x.keys_of(x.v, tile, keys));
+    let [k_t, v_t] = [&up.k_t, &up.v_t].map(|all| all.of(tile.seq, tile.kv_head, keys));
     let q = mat(&scratch.q, rows, d, d);
-    product(&mut scratch.scores, KEYS, Accum::Replace, q, k.transpose());
+    let products = &mut scratch.products;
+    let scores = (&mut scratch.scores[..], KEYS);
+    products.product(scores, Accum::Replace, x.scales.scores, q, k_t);
     let grad = mat(&grads.grad, rows, d, d);
-    product(&mut grads.grads, KEYS, Accum::Replace, grad, v.transpose());
+    let grads_of_p = (&mut grads.grads[..], KEYS);
+    products.product(grads_of_p, Accum::Replace, 1.0, grad, v_t);
     vectorized!(softmax_backward(
         &mut scratch.scores,
         &mut grads.grads,
