@@ -429,9 +429,9 @@ fn every_kernel_file_has_an_operator_of_its_name() {
     };
     for source in sources() {
         let stem = source.file_stem().unwrap().to_string_lossy().into_owned();
-        // A long stem has a file for each direction or a part of its own for a factor of adapters,
-        // and may have one for an architecture.
-        let parts = ["_sm90a", "_forward", "_backward", "_down"];
+        // A long stem has a file for each direction or for each factor of adapters, and may have one
+        // for an architecture.
+        let parts = ["_sm90a", "_forward", "_backward", "_down", "_up"];
         let stem = parts.iter().fold(stem.as_str(), |stem, part| {
             stem.strip_suffix(part).unwrap_or(stem)
         });

@@ -213,7 +213,8 @@ fn a_divergence_that_is_no_number_is_an_error_and_the_adapters_stay() {
 }
 
 #[test]
-fn a_steady_step_allocates_nothing_and_hands_the_driver_a_tenth_of_the_work() {
+fn a_steady_step_allocates_nothing_and_hands_the_driver_fifteen_calls_however_many_kernels_it_has()
+{
     let Some(device) = device() else { return };
     let model = uploaded(&device);
     let layout = Layout::new(&model.config, 2, SEQ_LEN).unwrap();
@@ -245,7 +246,8 @@ fn a_steady_step_allocates_nothing_and_hands_the_driver_a_tenth_of_the_work() {
         assert!(reserved(&device) < before + 4096);
     }
     let [recorded, eager] = [steady[0], steady[1]];
-    assert!(10 * recorded.1 <= eager.1, "{steady:?}");
+    // Four inputs, two graphs, the losses, and clip's and the optimizer's own.
+    assert!(recorded.1 <= 15, "{steady:?}");
     // The recording shares no memory with what the teacher computes.
     assert!(4 * recorded.0 <= 5 * eager.0, "{steady:?}");
 }
