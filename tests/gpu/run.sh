@@ -142,12 +142,14 @@ fi
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -n 1)
 # Every test of a binary in a process of its own, as many at a time as there are cores: BINARY FILTER SANITIZER TOOL.
 each_test='"$1" "$2" --list | sed -n "s/: test\$//p" |
-    xargs -P "$(nproc)" -I {} "$3" --tool "$4" --error-exitcode 9 --require-cuda-init no "$1" --exact {}'
+    xargs -P "$(nproc)" -I {} "$3" --tool $4 --error-exitcode 9 --require-cuda-init no "$1" --exact {}'
+# A call that fails is an error of the engine's anyway, and one test asks for more memory than there is.
+memcheck="memcheck --report-api-errors no"
 if [[ $backend == gpu && -n $sanitizer ]]; then
-    for tool in memcheck racecheck synccheck initcheck; do
-        step "operators under $tool" bash -c "$each_test" _ "$bin/ops" "" "$sanitizer" "$tool"
+    for tool in "$memcheck" racecheck synccheck initcheck; do
+        step "operators under ${tool%% *}" bash -c "$each_test" _ "$bin/ops" "" "$sanitizer" "$tool"
     done
-    step "runs under memcheck" bash -c "$each_test" _ "$bin/cli" cuda:: "$sanitizer" memcheck
+    step "runs under memcheck" bash -c "$each_test" _ "$bin/cli" cuda:: "$sanitizer" "$memcheck"
 else
     echo "| compute-sanitizer | not found | | | |" >>"$results"
 fi
