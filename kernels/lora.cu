@@ -6,7 +6,6 @@
 // fp32. step: null, or two words that stand for high1 and high2. n / 8 threads rounded
 // up. Least traffic: 4 n bytes, and n / 8 for the mask.
 
-#include "common/gemm_tile.cuh"
 #include "common/pack.cuh"
 #include "common/philox.cuh"
 

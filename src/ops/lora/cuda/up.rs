@@ -58,7 +58,7 @@ fn span(row_blocks: usize, all: usize) -> usize {
 impl LoraLinear {
     /// dU = s dY B of modules that share an input, side by side \[T, modules r\], and each dB =
     /// dYᵀ U, where U holds s already. The adapters have one rank and, if they are several, U in one
-    /// matrix and rows at multiples of 16 bytes.
+    /// matrix and rows at multiples of 16 bytes, as [`Down`](super::down::Down) asks for.
     pub(super) fn output_gradients(
         &self,
         cuda: &CudaDevice,
@@ -72,6 +72,7 @@ impl LoraLinear {
         let shape = [rows, ranks];
         let aligned = |n: &usize| n.is_multiple_of(WIDE);
         if !(outs.iter().all(aligned) && aligned(&r) && u.is_aligned()) {
+            debug_assert_eq!(adapters.len(), 1, "those of several are aligned");
             let (dy, b) = (Matrix::of(dy[0])?, &adapters[0].b);
             let du = Product {
                 alpha: self.scale,
