@@ -1,5 +1,6 @@
 use std::sync::Arc;
 
+use bytemuck::Pod;
 use rayon::prelude::*;
 
 use super::{amx, simd};
@@ -61,7 +62,7 @@ impl CpuDevice {
         self.threads.current_num_threads()
     }
 
-    pub(super) fn buffer(&self, len: usize) -> Buffer {
+    pub(super) fn buffer<T: Pod>(&self, len: usize) -> Buffer<T> {
         self.memory.take(len)
     }
 

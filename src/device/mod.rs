@@ -8,6 +8,8 @@ pub(crate) mod simd;
 pub use cpu::{CpuDevice, Precision};
 pub use cuda::CudaDevice;
 
+use bytemuck::Pod;
+
 use crate::error::{Error, Result};
 use crate::tensor::{Buffer, DType, Tensor};
 
@@ -61,8 +63,9 @@ impl Device {
         self.host().threads()
     }
 
-    /// An f32 buffer of `len` values in host memory with unspecified contents.
-    pub fn buffer(&self, len: usize) -> Buffer {
+    /// A buffer of `len` values in host memory with unspecified contents: f32, or others of at
+    /// most their size.
+    pub fn buffer<T: Pod>(&self, len: usize) -> Buffer<T> {
         self.host().buffer(len)
     }
 

@@ -2,7 +2,7 @@
 //! loss = (1/n) Σ_t w_t (log Σ_v exp(l_tv) − l_t,y_t), l = h Wᵀ, where w_t is 1 for tokens that
 //! count, else 0, and n their number.
 //!
-//! h \[T, d\] f32 after the final norm, W \[V, d\], y \[T\] u32. As in kl_div, the gradient with
+//! h \[T, d\] f32 or bf16 after the final norm, W \[V, d\], y \[T\] u32. As in kl_div, the gradient with
 //! respect to h is computed in the same sweep and is all that is saved. Tokens that do not count
 //! are left out of the products. On CUDA h, W and the gradient are bf16, logits, statistics and
 //! the gradient that is saved f32; both outputs are on the host.
@@ -15,7 +15,7 @@ use crate::device::simd::vectorized;
 use crate::device::{CudaDevice, Device};
 use crate::error::{Error, Result};
 use crate::ops::embedding::Embedding;
-use crate::ops::gemm::{product_nn, product_nt};
+use crate::ops::gemm::{Values, product_nn, product_nt};
 use crate::ops::head::CudaHead;
 use crate::ops::math::exp;
 use crate::ops::{Operator, expect_cols, expect_inputs, head, only_grad};
@@ -50,7 +50,6 @@ impl Operator for CrossEntropy {
             return self.forward_cuda(device, cuda, hidden, &counted, needed[0]);
         }
         let scale = 1.0 / counted.len() as f32;
-        let hidden_rows = hidden.f32s()?;
         let chunk = head::chunk_tokens(counted.len(), vocab, 1);
         let mut logits = device.buffer(chunk * vocab);
         let (mut gathered, mut gathered_grad) =
@@ -60,14 +59,14 @@ impl Operator for CrossEntropy {
         for counted in counted.chunks(chunk) {
             let n = counted.len();
             for (row, &(t, _)) in gathered.chunks_exact_mut(d).zip(counted) {
-                row.copy_from_slice(&hidden_rows[t * d..][..d]);
+                hidden.read_f32(t * d, row)?;
             }
             let logits = &mut logits[..n * vocab];
             product_nt(
                 device,
                 logits,
                 Accum::Replace,
-                &gathered[..n * d],
+                Values::F32(&gathered[..n * d]),
                 &self.head,
                 1.0,
             )?;

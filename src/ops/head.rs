@@ -9,11 +9,11 @@ use crate::ops::gemm::cuda::{Layout, Matrix, Product};
 use crate::ops::math::{LANES, add_up, exp};
 use crate::tensor::{CudaBuffer, DType, Tensor};
 
-/// Tokens in a chunk: as many as keep `copies` rows of logits a token within 128 MiB, in chunks of
+/// Tokens in a chunk: as many as keep `copies` rows of logits a token within 64 MiB, in chunks of
 /// nearly equal size. Each chunk reads, and in bf16 packs, the whole head, which chunks that fit a
 /// last-level cache would do too often.
 pub(super) fn chunk_tokens(tokens: usize, vocab: usize, copies: usize) -> usize {
-    const BUDGET: usize = (128 << 20) / size_of::<f32>();
+    const BUDGET: usize = (64 << 20) / size_of::<f32>();
     let fitting = (BUDGET / (vocab * copies).max(1)).max(1);
     tokens.div_ceil(tokens.div_ceil(fitting).max(1)).max(1)
 }

@@ -1,7 +1,7 @@
 //! Head, softmax, Kullback-Leibler divergence and its gradient, fused over chunks of tokens:
 //! loss_t = KL(softmax(h'_t Wᵀ) ‖ softmax(h_t Wᵀ)).
 //!
-//! h' (teacher) and h (student) \[T, d\] f32 after the final norm, W \[V, d\]. The gradient
+//! h' (teacher) and h (student) \[T, d\] f32 or bf16 after the final norm, W \[V, d\]. The gradient
 //! (q − p) W with respect to h is computed in the same sweep over the chunks and is all that is
 //! saved, so that no T x V matrix ever exists. Two products a chunk forward (teacher and student
 //! rows stacked in one), one for the gradient. On CUDA hidden states, W and the gradient are bf16,
@@ -14,7 +14,7 @@ use crate::device::cuda::{Arg, Grid, Kernel};
 use crate::device::simd::vectorized;
 use crate::device::{CudaDevice, Device};
 use crate::error::Result;
-use crate::ops::gemm::{product_nn, product_nt};
+use crate::ops::gemm::{Values, product_nn, product_nt};
 use crate::ops::head::CudaHead;
 use crate::ops::math::{LANES, add_up, exp};
 use crate::ops::{Operator, expect_cols, expect_inputs, expect_shape, head, only_grad};
@@ -52,21 +52,18 @@ impl Operator for KlDiv {
         let mut stacked = device.buffer(2 * chunk * d);
         let mut grad = needed[0].then(|| device.buffer(tokens * d));
         let mut losses = Vec::with_capacity(tokens);
-        let chunks = self
-            .teacher
-            .f32s()?
-            .chunks(chunk * d)
-            .zip(student.f32s()?.chunks(chunk * d));
-        for (i, (teacher, student)) in chunks.enumerate() {
-            let n = student.len() / d;
-            stacked[..n * d].copy_from_slice(teacher);
-            stacked[n * d..2 * n * d].copy_from_slice(student);
+        for first in (0..tokens).step_by(chunk) {
+            let n = chunk.min(tokens - first);
+            let stacked = &mut stacked[..2 * n * d];
+            let (of_teacher, of_student) = stacked.split_at_mut(n * d);
+            self.teacher.read_f32(first * d, of_teacher)?;
+            student.read_f32(first * d, of_student)?;
             let logits = &mut logits[..2 * n * vocab];
             product_nt(
                 device,
                 logits,
                 Accum::Replace,
-                &stacked[..2 * n * d],
+                Values::F32(stacked),
                 &self.head,
                 1.0,
             )?;
@@ -74,7 +71,7 @@ impl Operator for KlDiv {
             let rows = p.par_chunks(vocab).zip(q.par_chunks_mut(vocab));
             losses.par_extend(rows.map(|(p, q)| divergence(p, q)));
             if let Some(grad) = &mut grad {
-                let grad = &mut grad[i * chunk * d..][..n * d];
+                let grad = &mut grad[first * d..][..n * d];
                 product_nn(device, grad, Accum::Replace, q, &self.head)?;
             }
         }

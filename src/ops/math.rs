@@ -2,12 +2,14 @@
 //! branches, no calls, and sums in a fixed order. All of it is `#[inline(always)]`, for use
 //! inside [`vectorized!`](crate::device::simd::vectorized).
 
+use super::stored::Stored;
+
 /// Independent partial sums of a reduction: enough to hide the latency of an addition.
 pub(crate) const LANES: usize = 32;
 
 /// ⟨a, b⟩.
 #[inline(always)]
-pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
+pub(crate) fn dot<A: Stored>(a: &[A], b: &[f32]) -> f32 {
     sum_of(a, b, |a, b| a * b)
 }
 
@@ -20,18 +22,18 @@ pub(crate) fn squared_distance(a: &[f32], b: &[f32]) -> f32 {
 /// Σ_i term(a_i, b_i), in an order that depends on the length alone. Every index into the
 /// partial sums is a constant, so that they stay in vector registers.
 #[inline(always)]
-fn sum_of(a: &[f32], b: &[f32], term: impl Fn(f32, f32) -> f32) -> f32 {
+fn sum_of<A: Stored>(a: &[A], b: &[f32], term: impl Fn(f32, f32) -> f32) -> f32 {
     let (a_chunks, a_rest) = a.as_chunks::<LANES>();
     let (b_chunks, b_rest) = b.as_chunks::<LANES>();
     let mut lanes = [0.0f32; LANES];
     for (a, b) in a_chunks.iter().zip(b_chunks) {
         for i in 0..LANES {
-            lanes[i] += term(a[i], b[i]);
+            lanes[i] += term(a[i].get(), b[i]);
         }
     }
     let mut rest = 0.0;
     for (&a, &b) in a_rest.iter().zip(b_rest) {
-        rest += term(a, b);
+        rest += term(a.get(), b);
     }
     add_up(lanes) + rest
 }
@@ -54,6 +56,19 @@ pub(crate) fn add_up(lanes: [f32; LANES]) -> f32 {
     let eight: [f32; 8] = std::array::from_fn(|i| sixteen[i] + sixteen[i + 8]);
     let four: [f32; 4] = std::array::from_fn(|i| eight[i] + eight[i + 4]);
     (four[0] + four[2]) + (four[1] + four[3])
+}
+
+/// The bits of `value` rounded to the nearest bf16, ties to even, in the upper half. NaN stays
+/// one: its highest mantissa bit is set, so that no carry can reach the exponent.
+#[inline(always)]
+pub(crate) fn rounded_to_bf16(value: f32) -> u32 {
+    let bits = value.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+    if value.is_nan() {
+        bits | 0x0040_0000
+    } else {
+        rounded
+    }
 }
 
 /// 1.5 * 2^23: adding it rounds to the nearest integer, which is then in the low bits.

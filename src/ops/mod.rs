@@ -16,6 +16,7 @@ pub mod rmsnorm;
 pub mod rope;
 pub mod sample;
 pub mod sparse_decode;
+pub(crate) mod stored;
 pub mod swiglu;
 pub mod topk;
 

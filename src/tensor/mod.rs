@@ -35,8 +35,8 @@ impl Tensor {
         Self::new(Storage::F32(data), shape.into())
     }
 
-    /// A bf16 tensor over `data`.
-    pub fn from_bf16(data: Vec<bf16>, shape: impl Into<Vec<usize>>) -> Result<Self> {
+    /// A bf16 tensor over a device buffer.
+    pub fn from_bf16(data: Buffer<bf16>, shape: impl Into<Vec<usize>>) -> Result<Self> {
         Self::new(Storage::Bf16(data), shape.into())
     }
 
@@ -234,7 +234,7 @@ impl Tensor {
         if self.bf16s().is_some() {
             return Ok(self.clone());
         }
-        let mut data = vec![bf16::ZERO; self.len()];
+        let mut data = Buffer::zeroed(self.len());
         let mut wide = [0.0; CHUNK];
         for (i, chunk) in data.chunks_mut(CHUNK).enumerate() {
             let wide = &mut wide[..chunk.len()];
@@ -269,11 +269,22 @@ mod tests {
     #[test]
     fn a_pooled_buffer_comes_back_with_its_length() {
         let pool = Pool::new();
-        let first = pool.take(5);
+        let first: Buffer = pool.take(5);
         let address = first.as_ptr();
         drop(first);
-        let again = pool.take(5);
+        let again: Buffer = pool.take(5);
         assert_eq!(again.as_ptr(), address);
-        assert_eq!(pool.take(5).len(), 5);
+        assert_eq!(pool.take::<f32>(5).len(), 5);
+    }
+
+    #[test]
+    fn values_of_other_types_share_a_pools_memory() {
+        let pool = Pool::new();
+        let mut odd = pool.take::<bf16>(5);
+        odd.fill(bf16::ONE);
+        assert_eq!(odd.len(), 5);
+        let address = odd.as_ptr().cast::<f32>();
+        drop(odd);
+        assert_eq!(pool.take::<f32>(3).as_ptr(), address);
     }
 }

@@ -1,7 +1,9 @@
 use std::collections::HashMap;
+use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use bytemuck::Pod;
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use memmap2::Mmap;
 
@@ -12,7 +14,7 @@ use crate::error::{Error, Result};
 #[derive(Debug)]
 pub(super) enum Storage {
     F32(Buffer),
-    Bf16(Vec<bf16>),
+    Bf16(Buffer<bf16>),
     U32(Vec<u32>),
     Mapped(MappedBytes),
     Cuda(CudaBuffer),
@@ -68,7 +70,7 @@ impl Storage {
     pub(super) fn copied_f32(&self) -> Option<Buffer> {
         let mut copy = match self {
             Self::F32(data) => data.sibling(),
-            Self::Mapped(map) if map.dtype == DType::F32 => Buffer::from(vec![0.0; self.len()]),
+            Self::Mapped(map) if map.dtype == DType::F32 => Buffer::zeroed(self.len()),
             _ => return None,
         };
         self.read_f32(0, &mut copy).is_ok().then_some(copy)
@@ -177,16 +179,19 @@ fn widen<const N: usize>(bytes: &[u8], out: &mut [f32], convert: impl Fn([u8; N]
 /// Values of a cache line.
 const CACHE_LINE: usize = 16;
 
-/// f32 memory that returns to its pool when dropped. A training step asks for the same sizes
-/// over and over; handing the same memory out again spares the page faults and the clearing
-/// that a fresh allocation of this size costs. What comes from a pool begins a cache line, so that
-/// no vector that is read or written lies across two.
+/// Memory for f32 values, or others of at most their size, that returns to its pool when dropped.
+/// A training step asks for the same sizes over and over; handing the same memory out again spares
+/// the page faults and the clearing that a fresh allocation of this size costs. What comes from a
+/// pool begins a cache line, so that no vector that is read or written lies across two.
 #[derive(Debug)]
-pub struct Buffer {
+pub struct Buffer<T = f32> {
     data: Vec<f32>,
     /// The part of `data` that is used.
     range: Range<usize>,
+    /// Values in that part.
+    len: usize,
     pool: Option<Arc<Pool>>,
+    of: PhantomData<T>,
 }
 
 impl Buffer {
@@ -194,35 +199,56 @@ impl Buffer {
     fn sibling(&self) -> Self {
         match &self.pool {
             Some(pool) => pool.take(self.len()),
-            None => Self::from(vec![0.0; self.len()]),
+            None => Self::zeroed(self.len()),
         }
     }
+}
+
+impl<T: Pod> Buffer<T> {
+    /// `len` zeros, of no pool.
+    pub fn zeroed(len: usize) -> Self {
+        let words = words::<T>(len);
+        Self {
+            data: vec![0.0; words],
+            range: 0..words,
+            len,
+            pool: None,
+            of: PhantomData,
+        }
+    }
+}
+
+/// f32 values in whose memory `len` values of another type have room.
+fn words<T>(len: usize) -> usize {
+    (len * size_of::<T>()).div_ceil(size_of::<f32>())
 }
 
 impl From<Vec<f32>> for Buffer {
     fn from(data: Vec<f32>) -> Self {
         Self {
             range: 0..data.len(),
+            len: data.len(),
             data,
             pool: None,
+            of: PhantomData,
         }
     }
 }
 
-impl Deref for Buffer {
-    type Target = [f32];
-    fn deref(&self) -> &[f32] {
-        &self.data[self.range.clone()]
+impl<T: Pod> Deref for Buffer<T> {
+    type Target = [T];
+    fn deref(&self) -> &[T] {
+        &bytemuck::cast_slice(&self.data[self.range.clone()])[..self.len]
     }
 }
 
-impl DerefMut for Buffer {
-    fn deref_mut(&mut self) -> &mut [f32] {
-        &mut self.data[self.range.clone()]
+impl<T: Pod> DerefMut for Buffer<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        &mut bytemuck::cast_slice_mut(&mut self.data[self.range.clone()])[..self.len]
     }
 }
 
-impl Drop for Buffer {
+impl<T> Drop for Buffer<T> {
     fn drop(&mut self) {
         if let Some(pool) = self.pool.take() {
             pool.put(self.range.len(), std::mem::take(&mut self.data));
@@ -230,7 +256,7 @@ impl Drop for Buffer {
     }
 }
 
-/// Free f32 buffers by exact length.
+/// Free memory by its exact length in f32 values.
 #[derive(Debug, Default)]
 pub struct Pool {
     free: Mutex<HashMap<usize, Vec<Vec<f32>>>>,
@@ -243,15 +269,18 @@ impl Pool {
     }
 
     /// A buffer of `len` values **with unspecified contents** (zeros or what an earlier user left).
-    pub fn take(self: &Arc<Self>, len: usize) -> Buffer {
-        let reused = self.lock().get_mut(&len).and_then(Vec::pop);
-        let data = reused.unwrap_or_else(|| vec![0.0; len + CACHE_LINE]);
+    pub fn take<T: Pod>(self: &Arc<Self>, len: usize) -> Buffer<T> {
+        let words = words::<T>(len);
+        let reused = self.lock().get_mut(&words).and_then(Vec::pop);
+        let data = reused.unwrap_or_else(|| vec![0.0; words + CACHE_LINE]);
         let skip = data.as_ptr().align_offset(CACHE_LINE * size_of::<f32>());
         let skip = skip.min(CACHE_LINE);
         Buffer {
             data,
-            range: skip..skip + len,
+            range: skip..skip + words,
+            len,
             pool: Some(self.clone()),
+            of: PhantomData,
         }
     }
 
@@ -260,9 +289,9 @@ impl Pool {
         self.lock().clear();
     }
 
-    fn put(&self, len: usize, data: Vec<f32>) {
-        if len > 0 {
-            self.lock().entry(len).or_default().push(data);
+    fn put(&self, words: usize, data: Vec<f32>) {
+        if words > 0 {
+            self.lock().entry(words).or_default().push(data);
         }
     }
 

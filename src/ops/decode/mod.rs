@@ -1,7 +1,7 @@
 //! One new token for each of a few sequences (autoregressive decoding): linear maps of few rows,
 //! and attention over the keys and values that a sequence has so far. Nothing is differentiated.
 //!
-//! Linear maps: Y = X Wᵀ + b. X \[B, in\] f32, W \[out, in\] f32, f16 or bf16, b \[out\] f32,
+//! Linear maps: Y = X Wᵀ + b. X \[B, in\] f32 or bf16, W \[out, in\] f32, f16 or bf16, b \[out\] f32,
 //! Y \[B, out\] f32. Every weight is read from memory once, whatever B is, and widened in
 //! registers; at B = 1 that is all there is to it: the bytes of W, over the memory's bandwidth.
 //!
@@ -114,6 +114,7 @@ fn linear_in(device: &Device, x: &Tensor, maps: &[Map], on_gpu: DType) -> Result
     if let Device::Cuda(cuda) = device {
         return cuda::linear(cuda, x, maps, on_gpu);
     }
+    let x = x.to_f32()?;
     let outputs = product::products(device, x.f32s()?, cols, maps)?;
     let shaped = outputs.into_iter().zip(maps).map(|(mut y, map)| {
         let out = map.weight.matrix_dims().0;

@@ -4,7 +4,7 @@
 //! start_i <= j <= i (start_i = 0 without a document mask).
 //!
 //! q, o: [T, heads * D]; k, v: [T, kv_heads * D], f32, bf16 on CUDA; on the CPU products are computed
-//! in the device's precision, f32 or bf16 with sums in f32; T = batch * seq_len; query head h
+//! in the device's precision, f32 or bf16 with sums in f32, and o is of that type; T = batch * seq_len; query head h
 //! reads key/value head h / (heads / kv_heads). Saved: q, k, v, o and, for each row and head,
 //! the base-2 logarithm of the softmax's denominator. Backward recomputes the scores: with
 //! P = softmax, dP = dO V^T and dS = P (dP - rowsum(dO O)),
@@ -18,8 +18,11 @@ mod cpu;
 mod cuda;
 mod softmax;
 
+use half::bf16;
+
+use super::stored::Stored;
 use super::{Operator, expect_inputs, expect_shape, only_grad};
-use crate::device::Device;
+use crate::device::{Device, Precision};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
@@ -99,6 +102,30 @@ impl FlashAttention {
     fn group(&self) -> usize {
         self.heads / self.kv_heads
     }
+
+    /// On the CPU, with an output of elements T.
+    fn forward_host<T: Stored>(
+        &self,
+        device: &Device,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+    ) -> Result<(Vec<Tensor>, Saved)> {
+        let mut o = device.buffer(q.len());
+        let rows = self.batch * self.seq_len;
+        let mut log_sum = device.buffer(rows * self.heads);
+        let operands = cpu::Operands::new(device, self, q, k, v)?;
+        cpu::forward::<T>(device, &operands, &mut o, &mut log_sum);
+        let o = T::into_tensor(o, q.shape())?;
+        let saved = Saved {
+            q: q.clone(),
+            k: k.clone(),
+            v: v.clone(),
+            o: o.clone(),
+            log_sum: Tensor::from_buffer(log_sum, [rows, self.heads])?,
+        };
+        Ok((vec![o], saved))
+    }
 }
 
 impl Operator for FlashAttention {
@@ -117,20 +144,10 @@ impl Operator for FlashAttention {
         if let Device::Cuda(cuda) = device {
             return self.forward_cuda(cuda, q, k, v);
         }
-        let mut o = device.buffer(q.len());
-        let rows = self.batch * self.seq_len;
-        let mut log_sum = device.buffer(rows * self.heads);
-        let operands = cpu::Operands::new(device, self, q, k, v)?;
-        cpu::forward(device, &operands, &mut o, &mut log_sum);
-        let o = Tensor::from_buffer(o, q.shape())?;
-        let saved = Saved {
-            q: q.clone(),
-            k: k.clone(),
-            v: v.clone(),
-            o: o.clone(),
-            log_sum: Tensor::from_buffer(log_sum, [rows, self.heads])?,
-        };
-        Ok((vec![o], saved))
+        match device.precision() {
+            Precision::F32 => self.forward_host::<f32>(device, q, k, v),
+            Precision::Bf16 => self.forward_host::<bf16>(device, q, k, v),
+        }
     }
 
     fn backward(
@@ -148,8 +165,7 @@ impl Operator for FlashAttention {
         }
         let mut result = vec![None, None, None];
         let operands = cpu::Operands::new(device, self, q, k, v)?;
-        let (o, log_sum) = (saved.o.f32s()?, saved.log_sum.f32s()?);
-        let upstream = cpu::Upstream::new(device, &operands, o, grad.f32s()?, log_sum);
+        let upstream = cpu::Upstream::new(device, &operands, &saved.o, &grad, &saved.log_sum)?;
         if needed[0] {
             let mut dq = device.buffer(q.len());
             cpu::backward_q(device, &operands, &upstream, &mut dq);

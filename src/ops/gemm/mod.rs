@@ -1,6 +1,6 @@
 //! Matrix products: Y = X Wᵀ + b (+ residual).
 //!
-//! X \[T, in\] f32, W \[out, in\] frozen in f32, f16 or bf16, b \[out\] f32, Y \[T, out\] f32.
+//! X \[T, in\] f32, or bf16 where products are in it, W \[out, in\] frozen in f32, f16 or bf16, b \[out\] f32, Y \[T, out\] f32.
 //! Backward: dX = dY W; the residual's gradient is dY itself. Saved for backward: nothing but W.
 //!
 //! On CUDA everything is bf16, accumulated in fp32.
@@ -21,7 +21,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::ops::{Operator, expect_cols, expect_shape, only_grad};
 use crate::tensor::{Buffer, Tensor};
-pub(crate) use cpu::bf16;
+pub(crate) use cpu::bf16::{self, Values};
 use cpu::expect_len;
 pub(crate) use cpu::{product_nn, product_nt, product_tn};
 
@@ -129,7 +129,7 @@ pub(crate) fn affine(
         });
     }
     expect_cols("gemm", x, weight.matrix_dims().1)?;
-    product_nt(device, &mut y, accum, x.f32s()?, weight, 1.0)?;
+    product_nt(device, &mut y, accum, Values::of(x)?, weight, 1.0)?;
     Ok(y)
 }
 

@@ -1,13 +1,15 @@
 //! Inverted dropout of an adapter's inputs (Srivastava et al. 2014), decided by 16 random bits an
 //! element.
 
+use half::bf16;
 use rayon::prelude::*;
 
 use crate::device::Device;
 use crate::device::simd::vectorized;
 use crate::error::Result;
+use crate::ops::stored::Stored;
 use crate::rng::Stream;
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 /// Elements that a block of a stream decides on, which are the bits of a byte of a mask.
 const ELEMENTS: usize = 8;
@@ -77,9 +79,16 @@ pub(super) struct Mask {
 impl Mask {
     /// X, of as many elements as the mask, with what is dropped zero and the rest scaled.
     pub(super) fn apply(&self, device: &Device, x: &Tensor) -> Result<Tensor> {
+        match x.dtype() {
+            DType::Bf16 => self.apply_to::<bf16>(device, x),
+            _ => self.apply_to::<f32>(device, x),
+        }
+    }
+
+    fn apply_to<T: Stored>(&self, device: &Device, x: &Tensor) -> Result<Tensor> {
         let mut out = device.buffer(x.len());
-        self.for_each(&mut out, x.f32s()?, |out, x| *out = x);
-        Tensor::from_buffer(out, x.shape())
+        self.for_each(&mut out, T::of_tensor(x)?, |out, x| *out = T::of(x));
+        T::into_tensor(out, x.shape())
     }
 
     /// Adds to `sum` what [`Self::apply`] makes of `x`, all of as many elements as the mask.
@@ -88,7 +97,7 @@ impl Mask {
         Ok(())
     }
 
-    fn for_each(&self, out: &mut [f32], x: &[f32], write: impl Fn(&mut f32, f32) + Sync) {
+    fn for_each<T: Stored>(&self, out: &mut [T], x: &[T], write: impl Fn(&mut T, f32) + Sync) {
         let outs = out.par_chunks_mut(CHUNK * ELEMENTS);
         let xs = x.par_chunks(CHUNK * ELEMENTS);
         let kept = self.kept.par_chunks(CHUNK);
@@ -98,12 +107,12 @@ impl Mask {
                 let (xs, last_x) = x.as_chunks::<ELEMENTS>();
                 for ((out, x), &kept) in outs.iter_mut().zip(xs).zip(kept) {
                     for (i, (out, x)) in out.iter_mut().zip(x).enumerate() {
-                        write(out, self.dropped(*x, kept, i));
+                        write(out, self.dropped(x.get(), kept, i));
                     }
                 }
                 let kept = kept.get(outs.len()).copied().unwrap_or(0);
                 for (i, (out, x)) in last_out.iter_mut().zip(last_x).enumerate() {
-                    write(out, self.dropped(*x, kept, i));
+                    write(out, self.dropped(x.get(), kept, i));
                 }
             })
         });

@@ -1,7 +1,8 @@
 //! Frozen linear modules with low-rank adapters (Hu et al. 2021, arXiv 2106.09685):
 //! Y = X Wᵀ + b + s · (drop(X) Aᵀ) Bᵀ (+ residual), for all modules that read the same X at once.
 //!
-//! X \[T, in\], W \[out, in\], A \[r, in\], B \[out, r\]; all but W in f32. Saved for backward:
+//! X \[T, in\], W \[out, in\], A \[r, in\], B \[out, r\]; all but W in f32, X also in bf16 where the
+//! CPU multiplies in it. Saved for backward:
 //! X and, for each module, U = drop(X) Aᵀ \[T, r\], A, B and a bit for each element of X that
 //! dropout kept. With dU = s · dY B: dA = dUᵀ drop(X), dB = s · dYᵀ U, and dX is the sum of
 //! dY W + drop(dU A).
@@ -20,7 +21,9 @@ use dropout::Mask;
 
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::ops::gemm::{affine, input_gradient, output, product_nn, product_nt, product_tn};
+use crate::ops::gemm::{
+    Values, affine, input_gradient, output, product_nn, product_nt, product_tn,
+};
 use crate::ops::{Operator, expect_cols, expect_shape};
 use crate::tensor::Tensor;
 
@@ -199,9 +202,16 @@ impl Frozen {
         let mut u = device.buffer(rows * r);
         let mask = self.dropout.as_ref().map(|dropout| dropout.draw(x.len()));
         let dropped = dropped(device, x, mask.as_ref())?;
-        product_nt(device, &mut u, Accum::Replace, dropped.f32s()?, a, 1.0)?;
+        product_nt(
+            device,
+            &mut u,
+            Accum::Replace,
+            Values::of(&dropped)?,
+            a,
+            1.0,
+        )?;
         let u = Tensor::from_buffer(u, [rows, r])?;
-        product_nt(device, &mut y, Accum::Add, u.f32s()?, b, scale)?;
+        product_nt(device, &mut y, Accum::Add, Values::of(&u)?, b, scale)?;
         let factors = [u, a.clone(), b.clone()];
         let y = output(x, &self.weight, y)?;
         Ok((y, HostAdapter { factors, mask }))

@@ -10,6 +10,7 @@ use std::f32::consts::{LN_2, LOG2_E};
 use std::ops::Range;
 
 use faer::Accum;
+use half::bf16;
 use rayon::prelude::*;
 
 use super::FlashAttention;
@@ -18,7 +19,8 @@ use crate::device::simd::vectorized;
 use crate::device::{Device, Precision};
 use crate::error::Result;
 use crate::ops::math::dot;
-use crate::tensor::{Buffer, Tensor};
+use crate::ops::stored::Stored;
+use crate::tensor::{Buffer, DType, Tensor};
 use products::{KEY_STEP, Keys, Products, mat};
 
 /// Stacked rows of a query tile (more only where the group alone is larger).
@@ -104,7 +106,14 @@ impl<'a> Operands<'a> {
     }
 
     /// Writes the tile of one group of heads, times `scale`, into a block of rows [_, heads * d].
-    fn unpack(&self, from: &[f32], d: usize, kv_head: usize, scale: f32, rows: &mut [f32]) {
+    fn unpack<T: Stored>(
+        &self,
+        from: &[f32],
+        d: usize,
+        kv_head: usize,
+        scale: f32,
+        rows: &mut [T],
+    ) {
         let (cols, width) = (self.op.heads * d, self.op.group() * d);
         vectorized!(copy_scaled(
             from,
@@ -178,29 +187,37 @@ impl<'a> Upstream<'a> {
     pub(super) fn new(
         device: &Device,
         x: &Operands<'a>,
-        o: &[f32],
-        grad: &'a [f32],
-        log_sum: &'a [f32],
-    ) -> Self {
+        o: &Tensor,
+        grad: &'a Tensor,
+        log_sum: &'a Tensor,
+    ) -> Result<Self> {
+        let (grad, log_sum) = (grad.f32s()?, log_sum.f32s()?);
         let mut delta = device.buffer(log_sum.len());
         let d = x.op.head_dim;
-        delta
-            .par_chunks_mut(KEYS)
-            .zip(o.par_chunks(KEYS * d).zip(grad.par_chunks(KEYS * d)))
-            .for_each(|(delta, (o, grad))| vectorized!(row_products(delta, o, grad)));
-        Self {
+        match o.dtype() {
+            DType::Bf16 => set_row_products(&mut delta, bf16::of_tensor(o)?, grad, d),
+            _ => set_row_products(&mut delta, f32::of_tensor(o)?, grad, d),
+        }
+        Ok(Self {
             grad,
             log_sum,
             delta,
             k_t: Keys::new(device, x.op, x.k, true),
             v_t: Keys::new(device, x.op, x.v, true),
-        }
+        })
     }
+}
+
+/// out[i] = Σ a[i] b[i] for matrices with rows of `d`.
+fn set_row_products<T: Stored>(out: &mut [f32], a: &[T], b: &[f32], d: usize) {
+    out.par_chunks_mut(KEYS)
+        .zip(a.par_chunks(KEYS * d).zip(b.par_chunks(KEYS * d)))
+        .for_each(|(out, (a, b))| vectorized!(row_products(out, a, b)));
 }
 
 /// out[i] = Σ a[i] b[i] for matrices of as many rows as `out` is long.
 #[inline(always)]
-fn row_products(out: &mut [f32], a: &[f32], b: &[f32]) {
+fn row_products<T: Stored>(out: &mut [f32], a: &[T], b: &[f32]) {
     let d = a.len() / out.len();
     for (out, (a, b)) in out.iter_mut().zip(a.chunks_exact(d).zip(b.chunks_exact(d))) {
         *out = dot(a, b);
@@ -209,17 +226,17 @@ fn row_products(out: &mut [f32], a: &[f32], b: &[f32]) {
 
 /// `to = scale * from` for matrices of `width` columns with rows of different lengths.
 #[inline(always)]
-fn copy_scaled(
+fn copy_scaled<T: Stored>(
     from: &[f32],
     from_stride: usize,
-    to: &mut [f32],
+    to: &mut [T],
     to_stride: usize,
     width: usize,
     scale: f32,
 ) {
     for (to, from) in to.chunks_mut(to_stride).zip(from.chunks(from_stride)) {
         for (to, from) in to[..width].iter_mut().zip(&from[..width]) {
-            *to = from * scale;
+            *to = T::of(from * scale);
         }
     }
 }
@@ -272,12 +289,12 @@ impl GradScratch {
 }
 
 /// Blocks of at most `rows` rows of each sequence, `cols` wide: sequence, rows, elements.
-fn blocks<'a>(
-    data: &'a mut [f32],
+fn blocks<'a, T>(
+    data: &'a mut [T],
     op: &FlashAttention,
     cols: usize,
     rows: usize,
-) -> Vec<(usize, Range<usize>, &'a mut [f32])> {
+) -> Vec<(usize, Range<usize>, &'a mut [T])> {
     let sequences = data.chunks_exact_mut(op.seq_len * cols).enumerate();
     sequences
         .flat_map(|(seq, data)| {
@@ -299,7 +316,12 @@ fn key_blocks(x: &Operands<'_>, tile: &TileOf) -> impl Iterator<Item = Range<usi
 }
 
 /// Computes the output and the base-2 logarithms of the softmax's denominators.
-pub(super) fn forward(device: &Device, x: &Operands<'_>, o: &mut [f32], log_sum: &mut [f32]) {
+pub(super) fn forward<T: Stored>(
+    device: &Device,
+    x: &Operands<'_>,
+    o: &mut [T],
+    log_sum: &mut [f32],
+) {
     let op = x.op;
     let k_t = Keys::new(device, op, x.k, true);
     let v = Keys::new(device, op, x.v, false);

@@ -15,17 +15,17 @@ pub(crate) fn product_nt(
     device: &Device,
     out: &mut [f32],
     accum: Accum,
-    x: &[f32],
+    x: Values,
     w: &Tensor,
     alpha: f32,
 ) -> Result<()> {
     let (n, k) = w.matrix_dims();
-    let m = rows_of(x, k)?;
+    let m = rows_of(x.len(), k)?;
     expect_len(out, m * n)?;
     if device.precision() == Precision::F32 {
-        return single::product_nt(device, out, accum, x, w, alpha);
+        return single::product_nt(device, out, accum, x.f32s()?, w, alpha);
     }
-    let a = Operand::rows(Values::F32(x), k);
+    let a = Operand::rows(x, k);
     with_values(w, |w| {
         let b = Operand::rows(w, k);
         in_bf16(device, out, accum, (a, b), [m, n, k], alpha);
@@ -41,7 +41,7 @@ pub(crate) fn product_nn(
     w: &Tensor,
 ) -> Result<()> {
     let (n, k) = w.matrix_dims();
-    let m = rows_of(dy, n)?;
+    let m = rows_of(dy.len(), n)?;
     expect_len(out, m * k)?;
     if device.precision() == Precision::F32 {
         return single::product_nn(device, out, accum, dy, w);
@@ -71,8 +71,8 @@ pub(crate) fn product_tn(
     if device.precision() == Precision::F32 {
         return single::product_tn(out, accum, dy, x, alpha);
     }
-    let a = Operand::columns(Values::F32(dy.f32s()?), n);
-    let b = Operand::columns(Values::F32(x.f32s()?), k);
+    let a = Operand::columns(Values::of(dy)?, n);
+    let b = Operand::columns(Values::of(x)?, k);
     in_bf16(device, out, accum, (a, b), [n, k, m], alpha);
     Ok(())
 }
@@ -114,14 +114,14 @@ fn with_values(w: &Tensor, use_values: impl FnOnce(Values)) -> Result<()> {
     Ok(())
 }
 
-/// The number of rows of `cols` values.
-fn rows_of(data: &[f32], cols: usize) -> Result<usize> {
-    match data.len().checked_rem(cols) {
-        Some(0) => Ok(data.len() / cols),
+/// The number of rows of `cols` values among `len`.
+fn rows_of(len: usize, cols: usize) -> Result<usize> {
+    match len.checked_rem(cols) {
+        Some(0) => Ok(len / cols),
         _ => Err(Error::operand(
             "gemm",
             format!("rows of {cols} values"),
-            data.len().to_string(),
+            len.to_string(),
         )),
     }
 }

@@ -7,6 +7,9 @@ use half::bf16;
 
 use super::tile::{COLS, Level, PAIRS, Step};
 use crate::device::simd::{multiplies_bf16, vectorized};
+use crate::error::{Error, Result};
+use crate::ops::math::rounded_to_bf16;
+use crate::tensor::{DType, Tensor};
 
 /// Which side of a product a panel is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +35,32 @@ pub(crate) struct Operand<'a> {
 pub(crate) enum Values<'a> {
     F32(&'a [f32]),
     Bf16(&'a [bf16]),
+}
+
+impl<'a> Values<'a> {
+    /// A tensor's elements; an error where they are of another type or in another memory.
+    pub(crate) fn of(tensor: &'a Tensor) -> Result<Self> {
+        let found = || Error::operand("gemm", "f32 or bf16 in host memory", tensor.found());
+        match tensor.dtype() {
+            DType::Bf16 => tensor.bf16s().map(Self::Bf16).ok_or_else(found),
+            _ => tensor.f32s().map(Self::F32).map_err(|_| found()),
+        }
+    }
+
+    pub(crate) fn len(self) -> usize {
+        match self {
+            Self::F32(values) => values.len(),
+            Self::Bf16(values) => values.len(),
+        }
+    }
+
+    /// The elements of an operand that is to be multiplied in f32.
+    pub(crate) fn f32s(self) -> Result<&'a [f32]> {
+        match self {
+            Self::F32(values) => Ok(values),
+            Self::Bf16(_) => Err(Error::operand("gemm", "f32 for products in f32", "bf16")),
+        }
+    }
 }
 
 impl<'a> Operand<'a> {
@@ -247,7 +276,7 @@ fn chunk<'a, T: Copy, const N: usize>(
 impl Value for f32 {
     #[inline(always)]
     fn pair(low: f32, high: f32) -> u32 {
-        round(low) >> 16 | round(high) & 0xffff_0000
+        rounded_to_bf16(low) >> 16 | rounded_to_bf16(high) & 0xffff_0000
     }
 
     #[cfg(target_arch = "x86_64")]
@@ -287,19 +316,6 @@ impl Value for bf16 {
             let values = std::mem::transmute::<[[bf16; PAIRS]; 2], x86::Vector>([*low, *high]);
             x86::zipped_halves(values)
         }
-    }
-}
-
-/// The bits of `value` rounded to the nearest bf16, ties to even, in the upper half. NaN stays
-/// one: its highest mantissa bit is set, so that no carry can reach the exponent.
-#[inline(always)]
-fn round(value: f32) -> u32 {
-    let bits = value.to_bits();
-    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
-    if value.is_nan() {
-        bits | 0x0040_0000
-    } else {
-        rounded
     }
 }
 
