@@ -10,8 +10,8 @@
 //! P = softmax, dP = dO V^T and dS = P (dP - rowsum(dO O)),
 //! dV = P^T dO, dQ = dS K / sqrt(D), dK = dS^T Q / sqrt(D).
 //!
-//! Least work for each head and sequence of n rows: 2 n^2 D FLOP forward, 5 n^2 D backward
-//! (7 n^2 D here: dQ and dK, dV are found in two passes, each parallel without shared sums).
+//! Least work for each head and sequence of n rows: 2 n^2 D FLOP forward, 5 n^2 D backward; on CUDA
+//! 7 n^2 D, as dQ and dK, dV are found in two passes, each parallel without shared sums.
 
 mod backward;
 mod cpu;
@@ -163,24 +163,14 @@ impl Operator for FlashAttention {
         if let Device::Cuda(cuda) = device {
             return self.backward_cuda(cuda, &saved, &grad, needed);
         }
-        let mut result = vec![None, None, None];
         let operands = cpu::Operands::new(device, self, q, k, v)?;
-        let upstream = cpu::Upstream::new(device, &operands, &saved.o, &grad, &saved.log_sum)?;
-        if needed[0] {
-            let mut dq = device.buffer(q.len());
-            cpu::backward_q(device, &operands, &upstream, &mut dq);
-            result[0] = Some(Tensor::from_buffer(dq, q.shape())?);
-        }
-        if needed[1] || needed[2] {
-            let (mut dk, mut dv) = (device.buffer(k.len()), device.buffer(v.len()));
-            cpu::backward_kv(device, &operands, &upstream, &mut dk, &mut dv);
-            let (dk, dv) = (
-                Tensor::from_buffer(dk, k.shape())?,
-                Tensor::from_buffer(dv, v.shape())?,
-            );
-            result[1] = needed[1].then_some(dk);
-            result[2] = needed[2].then_some(dv);
-        }
-        Ok(result)
+        let grads = cpu::backward(device, &operands, &saved.o, &grad, &saved.log_sum)?;
+        let inputs = grads.into_iter().zip([q, k, v]).zip(needed);
+        inputs
+            .map(|((grad, input), &needed)| {
+                let grad = needed.then(|| Tensor::from_buffer(grad, input.shape()));
+                grad.transpose()
+            })
+            .collect()
     }
 }

@@ -1,26 +1,26 @@
-//! The CPU version. A task owns a block of rows (of queries, or of keys in the pass for dK and
-//! dV) and works through the blocks of the other side. The query heads that share a key/value
+//! The CPU version. In forward a task owns a block of queries and works through the blocks of keys
+//! that they see. The query heads that share a key/value
 //! head are stacked: the tile of `rows` queries and `group` heads is a matrix [rows * group, D]
 //! whose row r is query r / group, head r % group. That gives matrix products of a good size,
 //! and their reduction adds up the gradients of the group in a fixed order.
 
+mod backward;
 mod products;
 
 use std::f32::consts::{LN_2, LOG2_E};
 use std::ops::Range;
 
 use faer::Accum;
-use half::bf16;
 use rayon::prelude::*;
 
 use super::FlashAttention;
-use super::softmax::{Visible, finish_softmax, online_softmax, softmax_backward};
+use super::softmax::{Visible, finish_softmax, online_softmax};
 use crate::device::simd::vectorized;
 use crate::device::{Device, Precision};
 use crate::error::Result;
-use crate::ops::math::dot;
 use crate::ops::stored::Stored;
-use crate::tensor::{Buffer, DType, Tensor};
+use crate::tensor::{Buffer, Tensor};
+pub(super) use backward::backward;
 use products::{KEY_STEP, Keys, Products, mat};
 
 /// Stacked rows of a query tile (more only where the group alone is larger).
@@ -29,8 +29,6 @@ const TILE_ROWS: usize = 192;
 const MAX_QUERIES: usize = 64;
 /// Keys that a query tile meets at a time; also the width of a row of scores.
 pub(super) const KEYS: usize = 256;
-/// Keys of a task in the pass for dK and dV.
-const KEYS_OF_TASK: usize = 128;
 
 /// The operator and its inputs as slices.
 pub(super) struct Operands<'a> {
@@ -172,58 +170,6 @@ struct TileOf {
     queries: Range<usize>,
 }
 
-/// What flows into backward, and what both passes of backward need beside the operands.
-pub(super) struct Upstream<'a> {
-    grad: &'a [f32],
-    /// [T, heads], base 2.
-    log_sum: &'a [f32],
-    /// [T, heads]: rowsum(dO O).
-    delta: Buffer,
-    k_t: Keys<'a>,
-    v_t: Keys<'a>,
-}
-
-impl<'a> Upstream<'a> {
-    pub(super) fn new(
-        device: &Device,
-        x: &Operands<'a>,
-        o: &Tensor,
-        grad: &'a Tensor,
-        log_sum: &'a Tensor,
-    ) -> Result<Self> {
-        let (grad, log_sum) = (grad.f32s()?, log_sum.f32s()?);
-        let mut delta = device.buffer(log_sum.len());
-        let d = x.op.head_dim;
-        match o.dtype() {
-            DType::Bf16 => set_row_products(&mut delta, bf16::of_tensor(o)?, grad, d),
-            _ => set_row_products(&mut delta, f32::of_tensor(o)?, grad, d),
-        }
-        Ok(Self {
-            grad,
-            log_sum,
-            delta,
-            k_t: Keys::new(device, x.op, x.k, true),
-            v_t: Keys::new(device, x.op, x.v, true),
-        })
-    }
-}
-
-/// out[i] = Σ a[i] b[i] for matrices with rows of `d`.
-fn set_row_products<T: Stored>(out: &mut [f32], a: &[T], b: &[f32], d: usize) {
-    out.par_chunks_mut(KEYS)
-        .zip(a.par_chunks(KEYS * d).zip(b.par_chunks(KEYS * d)))
-        .for_each(|(out, (a, b))| vectorized!(row_products(out, a, b)));
-}
-
-/// out[i] = Σ a[i] b[i] for matrices of as many rows as `out` is long.
-#[inline(always)]
-fn row_products<T: Stored>(out: &mut [f32], a: &[T], b: &[f32]) {
-    let d = a.len() / out.len();
-    for (out, (a, b)) in out.iter_mut().zip(a.chunks_exact(d).zip(b.chunks_exact(d))) {
-        *out = dot(a, b);
-    }
-}
-
 /// `to = scale * from` for matrices of `width` columns with rows of different lengths.
 #[inline(always)]
 fn copy_scaled<T: Stored>(
@@ -246,13 +192,13 @@ struct Scratch {
     products: Products,
     /// [rows, D]: queries, scaled.
     q: Buffer,
-    /// [rows, D]: O, or dQ.
+    /// [rows, D]: O.
     out: Buffer,
     /// [rows, KEYS].
     scores: Buffer,
     /// [rows]: the running maximum, at the end the logarithm of the denominator.
     log_sum: Buffer,
-    /// [rows]: the running sum, or delta.
+    /// [rows]: the running sum.
     sum: Buffer,
 }
 
@@ -266,24 +212,6 @@ impl Scratch {
             scores: device.buffer(rows * KEYS),
             log_sum: device.buffer(rows),
             sum: device.buffer(rows),
-        }
-    }
-}
-
-/// More memory for one query tile in backward.
-struct GradScratch {
-    /// [rows, D]: dO.
-    grad: Buffer,
-    /// [rows, KEYS]: dO V^T, then dS.
-    grads: Buffer,
-}
-
-impl GradScratch {
-    fn new(device: &Device, x: &Operands<'_>) -> Self {
-        let rows = x.rows_of_tile();
-        Self {
-            grad: device.buffer(rows * x.op.head_dim),
-            grads: device.buffer(rows * KEYS),
         }
     }
 }
@@ -381,125 +309,4 @@ fn forward_tile(
         products.product((o, d), Accum::Add, 1.0, p, v);
     }
     vectorized!(finish_softmax(max, sum, o));
-}
-
-/// Computes dQ: a task owns a block of queries.
-pub(super) fn backward_q(device: &Device, x: &Operands<'_>, up: &Upstream<'_>, dq: &mut [f32]) {
-    let (op, d) = (x.op, x.op.head_dim);
-    let k = Keys::new(device, op, x.k, false);
-    let tasks = blocks(dq, op, op.heads * d, x.queries_of_tile());
-    let tasks = tasks.into_par_iter().with_max_len(1);
-    tasks.for_each(|(seq, queries, dq)| {
-        let mut scratch = Scratch::new(device, x);
-        let mut grads = GradScratch::new(device, x);
-        let rows = queries.len() * op.group();
-        for kv_head in 0..op.kv_heads {
-            let tile = TileOf {
-                seq,
-                kv_head,
-                queries: queries.clone(),
-            };
-            load_tile(x, up, &tile, &mut scratch, &mut grads);
-            let out = &mut scratch.out[..rows * d];
-            out.fill(0.0);
-            for keys in key_blocks(x, &tile) {
-                score_grads(x, up, &tile, &keys, &mut scratch, &mut grads);
-                let ds = mat(&grads.grads, rows, keys.len(), KEYS);
-                let k = k.of(seq, kv_head, &keys);
-                let out = (&mut scratch.out[..], d);
-                scratch.products.product(out, Accum::Add, 1.0, ds, k);
-            }
-            let out = &scratch.out[..rows * d];
-            x.unpack(out, d, kv_head, x.scales.dq, dq);
-        }
-    });
-}
-
-/// Computes dK and dV: a task owns a block of keys.
-pub(super) fn backward_kv(
-    device: &Device,
-    x: &Operands<'_>,
-    up: &Upstream<'_>,
-    dk: &mut [f32],
-    dv: &mut [f32],
-) {
-    let (op, d) = (x.op, x.op.head_dim);
-    let cols = op.kv_heads * d;
-    let dk = blocks(dk, op, cols, KEYS_OF_TASK);
-    let dv = blocks(dv, op, cols, KEYS_OF_TASK);
-    let tasks = dk.into_par_iter().zip(dv).with_max_len(1);
-    tasks.for_each(|((seq, keys, dk), (_, _, dv))| {
-        let mut scratch = Scratch::new(device, x);
-        let mut grads = GradScratch::new(device, x);
-        dk.fill(0.0);
-        dv.fill(0.0);
-        for kv_head in 0..op.kv_heads {
-            for first in (keys.start..op.seq_len).step_by(x.queries_of_tile()) {
-                let tile = TileOf {
-                    seq,
-                    kv_head,
-                    queries: first..(first + x.queries_of_tile()).min(op.seq_len),
-                };
-                let keys = keys.start..keys.end.min(tile.queries.end);
-                if x.first_visible(&tile) >= keys.end {
-                    continue;
-                }
-                load_tile(x, up, &tile, &mut scratch, &mut grads);
-                score_grads(x, up, &tile, &keys, &mut scratch, &mut grads);
-                let rows = tile.queries.len() * op.group();
-                let p = mat(&scratch.scores, rows, keys.len(), KEYS).transpose();
-                let ds = mat(&grads.grads, rows, keys.len(), KEYS).transpose();
-                let (q, grad) = (mat(&scratch.q, rows, d, d), mat(&grads.grad, rows, d, d));
-                let (dk, dv) = (&mut dk[kv_head * d..], &mut dv[kv_head * d..]);
-                let products = &mut scratch.products;
-                products.product((dk, cols), Accum::Add, 1.0, ds, q);
-                products.product((dv, cols), Accum::Add, 1.0, p, grad);
-            }
-        }
-        dk.iter_mut().for_each(|v| *v *= x.scales.dk);
-    });
-}
-
-/// Brings what backward needs of a query tile together.
-fn load_tile(
-    x: &Operands<'_>,
-    up: &Upstream<'_>,
-    tile: &TileOf,
-    scratch: &mut Scratch,
-    grads: &mut GradScratch,
-) {
-    let d = x.op.head_dim;
-    let rows = tile.queries.len() * x.op.group();
-    x.pack(x.q, d, tile, x.scales.queries, &mut scratch.q[..rows * d]);
-    x.pack(up.grad, d, tile, 1.0, &mut grads.grad[..rows * d]);
-    x.pack(up.log_sum, 1, tile, 1.0, &mut scratch.log_sum[..rows]);
-    x.pack(&up.delta, 1, tile, 1.0, &mut scratch.sum[..rows]);
-}
-
-/// For a loaded query tile and a block of keys: P in `scratch.scores`, dS in `grads.grads`.
-fn score_grads(
-    x: &Operands<'_>,
-    up: &Upstream<'_>,
-    tile: &TileOf,
-    keys: &Range<usize>,
-    scratch: &mut Scratch,
-    grads: &mut GradScratch,
-) {
-    let d = x.op.head_dim;
-    let rows = tile.queries.len() * x.op.group();
-    let [k_t, v_t] = [&up.k_t, &up.v_t].map(|all| all.of(tile.seq, tile.kv_head, keys));
-    let q = mat(&scratch.q, rows, d, d);
-    let products = &mut scratch.products;
-    let scores = (&mut scratch.scores[..], KEYS);
-    products.product(scores, Accum::Replace, x.scales.scores, q, k_t);
-    let grad = mat(&grads.grad, rows, d, d);
-    let grads_of_p = (&mut grads.grads[..], KEYS);
-    products.product(grads_of_p, Accum::Replace, 1.0, grad, v_t);
-    vectorized!(softmax_backward(
-        &mut scratch.scores,
-        &mut grads.grads,
-        &x.visible(tile, keys),
-        &scratch.log_sum[..rows],
-        &scratch.sum[..rows],
-    ));
 }

@@ -9,6 +9,7 @@ use rayon::prelude::*;
 use super::super::FlashAttention;
 use crate::device::{Device, Precision};
 use crate::ops::gemm::bf16::{COLS, Level, Operand, Panels, Part, Side, Values};
+use crate::tensor::Buffer;
 
 /// A row-major matrix or the transpose of one.
 #[derive(Clone, Copy)]
@@ -96,16 +97,15 @@ impl<'a> Keys<'a> {
 
     /// Those at the positions `keys`, which in bf16 begin at a multiple of [`KEY_STEP`].
     pub(super) fn of(&self, seq: usize, kv_head: usize, keys: &Range<usize>) -> Right<'_> {
-        let stored = self.stored(seq, kv_head, keys);
-        let packed = self.packed.as_ref().map(|heads| {
-            let all = &heads[seq * self.op.kv_heads + kv_head];
-            let columns = 0..self.op.head_dim;
-            match self.transposed {
-                true => all.part(keys, &columns),
-                false => all.part(&columns, keys),
-            }
-        });
-        Right { stored, packed }
+        let Some(heads) = &self.packed else {
+            return Right::F32(self.stored(seq, kv_head, keys));
+        };
+        let all = &heads[seq * self.op.kv_heads + kv_head];
+        let columns = 0..self.op.head_dim;
+        match self.transposed {
+            true => Right::Bf16(all.part(keys, &columns), keys.len()),
+            false => Right::Bf16(all.part(&columns, keys), columns.len()),
+        }
     }
 
     fn stored(&self, seq: usize, kv_head: usize, keys: &Range<usize>) -> Mat<'a> {
@@ -119,16 +119,64 @@ impl<'a> Keys<'a> {
     }
 }
 
+/// A matrix that is an operand of several products, as it is: in bf16 packed once for each side.
+pub(super) struct Shared {
+    values: Buffer,
+    /// Rows and columns.
+    dims: [usize; 2],
+    packed: Option<[Panels; 2]>,
+}
+
+impl Shared {
+    /// A row-major matrix of so many rows and columns.
+    pub(super) fn new(device: &Device, values: Buffer, dims: [usize; 2]) -> Self {
+        let mut shared = Self {
+            values,
+            dims,
+            packed: None,
+        };
+        if device.precision() == Precision::Bf16 {
+            let [rows, cols] = dims;
+            let sides = [(Side::Left, rows, cols), (Side::Right, cols, rows)];
+            shared.packed = Some(sides.map(|(side, outer, reduction)| {
+                let operand = (&shared.stored().operand(side), side);
+                Panels::new(device, Level::best(), operand, 0..outer, 0..reduction)
+            }));
+        }
+        shared
+    }
+
+    fn stored(&self) -> Mat<'_> {
+        let [rows, cols] = self.dims;
+        mat(&self.values, rows, cols, cols)
+    }
+
+    pub(super) fn left(&self) -> Left<'_> {
+        Left {
+            stored: self.stored(),
+            packed: self.packed.as_ref().map(|[left, _]| left),
+        }
+    }
+
+    pub(super) fn right(&self) -> Right<'_> {
+        let [rows, cols] = self.dims;
+        match &self.packed {
+            None => Right::F32(self.stored()),
+            Some([_, right]) => Right::Bf16(right.part(&(0..cols), &(0..rows)), cols),
+        }
+    }
+}
+
 /// Blocks of packed keys begin at multiples of this: with a panel, or with a step.
 pub(super) const KEY_STEP: usize = COLS;
 
-/// A right operand, which may have been packed.
-pub(super) struct Right<'a> {
+/// A left operand, which may have been packed.
+pub(super) struct Left<'a> {
     stored: Mat<'a>,
-    packed: Option<Part<'a>>,
+    packed: Option<&'a Panels>,
 }
 
-impl<'a> From<Mat<'a>> for Right<'a> {
+impl<'a> From<Mat<'a>> for Left<'a> {
     fn from(stored: Mat<'a>) -> Self {
         Self {
             stored,
@@ -137,43 +185,45 @@ impl<'a> From<Mat<'a>> for Right<'a> {
     }
 }
 
-/// Multiplies.
-pub(super) enum Products {
-    /// By faer.
-    F32,
-    /// Operands rounded to bf16 and packed here, sums in f32.
-    Bf16 {
-        level: Level,
-        left: Panels,
-        right: Panels,
-    },
+/// A right operand in the device's precision.
+pub(super) enum Right<'a> {
+    F32(Mat<'a>),
+    /// Packed, with so many columns.
+    Bf16(Part<'a>, usize),
+}
+
+/// Multiplies: by faer in f32, or with operands rounded to bf16 and sums in f32.
+pub(super) struct Products {
+    level: Level,
+    /// Memory for the left side in bf16.
+    left: Panels,
 }
 
 impl Products {
-    /// For matrices without a side longer than `longest`.
+    /// For left sides without a side longer than `longest`.
     pub(super) fn new(device: &Device, longest: usize) -> Self {
-        match device.precision() {
-            Precision::F32 => Self::F32,
-            Precision::Bf16 => Self::Bf16 {
-                level: Level::best(),
-                left: Panels::with_capacity(device, longest, longest),
-                right: Panels::with_capacity(device, longest, longest),
-            },
+        let longest = match device.precision() {
+            Precision::F32 => 0,
+            Precision::Bf16 => longest,
+        };
+        Self {
+            level: Level::best(),
+            left: Panels::with_capacity(device, longest, longest),
         }
     }
 
     /// `out` (rows `stride` long) becomes alpha a b, or has it added.
-    pub(super) fn product<'b>(
+    pub(super) fn product<'p>(
         &mut self,
         (out, stride): (&mut [f32], usize),
         accumulate: Accum,
         alpha: f32,
-        a: Mat<'_>,
-        b: impl Into<Right<'b>>,
+        a: impl Into<Left<'p>>,
+        b: Right<'_>,
     ) {
-        let Right { stored: b, packed } = b.into();
-        match self {
-            Self::F32 => {
+        let Left { stored: a, packed } = a.into();
+        match b {
+            Right::F32(b) => {
                 // Made as its transpose: faer 0.24's from_row_major_slice_with_stride_mut mixes
                 // up the strides.
                 let out =
@@ -181,24 +231,14 @@ impl Products {
                 let (a, b) = (a.for_faer(), b.for_faer());
                 matmul(out.transpose_mut(), accumulate, a, b, alpha, Par::Seq);
             }
-            Self::Bf16 { level, left, right } => {
-                let (side, reduction) = (Side::Left, 0..a.cols);
-                left.pack(
-                    *level,
-                    (&a.operand(side), side),
-                    0..a.rows,
-                    reduction.clone(),
-                );
-                let packed = match packed {
-                    Some(part) => part,
-                    None => {
-                        let operand = (&b.operand(Side::Right), Side::Right);
-                        right.pack(*level, operand, 0..b.cols, reduction.clone());
-                        right.part(&(0..b.cols), &reduction)
-                    }
-                };
-                let out = (out, [a.rows, b.cols, stride]);
-                left.multiply(*level, packed, out, alpha, accumulate == Accum::Add);
+            Right::Bf16(b, cols) => {
+                let left = packed.unwrap_or_else(|| {
+                    let operand = (&a.operand(Side::Left), Side::Left);
+                    self.left.pack(self.level, operand, 0..a.rows, 0..a.cols);
+                    &self.left
+                });
+                let out = (out, [a.rows, cols, stride]);
+                left.multiply(self.level, b, out, alpha, accumulate == Accum::Add);
             }
         }
     }
