@@ -17,14 +17,18 @@ Nothing else heavy may run meanwhile.
 """
 import argparse
 import json
+import multiprocessing
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
+from importlib import metadata
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -42,6 +46,21 @@ LIMIT = 120  # seconds; CPUs that do not multiply bf16 take far longer for it
 DTYPES = {"bf16": "bfloat16", "f32": "float32"}  # the engine's names and PyTorch's
 
 
+def problems_for(rows, seq_len, model, lines, template):
+    """The least number of problems, of at most 2048, that fill `rows` rows of exactly `seq_len` tokens."""
+    sys.path.insert(0, str(HERE))
+    import baseline
+    from transformers import PreTrainedTokenizerFast
+
+    tok = PreTrainedTokenizerFast.from_pretrained(model)
+    texts = baseline.load_texts(lines, template)[:2048]
+    n, found = 1, 0
+    while found < rows:  # the last row, a short one, is dropped
+        n += 1
+        found = (len(tok(tok.eos_token.join(["", *texts[:n]]), verbose=False)["input_ids"]) - 1) // seq_len
+    return n
+
+
 class Bench:
     def __init__(self, a, work):
         self.a, self.work = a, Path(work)
@@ -55,23 +74,19 @@ class Bench:
         """A file with just enough problems for `rows` rows, so that an epoch has that many."""
         out = self.work / f"{rows}x{seq_len}.jsonl"
         if not out.exists():
-            sys.path.insert(0, str(HERE))
-            import baseline
-            from transformers import PreTrainedTokenizerFast
-
-            tok = PreTrainedTokenizerFast.from_pretrained(self.model)
             all_lines = self.work / "all.jsonl"
             all_lines.write_text("".join(self.lines))
-            texts = baseline.load_texts(all_lines, self.template)[:2048]
-            n, found = 1, 0
-            while found < rows:  # a row of length exactly seq_len each, the last short one dropped
-                n += 1
-                found = (len(tok(tok.eos_token.join(["", *texts[:n]]), verbose=False)["input_ids"]) - 1) // seq_len
+            # In a process of its own, which takes the memory of what it imports with it: see `measured`.
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+                n = process.submit(problems_for, rows, seq_len, self.model, all_lines, self.template).result()
             out.write_text("".join(self.lines[:n]))
         return out
 
     def measured(self, call, env=(), limit=None):
-        """Run to the end; peak resident memory of the process in MiB, None where it took longer than `limit` seconds."""
+        """Run to the end; peak resident memory of the process in MiB, None where it took longer than `limit` seconds.
+
+        Linux takes what this process holds when it starts another for the first peak of that one, so it must hold less.
+        """
         self.n += 1
         log = self.work / f"{self.n}.log"
         with log.open("w") as f:
@@ -87,6 +102,8 @@ class Bench:
             return None
         if status != 0:
             raise SystemExit(f"{' '.join(map(str, call))}\nfailed with status {status}:\n{log.read_text()[-3000:]}")
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        assert usage.ru_maxrss > own, f"a peak of {usage.ru_maxrss} KiB could be this process's own, {own} KiB"
         return usage.ru_maxrss / 1024
 
     def engine(self, case, steps, dtype, epochs=1, sae=None, layer=LAYER):
@@ -238,11 +255,9 @@ def scaling(bench, sae):
 def machine():
     name = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                  if line.startswith("model name")), platform.machine())
-    import torch
-    import transformers
-
-    return (f"{name}, {len(os.sched_getaffinity(0))} cores; torch {torch.__version__}, transformers "
-            f"{transformers.__version__}; {time.strftime('%Y-%m-%d')}; load before {os.getloadavg()[0]:.2f}")
+    torch, transformers = map(metadata.version, ("torch", "transformers"))
+    return (f"{name}, {len(os.sched_getaffinity(0))} cores; torch {torch}, transformers {transformers}; "
+            f"{time.strftime('%Y-%m-%d')}; load before {os.getloadavg()[0]:.2f}")
 
 
 def types(known):

@@ -256,6 +256,32 @@ impl<T> Drop for Buffer<T> {
     }
 }
 
+/// Zeros, in huge pages where the system gives them to those who ask: their addresses are found in
+/// less time.
+fn fresh(words: usize) -> Vec<f32> {
+    #[cfg_attr(not(target_os = "linux"), allow(unused_mut))] // Nobody is asked there.
+    let mut data = vec![0.0; words];
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::mm::{Advice, madvise};
+        /// Those of small pages, to which advice applies as a whole.
+        const PAGE: usize = 4 << 10;
+        /// Bytes from which on neighbours in memory make huge pages together.
+        const LEAST: usize = 1 << 20;
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut data);
+        let first = bytes.as_ptr().align_offset(PAGE);
+        if bytes.len() >= LEAST && first < PAGE {
+            let pages = &mut bytes[first..];
+            let len = pages.len() / PAGE * PAGE;
+            // SAFETY: the pages are of `data` alone, and this advice does not change what is read.
+            let advised = unsafe { madvise(pages.as_mut_ptr().cast(), len, Advice::LinuxHugepage) };
+            // Where the system does not take the advice, pages stay small.
+            advised.unwrap_or_default();
+        }
+    }
+    data
+}
+
 /// Free memory by its exact length in f32 values.
 #[derive(Debug, Default)]
 pub struct Pool {
@@ -272,7 +298,7 @@ impl Pool {
     pub fn take<T: Pod>(self: &Arc<Self>, len: usize) -> Buffer<T> {
         let words = words::<T>(len);
         let reused = self.lock().get_mut(&words).and_then(Vec::pop);
-        let data = reused.unwrap_or_else(|| vec![0.0; words + CACHE_LINE]);
+        let data = reused.unwrap_or_else(|| fresh(words + CACHE_LINE));
         let skip = data.as_ptr().align_offset(CACHE_LINE * size_of::<f32>());
         let skip = skip.min(CACHE_LINE);
         Buffer {
