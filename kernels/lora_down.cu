@@ -15,6 +15,7 @@
 #include "common/gemm_tile.cuh"
 #include "common/pack.cuh"
 #include "common/philox.cuh"
+#include "common/shares.cuh"
 
 // One launch's operands; src/ops/lora/cuda/down.rs fills it.
 struct DownArgs {
@@ -305,12 +306,7 @@ extern "C" __global__ void lora_sum_bf16(__nv_bfloat16* __restrict__ out,
   const size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * kWideFloat;
   if (at >= size) return;
   float sum[kWideFloat] = {};
-  for (unsigned part = 0; part < parts; ++part) {
-    float v[kWideFloat];
-    load(v, partial + part * size + at);
-#pragma unroll
-    for (int i = 0; i < kWideFloat; ++i) sum[i] += v[i];
-  }
+  sum_shares(sum, partial + at, parts, size);
 #pragma unroll
   for (int i = 0; i < kWideFloat; ++i) sum[i] *= alpha;
   store(out + at, sum);
@@ -326,12 +322,7 @@ extern "C" __global__ void lora_down_sum(float* __restrict__ first, float* __res
   const size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * kWideFloat;
   if (at >= modules * size) return;
   float sum[kWideFloat] = {};
-  for (unsigned slice = 0; slice < slices; ++slice) {
-    float v[kWideFloat];
-    load(v, shares + slice * modules * size + at);
-#pragma unroll
-    for (int i = 0; i < kWideFloat; ++i) sum[i] += v[i];
-  }
+  sum_shares(sum, shares + at, slices, modules * size);
 #pragma unroll
   for (int i = 0; i < kWideFloat; ++i) sum[i] *= alpha;
   const size_t module = at / size;

@@ -9,7 +9,7 @@
 // 8 T r for each span and 8 out r for each block of rows.
 
 #include "common/gemm_tile.cuh"
-#include "common/pack.cuh"
+#include "common/shares.cuh"
 
 namespace {
 
@@ -49,18 +49,6 @@ using Along = Stage<kRows, true>;
 using Across = Stage<kStageK, false>;
 // 64 rows of U or B.
 using Ranks = Stage<kRanks, false>;
-
-// Four values of the sum of `parts` shares, `size` values apart.
-__device__ __forceinline__ void sum_shares(float (&sum)[kWideFloat], const float* shares,
-                                           unsigned parts, size_t size) {
-#pragma unroll 4
-  for (unsigned part = 0; part < parts; ++part) {
-    float v[kWideFloat];
-    load(v, shares + part * size);
-#pragma unroll
-    for (int i = 0; i < kWideFloat; ++i) sum[i] += v[i];
-  }
-}
 
 }  // namespace
 

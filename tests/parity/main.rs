@@ -3,6 +3,7 @@
 mod formats;
 mod generate;
 mod golden;
+mod merge;
 mod model;
 mod sae;
 mod stage_two;

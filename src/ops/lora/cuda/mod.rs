@@ -253,8 +253,7 @@ impl LoraLinear {
                 continue;
             };
             let r = adapter.a.range.len();
-            let one = std::slice::from_ref(adapter);
-            let (du, mut db) = self.output_gradients(cuda, &[dy], one)?;
+            let (du, db) = self.output_gradients_of_one(cuda, dy, adapter)?;
             let du = columns(&du, 0..r);
             let mask = match (&module.dropout, needed) {
                 (Some(_), true) => Some(Dropout::mask(cuda, x)?),
@@ -269,7 +268,7 @@ impl LoraLinear {
                 ..Product::new(Layout::Tn, du.matrix()?, Matrix::of(&dropped)?)
             };
             let da = Tensor::from_cuda(da.run(cuda, DType::F32)?, [r, x.matrix_dims().1])?;
-            found.push([Some(da), db.pop()]);
+            found.push([Some(da), Some(db)]);
             if needed {
                 let mask = mask.as_ref().map(|mask| (mask, 0));
                 sum = Some(module.input_gradient_cuda(cuda, dy, &du, adapter, mask, sum)?);

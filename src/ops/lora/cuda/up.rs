@@ -56,9 +56,33 @@ fn span(row_blocks: usize, all: usize) -> usize {
 }
 
 impl LoraLinear {
+    /// dU and dB of one module of any shape, otherwise as [`Self::output_gradients`] has them.
+    pub(super) fn output_gradients_of_one(
+        &self,
+        cuda: &CudaDevice,
+        dy: &Tensor,
+        adapter: &Adapter,
+    ) -> Result<(Tensor, Tensor)> {
+        let (b, u) = (&adapter.b, adapter.u.matrix()?);
+        let ((rows, out), (_, r)) = (dy.matrix_dims(), b.matrix_dims());
+        if out.is_multiple_of(WIDE) && r.is_multiple_of(WIDE) && u.is_aligned() {
+            let one = std::slice::from_ref(adapter);
+            let (du, mut db) = self.output_gradients(cuda, &[dy], one)?;
+            return Ok((du, db.swap_remove(0)));
+        }
+        let dy = Matrix::of(dy)?;
+        let du = Product {
+            alpha: self.scale,
+            ..Product::new(Layout::Nn, dy, Matrix::of(b)?)
+        };
+        let du = Tensor::from_cuda(du.run(cuda, DType::Bf16)?, [rows, r])?;
+        let db = Product::new(Layout::Tn, dy, u).run(cuda, DType::F32)?;
+        Ok((du, Tensor::from_cuda(db, b.shape())?))
+    }
+
     /// dU = s dY B of modules that share an input, side by side \[T, modules r\], and each dB =
     /// dYᵀ U, where U holds s already. The adapters have one rank and, if they are several, U in one
-    /// matrix and rows at multiples of 16 bytes, as [`Down`](super::down::Down) asks for.
+    /// matrix, and rows at multiples of 16 bytes, as [`Down`](super::down::Down) asks for.
     pub(super) fn output_gradients(
         &self,
         cuda: &CudaDevice,
@@ -70,18 +94,6 @@ impl LoraLinear {
         let outs: Vec<usize> = dy.iter().map(|dy| dy.matrix_dims().1).collect();
         let ranks = adapters.len() * r;
         let shape = [rows, ranks];
-        let aligned = |n: &usize| n.is_multiple_of(WIDE);
-        if !(outs.iter().all(aligned) && aligned(&r) && u.is_aligned()) {
-            debug_assert_eq!(adapters.len(), 1, "those of several are aligned");
-            let (dy, b) = (Matrix::of(dy[0])?, &adapters[0].b);
-            let du = Product {
-                alpha: self.scale,
-                ..Product::new(Layout::Nn, dy, Matrix::of(b)?)
-            };
-            let du = Tensor::from_cuda(du.run(cuda, DType::Bf16)?, shape)?;
-            let db = Product::new(Layout::Tn, dy, u).run(cuda, DType::F32)?;
-            return Ok((du, vec![Tensor::from_cuda(db, b.shape())?]));
-        }
         let blocks = rows.div_ceil(ROWS);
         let all: usize = outs.iter().sum();
         let span = span(blocks, all);
