@@ -2,7 +2,7 @@
 //! written is what those tools write. The files' bytes are checked with the reference
 //! safetensors crate.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 

@@ -83,7 +83,8 @@ fn multiply(
     alpha: f32,
 ) {
     const COLS: usize = 96;
-    let rows = if rhs.ncols() > COLS { 512 } else { COLS };
+    // A product of 512 rows and 576 columns is 12 tiles: a slow core does not hold up the rest.
+    let rows = if rhs.ncols() > COLS { 256 } else { COLS };
     if lhs.nrows() <= rows && rhs.ncols() <= COLS {
         return matmul(out, accum, lhs, rhs, alpha, Par::Seq);
     }

@@ -147,10 +147,11 @@ struct Task {
     right: Range<usize>,
 }
 
-/// Cuts the panels into tasks of at most `most` left panels, several for each thread. Those that
-/// share left panels are neighbours.
+/// Cuts the panels into tasks of at most `most` left panels, so many for each thread that a core
+/// which other work slows down does not hold up the rest for long. Those that share left panels are
+/// neighbours.
 fn tasks(left: usize, right: usize, most: usize, threads: usize) -> Vec<Task> {
-    let wanted = 4 * threads;
+    let wanted = 12 * threads;
     let rows = left.div_ceil(left.div_ceil(most));
     let row_blocks = left.div_ceil(rows);
     let cols = right.div_ceil(wanted.div_ceil(row_blocks).min(right));
