@@ -1,8 +1,8 @@
 //! RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467): y = x / rms(x) * w with
 //! rms(x) = sqrt(mean(x^2) + eps) over the last extent.
 //!
-//! x, y: \[T, d\] f32, bf16 on CUDA, y also on a CPU that multiplies in bf16; w: \[d\], frozen. Saved: x and 1 / rms of each row. With
-//! r = 1 / rms(x), dx = r (g w) - x r^3 / d Σ(g w x).
+//! x, y: \[T, d\] f32, bf16 on CUDA, y also where the CPU multiplies in bf16; w: \[d\], frozen.
+//! Saved: x and 1 / rms of each row. With r = 1 / rms(x), dx = r (g w) - x r^3 / d Σ(g w x).
 //! Least traffic: 2 T d values forward, 3 T d backward.
 
 use half::bf16;

@@ -168,6 +168,21 @@ fn a_row_that_sees_itself_alone_takes_its_value() {
 }
 
 #[test]
+fn no_sequences_give_no_rows_on_the_cpu() {
+    for precision in [Precision::F32, Precision::Bf16] {
+        let device = Device::cpu(2).unwrap().with_precision(precision);
+        let case = case(0, 5, 2, 1, 8);
+        let (o, grads) = run(
+            &device,
+            case.op(None),
+            &case.inputs(),
+            &random(10, &[0, 16], 1.0),
+        );
+        assert!(o.is_empty() && grads.iter().all(Tensor::is_empty));
+    }
+}
+
+#[test]
 fn head_sizes_below_a_vector_agree_with_float64_on_the_cpu() {
     for case in [
         case(1, 1, 1, 1, 2),

@@ -42,8 +42,11 @@ pub(in super::super) fn backward(
     };
     let delta = row_products(device, o, grad, d)?;
     let upstream = [grad.f32s()?, log_sum.f32s()?, &delta];
-    let heads = (0..op.batch * op.kv_heads).into_par_iter();
-    let tiles: Vec<Vec<Vec<Tile>>> = heads.map(|head| pass.tiles(head, upstream)).collect();
+    let blocks = len.div_ceil(BLOCK);
+    let all = (0..op.batch * op.kv_heads * blocks).into_par_iter();
+    let tiles: Vec<Vec<Tile>> = all
+        .map(|i| pass.tiles(i / blocks, i % blocks, upstream))
+        .collect();
 
     let mut dq = device.buffer(x.q.len());
     let [mut dk, mut dv] = [x.k, x.v].map(|t| device.buffer(t.len()));
@@ -51,8 +54,8 @@ pub(in super::super) fn backward(
     let mut sums: Vec<_> = blocks_of(&mut dq, op.group() * d)
         .zip(blocks_of(&mut dk, d).zip(blocks_of(&mut dv, d)))
         .collect();
-    for step in 0..len.div_ceil(BLOCK) {
-        let pairs = sums.iter_mut().zip(&tiles);
+    for step in 0..blocks {
+        let pairs = sums.iter_mut().zip(tiles.chunks_exact(blocks));
         let pairs = pairs.flat_map(|((dq, (dk, dv)), tiles)| {
             let of_queries = dq[step..].iter_mut().zip(&tiles[step..]);
             let of_keys = dk.iter_mut().zip(dv).enumerate();
@@ -72,9 +75,9 @@ pub(in super::super) fn backward(
     }
     drop(sums);
     Ok([
-        by_token(device, op, &dq, x.scales.dq),
-        by_token(device, op, &dk, x.scales.dk),
-        by_token(device, op, &dv, 1.0),
+        by_token(device, op, (&dq, op.group() * d), x.scales.dq),
+        by_token(device, op, (&dk, d), x.scales.dk),
+        by_token(device, op, (&dv, d), 1.0),
     ])
 }
 
@@ -114,8 +117,8 @@ struct Pair<'p> {
 }
 
 impl Pass<'_> {
-    /// The tiles of each block of queries of a head.
-    fn tiles(&self, head: usize, [grad, log_sum, delta]: [&[f32]; 3]) -> Vec<Vec<Tile>> {
+    /// The tiles of a block of queries, for one of sequences x key/value heads.
+    fn tiles(&self, head: usize, block: usize, [grad, log_sum, delta]: [&[f32]; 3]) -> Vec<Tile> {
         let (x, d) = (self.x, self.x.op.head_dim);
         let load = |queries: Range<usize>| {
             let rows = queries.len() * x.op.group();
@@ -139,13 +142,10 @@ impl Pass<'_> {
                 of,
             }
         };
-        let cut = |range: Range<usize>, step: usize| {
-            let end = range.end;
-            range.step_by(step).map(move |i| i..end.min(i + step))
-        };
-        cut(0..x.op.seq_len, BLOCK)
-            .map(|block| cut(block, x.queries_of_tile()).map(load).collect())
-            .collect()
+        let (first, step) = (block * BLOCK, x.queries_of_tile());
+        let end = x.op.seq_len.min(first + BLOCK);
+        let tiles = (first..end).step_by(step);
+        tiles.map(|i| load(i..end.min(i + step))).collect()
     }
 
     /// Adds what a pair contributes. In the first step nothing has been added yet.
@@ -216,8 +216,12 @@ fn blocks_of_heads(
 }
 
 /// A sum \[batch, kv_heads, seq_len, width\], times `scale`, as \[T, kv_heads * width\].
-fn by_token(device: &Device, op: &FlashAttention, sums: &[f32], scale: f32) -> Buffer {
-    let width = sums.len() / (op.batch * op.seq_len * op.kv_heads);
+fn by_token(
+    device: &Device,
+    op: &FlashAttention,
+    (sums, width): (&[f32], usize),
+    scale: f32,
+) -> Buffer {
     let cols = op.kv_heads * width;
     let mut out = device.buffer(sums.len());
     let parts = blocks(&mut out, op, cols, BLOCK).into_par_iter();
