@@ -1,6 +1,7 @@
 //! Matrix products: Y = X Wᵀ + b (+ residual).
 //!
-//! X \[T, in\] f32, or bf16 where products are in it, W \[out, in\] frozen in f32, f16 or bf16, b \[out\] f32, Y \[T, out\] f32.
+//! X \[T, in\] f32, or bf16 where products are in it, W \[out, in\] frozen in f32, f16 or bf16,
+//! b \[out\] f32, Y \[T, out\] f32.
 //! Backward: dX = dY W; the residual's gradient is dY itself. Saved for backward: nothing but W.
 //!
 //! On CUDA everything is bf16, accumulated in fp32.

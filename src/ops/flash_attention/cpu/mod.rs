@@ -1,8 +1,8 @@
 //! The CPU version. In forward a task owns a block of queries and works through the blocks of keys
-//! that they see. The query heads that share a key/value
-//! head are stacked: the tile of `rows` queries and `group` heads is a matrix [rows * group, D]
-//! whose row r is query r / group, head r % group. That gives matrix products of a good size,
-//! and their reduction adds up the gradients of the group in a fixed order.
+//! that they see. The query heads that share a key/value head are stacked: the tile of `rows`
+//! queries and `group` heads is a matrix [rows * group, D] whose row r is query r / group, head
+//! r % group. That gives matrix products of a good size, and their reduction adds up the gradients
+//! of the group in a fixed order.
 
 mod backward;
 mod products;
