@@ -4,9 +4,9 @@
 //! start_i <= j <= i (start_i = 0 without a document mask).
 //!
 //! q, o: [T, heads * D]; k, v: [T, kv_heads * D], f32, bf16 on CUDA; on the CPU products are computed
-//! in the device's precision, f32 or bf16 with sums in f32, and o is of that type; T = batch * seq_len; query head h
-//! reads key/value head h / (heads / kv_heads). Saved: q, k, v, o and, for each row and head,
-//! the base-2 logarithm of the softmax's denominator. Backward recomputes the scores: with
+//! in the device's precision, f32 or bf16 with sums in f32, and o is of that type;
+//! T = batch * seq_len; query head h reads key/value head h / (heads / kv_heads). Saved: q, k, v, o
+//! and, for each row and head, the base-2 logarithm of the softmax's denominator. Backward recomputes the scores: with
 //! P = softmax, dP = dO V^T and dS = P (dP - rowsum(dO O)),
 //! dV = P^T dO, dQ = dS K / sqrt(D), dK = dS^T Q / sqrt(D).
 //!

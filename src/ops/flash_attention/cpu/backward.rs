@@ -32,7 +32,7 @@ pub(in super::super) fn backward(
     log_sum: &Tensor,
 ) -> Result<[Buffer; 3]> {
     let op = x.op;
-    let (d, len) = (op.head_dim, op.seq_len);
+    let d = op.head_dim;
     let pass = Pass {
         device,
         x,
@@ -42,38 +42,35 @@ pub(in super::super) fn backward(
     };
     let delta = row_products(device, o, grad, d)?;
     let upstream = [grad.f32s()?, log_sum.f32s()?, &delta];
-    let blocks = len.div_ceil(BLOCK);
-    let all = (0..op.batch * op.kv_heads * blocks).into_par_iter();
+    // Blocks of each head. Heads follow one another, in sums as in tiles.
+    let count = op.seq_len.div_ceil(BLOCK);
+    let all = (0..op.batch * op.kv_heads * count).into_par_iter();
     let tiles: Vec<Vec<Tile>> = all
-        .map(|i| pass.tiles(i / blocks, i % blocks, upstream))
+        .map(|i| pass.tiles(i / count, i % count, upstream))
         .collect();
 
     let mut dq = device.buffer(x.q.len());
     let [mut dk, mut dv] = [x.k, x.v].map(|t| device.buffer(t.len()));
-    let blocks_of = |sums, width| blocks_of_heads(sums, len * width, BLOCK * width);
-    let mut sums: Vec<_> = blocks_of(&mut dq, op.group() * d)
-        .zip(blocks_of(&mut dk, d).zip(blocks_of(&mut dv, d)))
-        .collect();
-    for step in 0..blocks {
-        let pairs = sums.iter_mut().zip(tiles.chunks_exact(blocks));
-        let pairs = pairs.flat_map(|((dq, (dk, dv)), tiles)| {
+    let mut sums_q = blocks(&mut dq, op, op.group() * d, BLOCK);
+    let [mut sums_k, mut sums_v] = [&mut dk, &mut dv].map(|t| blocks(t, op, d, BLOCK));
+    for step in 0..count {
+        let of_queries = sums_q.chunks_mut(count).zip(tiles.chunks(count));
+        let of_keys = sums_k.chunks_mut(count).zip(sums_v.chunks_mut(count));
+        let pairs = of_queries.zip(of_keys).flat_map(|((dq, tiles), (dk, dv))| {
             let of_queries = dq[step..].iter_mut().zip(&tiles[step..]);
-            let of_keys = dk.iter_mut().zip(dv).enumerate();
-            of_queries
-                .zip(of_keys)
-                .map(move |((dq, tiles), (block, (dk, dv)))| Pair {
-                    tiles,
-                    keys: block * BLOCK..len.min((block + 1) * BLOCK),
-                    dq,
-                    dk,
-                    dv,
-                })
+            let pairs = of_queries.zip(dk.iter_mut().zip(dv));
+            pairs.map(|(((_, _, dq), tiles), ((_, keys, dk), (_, _, dv)))| Pair {
+                tiles,
+                keys: keys.clone(),
+                dq,
+                dk,
+                dv,
+            })
         });
         let pairs: Vec<_> = pairs.collect();
         let pairs = pairs.into_par_iter().with_max_len(1);
         pairs.for_each(|pair| pass.add(pair, step == 0));
     }
-    drop(sums);
     Ok([
         by_token(device, op, (&dq, op.group() * d), x.scales.dq),
         by_token(device, op, (&dk, d), x.scales.dk),
@@ -203,16 +200,6 @@ impl Pass<'_> {
             &tile.delta
         ));
     }
-}
-
-/// Of each head, `len` values long, its blocks.
-fn blocks_of_heads(
-    sums: &mut [f32],
-    len: usize,
-    block: usize,
-) -> impl Iterator<Item = Vec<&mut [f32]>> {
-    let heads = sums.chunks_exact_mut(len);
-    heads.map(move |head| head.chunks_mut(block).collect())
 }
 
 /// A sum \[batch, kv_heads, seq_len, width\], times `scale`, as \[T, kv_heads * width\].

@@ -216,7 +216,8 @@ impl Scratch {
     }
 }
 
-/// Blocks of at most `rows` rows of each sequence, `cols` wide: sequence, rows, elements.
+/// Blocks of at most `rows` rows of each sequence (or of each head of each, where one follows the
+/// other), `cols` wide: sequence, rows, elements.
 fn blocks<'a, T>(
     data: &'a mut [T],
     op: &FlashAttention,
