@@ -66,8 +66,8 @@ def mean_nll(lm, rows: torch.Tensor) -> float:
     """Negative log-likelihood, in nats, of every token but the first of its row."""
     total = 0.0
     for row in rows.split(4):
-        logits = lm(row).logits[:, :-1].double()
-        total += float(F.cross_entropy(logits.flatten(0, 1), row[:, 1:].flatten(), reduction="sum"))
+        logits = lm(row).logits[:, :-1]
+        total += float(F.cross_entropy(logits.flatten(0, 1), row[:, 1:].flatten(), reduction="none").double().sum())
     return total / (rows.shape[0] * (rows.shape[1] - 1))
 
 

@@ -32,19 +32,25 @@ def greedy(lm, ids):
     return out[0, len(ids):].tolist()
 
 
+@torch.no_grad()
 def test_greedy_tokens_of_50_prompts_are_those_of_transformers(prompts):
-    """Through the chat template; a prompt's ids, its template and the batch it is in have a part in it."""
+    """Through the chat template; a prompt's ids, its template and the batch it is in have a part in it. Each token must be
+    the most likely one after those before it, of which one pass over the whole text tells as much as decoding."""
     tok, lm = tokenizer(SMOLLM2), model(SMOLLM2)
     found = written(prompts, "--dtype", "f32")
     assert len(found) == len(prompts) == 50
     for prompt, ours in zip(prompts, found):
         text = tok.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
-        ids = tok(text, add_special_tokens=False)["input_ids"]
-        want = greedy(lm, ids)
+        ids, tokens = tok(text, add_special_tokens=False)["input_ids"], ours["tokens"]
+        logits = lm(torch.tensor([ids + tokens]), logits_to_keep=len(tokens) + 1).logits
         assert ours["prompt_tokens"] == len(ids)
-        assert ours["tokens"] == want, f"{prompt!r}: {ours['text']!r}"
-        assert ours["text"] == tok.decode(want, skip_special_tokens=True)
-        assert ours["finish"] == ("stop" if want[-1] == tok.eos_token_id else "length")
+        assert tokens == logits[0, :-1].argmax(-1).tolist(), f"{prompt!r}: {ours['text']!r}"
+        assert ours["text"] == tok.decode(tokens, skip_special_tokens=True)
+        assert tok.eos_token_id not in tokens[:-1]
+        if ours["finish"] == "stop":
+            assert tokens[-1] == tok.eos_token_id
+        else:
+            assert ours["finish"] == "length" and len(tokens) == NEW and tokens[-1] != tok.eos_token_id
 
 
 def test_weights_left_in_bfloat16_write_what_float32_writes(prompts):

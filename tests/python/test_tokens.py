@@ -10,7 +10,7 @@ from support import EXAMPLE, PROBLEMS, SMOLLM2, TEMPLATE, close, head_of, mean_n
 
 @pytest.fixture(scope="module")
 def some(tmp_path_factory):
-    return head_of(PROBLEMS, 60, tmp_path_factory.mktemp("data") / "60.jsonl")
+    return head_of(PROBLEMS, 30, tmp_path_factory.mktemp("data") / "30.jsonl")
 
 
 def test_perplexity_of_a_real_model_on_packed_text_is_that_of_transformers(some):
@@ -27,7 +27,7 @@ def test_unusual_text_is_tokenised_and_packed_as_the_python_tools_do(tmp_path):
         "日本語 と 한국어 и русский", "emoji 👩‍👩‍👧 🇪🇺 e\u0301", "line\nbreaks\r\n\n\nhere", "<think> inside </think>",
         "{{ not a template }} {% raw %}", "don't can't we'll I'M", "a" * 300, "x_1 = \\frac{1}{2}",
     ]
-    lines = [json.dumps({"problem": p, "answer": str(i)}) for i, p in enumerate(problems * 8)]
+    lines = [json.dumps({"problem": p, "answer": str(i)}) for i, p in enumerate(problems * 3)]
     (tmp_path / "odd.jsonl").write_text("\n".join(lines) + "\n")
     for folder, template in ((SMOLLM2, TEMPLATE), (EXAMPLE / "target", EXAMPLE / "template.jinja")):
         rows = packed(folder, tmp_path / "odd.jsonl", template, 128)
