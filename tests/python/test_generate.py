@@ -47,10 +47,9 @@ def test_greedy_tokens_of_50_prompts_are_those_of_transformers(prompts):
         assert tokens == logits[0, :-1].argmax(-1).tolist(), f"{prompt!r}: {ours['text']!r}"
         assert ours["text"] == tok.decode(tokens, skip_special_tokens=True)
         assert tok.eos_token_id not in tokens[:-1]
-        if ours["finish"] == "stop":
-            assert tokens[-1] == tok.eos_token_id
-        else:
-            assert ours["finish"] == "length" and len(tokens) == NEW and tokens[-1] != tok.eos_token_id
+        ended = tokens[-1] == tok.eos_token_id
+        assert ours["finish"] == ("stop" if ended else "length")
+        assert ended or len(tokens) == NEW
 
 
 def test_weights_left_in_bfloat16_write_what_float32_writes(prompts):
