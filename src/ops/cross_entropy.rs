@@ -7,7 +7,6 @@
 //! are left out of the products. On CUDA h, W and the gradient are bf16, logits, statistics and
 //! the gradient that is saved f32; both outputs are on the host.
 
-use faer::Accum;
 use rayon::prelude::*;
 
 use crate::device::cuda::{Arg, Grid, Kernel};
@@ -15,7 +14,7 @@ use crate::device::simd::vectorized;
 use crate::device::{CudaDevice, Device};
 use crate::error::{Error, Result};
 use crate::ops::embedding::Embedding;
-use crate::ops::gemm::{Values, product_nn, product_nt};
+use crate::ops::gemm::{Left, Product, Values};
 use crate::ops::head::CudaHead;
 use crate::ops::math::exp;
 use crate::ops::{Operator, expect_cols, expect_inputs, head, only_grad};
@@ -62,14 +61,8 @@ impl Operator for CrossEntropy {
                 hidden.read_f32(t * d, row)?;
             }
             let logits = &mut logits[..n * vocab];
-            product_nt(
-                device,
-                logits,
-                Accum::Replace,
-                Values::F32(&gathered[..n * d]),
-                &self.head,
-                1.0,
-            )?;
+            let left = Left::new(Values::F32(&gathered[..n * d]), d)?;
+            Product::new(&left, &self.head).nt(device, logits)?;
             let rows = logits.par_chunks_mut(vocab).zip(counted);
             let terms: Vec<f32> = rows
                 .map(|(row, &(_, y))| nll(row, y as usize, scale))
@@ -80,7 +73,8 @@ impl Operator for CrossEntropy {
                 .for_each(|(&(t, _), loss)| losses[t] = loss);
             if let Some(grad) = &mut grad {
                 let chunk_grad = &mut gathered_grad[..n * d];
-                product_nn(device, chunk_grad, Accum::Replace, logits, &self.head)?;
+                let left = Left::new(Values::F32(logits), vocab)?;
+                Product::new(&left, &self.head).nn(device, chunk_grad)?;
                 for (row, &(t, _)) in chunk_grad.chunks_exact(d).zip(counted) {
                     grad[t * d..][..d].copy_from_slice(row);
                 }

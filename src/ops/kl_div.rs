@@ -7,14 +7,13 @@
 //! rows stacked in one), one for the gradient. On CUDA hidden states, W and the gradient are bf16,
 //! logits, statistics, losses and the gradient that is saved f32.
 
-use faer::Accum;
 use rayon::prelude::*;
 
 use crate::device::cuda::{Arg, Grid, Kernel};
 use crate::device::simd::vectorized;
 use crate::device::{CudaDevice, Device};
 use crate::error::Result;
-use crate::ops::gemm::{Values, product_nn, product_nt};
+use crate::ops::gemm::{Left, Product, Values};
 use crate::ops::head::CudaHead;
 use crate::ops::math::{LANES, add_up, exp};
 use crate::ops::{Operator, expect_cols, expect_inputs, expect_shape, head, only_grad};
@@ -59,20 +58,15 @@ impl Operator for KlDiv {
             self.teacher.read_f32(first * d, of_teacher)?;
             student.read_f32(first * d, of_student)?;
             let logits = &mut logits[..2 * n * vocab];
-            product_nt(
-                device,
-                logits,
-                Accum::Replace,
-                Values::F32(stacked),
-                &self.head,
-                1.0,
-            )?;
+            let left = Left::new(Values::F32(stacked), d)?;
+            Product::new(&left, &self.head).nt(device, logits)?;
             let (p, q) = logits.split_at_mut(n * vocab);
             let rows = p.par_chunks(vocab).zip(q.par_chunks_mut(vocab));
             losses.par_extend(rows.map(|(p, q)| divergence(p, q)));
             if let Some(grad) = &mut grad {
                 let grad = &mut grad[first * d..][..n * d];
-                product_nn(device, grad, Accum::Replace, q, &self.head)?;
+                let left = Left::new(Values::F32(q), vocab)?;
+                Product::new(&left, &self.head).nn(device, grad)?;
             }
         }
         let grad = grad

@@ -1,7 +1,7 @@
 //! SwiGLU (Shazeer 2020, arXiv 2002.05202): y = silu(gate) * up with silu(g) = g sigmoid(g).
 //!
-//! gate, up, y: \[T, n\] f32, bf16 on CUDA. Where the CPU multiplies in bf16, y is bf16, and gate
-//! and up are kept so. Saved: gate and up; backward computes sigmoid again:
+//! gate, up, y: \[T, n\] f32, bf16 on CUDA. Where the CPU multiplies in bf16, y and the gradients are
+//! bf16, and gate and up are kept so. Saved: gate and up; backward computes sigmoid again:
 //! dgate = dy up s (1 + gate (1 - s)) and dup = dy gate s with s = sigmoid(gate).
 //! Least traffic: 3 T n values forward, 5 T n backward.
 
@@ -41,16 +41,12 @@ impl Operator for SwiGlu {
             return forward_cuda(cuda, gate, up);
         }
         let as_given = (gate.clone(), up.clone());
-        match device.precision() {
-            Precision::F32 => Ok((vec![forward_host::<f32>(device, gate, up)?], as_given)),
-            Precision::Bf16 => {
-                let y = forward_host::<bf16>(device, gate, up)?;
-                let saved = match needed.contains(&true) {
-                    true => (rounded(device, gate)?, rounded(device, up)?),
-                    false => as_given,
-                };
-                Ok((vec![y], saved))
+        match (device.precision(), needed.contains(&true)) {
+            (Precision::F32, _) => Ok((vec![forward_host::<f32>(device, gate, up)?], as_given)),
+            (Precision::Bf16, false) => {
+                Ok((vec![forward_host::<bf16>(device, gate, up)?], as_given))
             }
+            (Precision::Bf16, true) => forward_rounding(device, gate, up),
         }
     }
 
@@ -65,8 +61,8 @@ impl Operator for SwiGlu {
         expect_shape(Self::NAME, &grad, gate.shape())?;
         let (dgate, dup) = match (device, gate.dtype()) {
             (Device::Cuda(cuda), _) => backward_cuda(cuda, &gate, &up, &grad)?,
-            (_, DType::Bf16) => backward_host::<bf16>(device, &gate, &up, grad)?,
-            _ => backward_host::<f32>(device, &gate, &up, grad)?,
+            (_, DType::Bf16) => backward_host::<bf16>(device, &gate, &up, &grad)?,
+            _ => backward_host::<f32>(device, &gate, &up, &grad)?,
         };
         Ok(vec![needed[0].then_some(dgate), needed[1].then_some(dup)])
     }
@@ -87,32 +83,59 @@ fn forward_host<T: Stored>(device: &Device, gate: &Tensor, up: &Tensor) -> Resul
     T::into_tensor(y, gate.shape())
 }
 
-/// What backward keeps of gate or up where it need not be f32.
-fn rounded(device: &Device, x: &Tensor) -> Result<Tensor> {
-    let mut out = device.buffer::<bf16>(x.len());
-    out.par_chunks_mut(CHUNK)
-        .zip(x.f32s()?.par_chunks(CHUNK))
-        .for_each(|(out, x)| {
-            vectorized!(out.iter_mut().zip(x).for_each(|(o, x)| *o = Stored::of(*x)))
+/// The same in bf16, and gate and up rounded, as backward keeps them.
+fn forward_rounding(
+    device: &Device,
+    gate: &Tensor,
+    up: &Tensor,
+) -> Result<(Vec<Tensor>, (Tensor, Tensor))> {
+    let [mut y, mut gate16, mut up16] = [(); 3].map(|()| device.buffer::<bf16>(gate.len()));
+    let inputs = gate
+        .f32s()?
+        .par_chunks(CHUNK)
+        .zip(up.f32s()?.par_chunks(CHUNK));
+    y.par_chunks_mut(CHUNK)
+        .zip(gate16.par_chunks_mut(CHUNK))
+        .zip(up16.par_chunks_mut(CHUNK))
+        .zip(inputs)
+        .for_each(|(((y, gate16), up16), (gate, up))| {
+            vectorized!({
+                forward_chunk(y, gate, up);
+                round(gate16, gate);
+                round(up16, up);
+            })
         });
-    Tensor::from_bf16(out, x.shape())
+    let [y, gate, up] = [y, gate16, up16].map(|buffer| Tensor::from_bf16(buffer, gate.shape()));
+    Ok((vec![y?], (gate?, up?)))
 }
 
-/// The gradients of gate and up on the CPU.
+#[inline(always)]
+fn round(out: &mut [bf16], x: &[f32]) {
+    for (out, x) in out.iter_mut().zip(x) {
+        *out = Stored::of(*x);
+    }
+}
+
+/// The gradients of gate and up on the CPU, of the type that these are kept in: products round
+/// them anyway where that is bf16.
 fn backward_host<T: Stored>(
     device: &Device,
     gate: &Tensor,
     up: &Tensor,
-    mut grad: Tensor,
+    grad: &Tensor,
 ) -> Result<(Tensor, Tensor)> {
-    let mut dgate = device.buffer(gate.len());
+    let [mut dgate, mut dup] = [(); 2].map(|()| device.buffer::<T>(gate.len()));
     dgate
         .par_chunks_mut(CHUNK)
-        .zip(grad.f32s_mut()?.par_chunks_mut(CHUNK))
+        .zip(dup.par_chunks_mut(CHUNK))
+        .zip(grad.f32s()?.par_chunks(CHUNK))
         .zip(T::of_tensor(gate)?.par_chunks(CHUNK))
         .zip(T::of_tensor(up)?.par_chunks(CHUNK))
-        .for_each(|(((dgate, grad), gate), up)| vectorized!(backward_chunk(dgate, grad, gate, up)));
-    Ok((Tensor::from_buffer(dgate, gate.shape())?, grad))
+        .for_each(|((((dgate, dup), grad), gate), up)| {
+            vectorized!(backward_chunk(dgate, dup, grad, gate, up))
+        });
+    let shape = gate.shape();
+    Ok((T::into_tensor(dgate, shape)?, T::into_tensor(dup, shape)?))
 }
 
 #[inline(always)]
@@ -122,14 +145,14 @@ fn forward_chunk<T: Stored>(y: &mut [T], gate: &[f32], up: &[f32]) {
     }
 }
 
-/// Turns the gradient of y into that of up, and writes that of gate.
 #[inline(always)]
-fn backward_chunk<T: Stored>(dgate: &mut [f32], grad: &mut [f32], gate: &[T], up: &[T]) {
-    for (((dgate, grad), gate), up) in dgate.iter_mut().zip(grad).zip(gate).zip(up) {
+fn backward_chunk<T: Stored>(dgate: &mut [T], dup: &mut [T], grad: &[f32], gate: &[T], up: &[T]) {
+    let inputs = grad.iter().zip(gate).zip(up);
+    for ((dgate, dup), ((grad, gate), up)) in dgate.iter_mut().zip(dup).zip(inputs) {
         let (gate, up) = (gate.get(), up.get());
         let s = sigmoid(gate);
-        *dgate = *grad * up * s * (1.0 + gate * (1.0 - s));
-        *grad *= gate * s;
+        *dgate = T::of(grad * up * s * (1.0 + gate * (1.0 - s)));
+        *dup = T::of(grad * gate * s);
     }
 }
 

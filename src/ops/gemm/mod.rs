@@ -15,16 +15,14 @@ pub(crate) mod hopper;
 mod tests;
 mod tile;
 
-use faer::Accum;
 use rayon::prelude::*;
 
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::ops::{Operator, expect_cols, expect_shape, only_grad};
+use crate::ops::{Operator, expect_shape, only_grad};
 use crate::tensor::{Buffer, Tensor};
 pub(crate) use cpu::bf16::{self, Values};
-use cpu::expect_len;
-pub(crate) use cpu::{product_nn, product_nt, product_tn};
+pub(crate) use cpu::{Kept, Left, LowRank, Product, Start, product_tn};
 
 /// Y = X Wᵀ + b, or Y = R + X Wᵀ + b. Inputs: X, and the residual R \[T, out\] where there is one.
 pub struct Linear {
@@ -60,7 +58,9 @@ impl Operator for Linear {
             let y = cuda::affine(cuda, x, &self.weight, self.bias.as_ref(), residual)?;
             return Ok((vec![y], ()));
         }
-        let y = affine(device, x, &self.weight, self.bias.as_ref(), residual)?;
+        let left = Left::new(Values::of(x)?, x.matrix_dims().1)?;
+        let bias = self.bias.as_ref();
+        let y = affine(device, &left, &self.weight, bias, residual, None)?;
         Ok((vec![output(x, &self.weight, y)?], ()))
     }
 
@@ -88,11 +88,10 @@ pub(crate) fn input_gradient(device: &Device, dy: &Tensor, weight: &Tensor) -> R
     if let Device::Cuda(cuda) = device {
         return cuda::input_gradient(cuda, dy, weight);
     }
-    let (rows, _) = dy.matrix_dims();
-    let (_, cols) = weight.matrix_dims();
+    let ((rows, out), (_, cols)) = (dy.matrix_dims(), weight.matrix_dims());
     let mut dx = device.buffer(rows * cols);
-    expect_cols("gemm", dy, weight.matrix_dims().0)?;
-    product_nn(device, &mut dx, Accum::Replace, dy.f32s()?, weight)?;
+    let left = Left::new(Values::of(dy)?, out)?;
+    Product::new(&left, weight).nn(device, &mut dx)?;
     let mut shape = dy.shape().to_vec();
     *shape
         .last_mut()
@@ -100,37 +99,48 @@ pub(crate) fn input_gradient(device: &Device, dy: &Tensor, weight: &Tensor) -> R
     Tensor::from_buffer(dx, shape)
 }
 
-/// R + X Wᵀ + b as a flat buffer \[T, out\].
+/// R + X Wᵀ + b and what is of low rank, as a flat buffer \[T, out\].
 pub(crate) fn affine(
     device: &Device,
-    x: &Tensor,
+    x: &Left,
     weight: &Tensor,
     bias: Option<&Tensor>,
     residual: Option<&Tensor>,
+    low_rank: Option<LowRank>,
 ) -> Result<Buffer> {
-    let (rows, _) = x.matrix_dims();
     let (out, _) = weight.matrix_dims();
-    let mut y = device.buffer(rows * out);
-    let accum = match (residual, bias) {
-        (None, None) => Accum::Replace,
-        _ => Accum::Add,
-    };
-    if let Some(residual) = residual {
-        expect_len(residual.f32s()?, rows * out)?;
-        y.par_chunks_mut(out)
-            .zip(residual.f32s()?.par_chunks(out))
-            .for_each(|(y, r)| y.copy_from_slice(r));
-    }
+    let mut y = device.buffer(x.rows() * out);
     if let Some(bias) = bias {
         expect_shape("gemm", bias, &[out])?;
-        let bias = bias.f32s()?;
-        y.par_chunks_mut(out).for_each(|y| match residual {
-            None => y.copy_from_slice(bias),
-            Some(_) => y.iter_mut().zip(bias).for_each(|(y, b)| *y += b),
-        });
     }
-    expect_cols("gemm", x, weight.matrix_dims().1)?;
-    product_nt(device, &mut y, accum, Values::of(x)?, weight, 1.0)?;
+    if let Some(residual) = residual
+        && residual.matrix_dims() != (x.rows(), out)
+    {
+        let expected = format!("a residual [{}, {out}]", x.rows());
+        return Err(Error::operand("gemm", expected, residual.found()));
+    }
+    let start = match (residual, bias) {
+        (None, None) => Start::Zero,
+        (Some(residual), None) => Start::Matrix(residual.f32s()?),
+        (None, Some(bias)) => Start::Row(bias.f32s()?),
+        (Some(residual), Some(bias)) => {
+            let bias = bias.f32s()?;
+            y.par_chunks_mut(out.max(1))
+                .zip(residual.f32s()?.par_chunks(out.max(1)))
+                .for_each(|(y, r)| {
+                    for ((y, r), b) in y.iter_mut().zip(r).zip(bias) {
+                        *y = r + b;
+                    }
+                });
+            Start::Output
+        }
+    };
+    let product = Product {
+        start,
+        low_rank,
+        ..Product::new(x, weight)
+    };
+    product.nt(device, &mut y)?;
     Ok(y)
 }
 

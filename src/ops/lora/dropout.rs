@@ -7,6 +7,7 @@ use rayon::prelude::*;
 use crate::device::Device;
 use crate::device::simd::vectorized;
 use crate::error::Result;
+use crate::ops::gemm::Kept;
 use crate::ops::stored::Stored;
 use crate::rng::Stream;
 use crate::tensor::{DType, Tensor};
@@ -77,6 +78,13 @@ pub(super) struct Mask {
 }
 
 impl Mask {
+    pub(super) fn kept(&self) -> Kept<'_> {
+        Kept {
+            mask: &self.kept,
+            scale: self.keep,
+        }
+    }
+
     /// X, of as many elements as the mask, with what is dropped zero and the rest scaled.
     pub(super) fn apply(&self, device: &Device, x: &Tensor) -> Result<Tensor> {
         match x.dtype() {
@@ -87,41 +95,7 @@ impl Mask {
 
     fn apply_to<T: Stored>(&self, device: &Device, x: &Tensor) -> Result<Tensor> {
         let mut out = device.buffer(x.len());
-        self.for_each(&mut out, T::of_tensor(x)?, |out, x| *out = T::of(x));
+        self.kept().copy(&mut out, T::of_tensor(x)?);
         T::into_tensor(out, x.shape())
-    }
-
-    /// Adds to `sum` what [`Self::apply`] makes of `x`, all of as many elements as the mask.
-    pub(super) fn add(&self, sum: &mut Tensor, x: &Tensor) -> Result<()> {
-        self.for_each(sum.f32s_mut()?, x.f32s()?, |sum, x| *sum += x);
-        Ok(())
-    }
-
-    fn for_each<T: Stored>(&self, out: &mut [T], x: &[T], write: impl Fn(&mut T, f32) + Sync) {
-        let outs = out.par_chunks_mut(CHUNK * ELEMENTS);
-        let xs = x.par_chunks(CHUNK * ELEMENTS);
-        let kept = self.kept.par_chunks(CHUNK);
-        outs.zip(xs).zip(kept).for_each(|((out, x), kept)| {
-            vectorized!({
-                let (outs, last_out) = out.as_chunks_mut::<ELEMENTS>();
-                let (xs, last_x) = x.as_chunks::<ELEMENTS>();
-                for ((out, x), &kept) in outs.iter_mut().zip(xs).zip(kept) {
-                    for (i, (out, x)) in out.iter_mut().zip(x).enumerate() {
-                        write(out, self.dropped(x.get(), kept, i));
-                    }
-                }
-                let kept = kept.get(outs.len()).copied().unwrap_or(0);
-                for (i, (out, x)) in last_out.iter_mut().zip(last_x).enumerate() {
-                    write(out, self.dropped(x.get(), kept, i));
-                }
-            })
-        });
-    }
-
-    /// Without a branch, also for a value that is no number.
-    #[inline(always)]
-    fn dropped(&self, x: f32, kept: u8, i: usize) -> f32 {
-        let all = (u32::from(kept) >> i & 1).wrapping_neg();
-        f32::from_bits((x * self.keep).to_bits() & all)
     }
 }

@@ -3,29 +3,26 @@
 //!
 //! X \[T, in\], W \[out, in\], A \[r, in\], B \[out, r\]; all but W in f32, X also in bf16 where the
 //! CPU multiplies in it. Saved for backward:
-//! X and, for each module, U = drop(X) Aᵀ \[T, r\], A, B and a bit for each element of X that
-//! dropout kept. With dU = s · dY B: dA = dUᵀ drop(X), dB = s · dYᵀ U, and dX is the sum of
-//! dY W + drop(dU A).
+//! X and, for each module, U = s · drop(X) Aᵀ \[T, r\], A, B and a bit for each element of X that
+//! dropout kept. With dU = s · dY B: dA = dUᵀ drop(X), dB = dYᵀ U, and dX is the sum of
+//! dY W + drop(dU A). The product of low rank is computed along with the one beside it, tile by
+//! tile, where that is in bf16.
 //!
-//! On CUDA X, W, Y and, for the products, A and B are bf16, and U is saved with s in it. There, U of
-//! all modules comes from one pass over X, and so do their dA, where the shapes allow it; elsewhere
-//! module by module, and what dropout keeps is drawn again.
+//! On CUDA X, W, Y and, for the products, A and B are bf16. There, U of all modules comes from one
+//! pass over X, and so do their dA, where the shapes allow it; elsewhere module by module, and what
+//! dropout keeps is drawn again.
 
 mod cuda;
 mod dropout;
-
-use faer::Accum;
 
 pub use dropout::Dropout;
 use dropout::Mask;
 
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::ops::gemm::{
-    Values, affine, input_gradient, output, product_nn, product_nt, product_tn,
-};
+use crate::ops::gemm::{Left, LowRank, Product, Start, Values, affine, output, product_tn};
 use crate::ops::{Operator, expect_cols, expect_shape};
-use crate::tensor::Tensor;
+use crate::tensor::{Buffer, Tensor};
 
 /// Modules on one input. Inputs: X, then A and B of each module, and for one module alone also a
 /// residual \[T, out\]. Outputs: Y of each.
@@ -84,8 +81,12 @@ impl Operator for LoraLinear {
             return Ok((y, Saved::Cuda(saved)));
         }
         let (mut outputs, mut saved) = (Vec::new(), Vec::new());
+        let mut left = Left::new(Values::of(x)?, x.matrix_dims().1)?;
+        if self.modules.len() > 1 {
+            left = left.shared(device);
+        }
         for (module, [a, b]) in self.modules.iter().zip(adapters) {
-            let (y, adapter) = module.forward(device, [x, a, b], residual, self.scale)?;
+            let (y, adapter) = module.forward(device, (x, &left), [a, b], residual, self.scale)?;
             outputs.push(y);
             saved.push(adapter);
         }
@@ -168,7 +169,7 @@ impl LoraLinear {
         grads: Vec<Option<Tensor>>,
         needed: bool,
     ) -> Result<Gradients> {
-        let mut sum: Option<Tensor> = None;
+        let mut sum = None;
         let mut found = Vec::new();
         let modules = self.modules.iter().zip(adapters).zip(grads);
         for ((module, adapter), dy) in modules.rev() {
@@ -176,15 +177,13 @@ impl LoraLinear {
                 found.push([None, None]);
                 continue;
             };
-            let (dx, da, db) = module.backward(device, x, adapter, &dy, self.scale, needed)?;
+            let sum = needed.then_some(&mut sum);
+            let (da, db) = module.backward(device, x, adapter, &dy, self.scale, sum)?;
             found.push([Some(da), Some(db)]);
-            match (&mut sum, dx) {
-                (Some(sum), Some(dx)) => device.add_assign(sum, &dx)?,
-                (_, dx) => sum = sum.or(dx),
-            }
         }
         found.reverse();
-        Ok((sum, found))
+        let dx = sum.map(|sum| Tensor::from_buffer(sum, x.shape()));
+        Ok((dx.transpose()?, found))
     }
 }
 
@@ -193,31 +192,35 @@ impl Frozen {
     fn forward(
         &self,
         device: &Device,
-        [x, a, b]: [&Tensor; 3],
+        (x, left): (&Tensor, &Left),
+        [a, b]: [&Tensor; 2],
         residual: Option<&Tensor>,
         scale: f32,
     ) -> Result<(Tensor, HostAdapter)> {
-        let ((rows, _), (r, _)) = (x.matrix_dims(), a.matrix_dims());
-        let mut y = affine(device, x, &self.weight, self.bias.as_ref(), residual)?;
+        let ((rows, cols), (r, _)) = (x.matrix_dims(), a.matrix_dims());
         let mut u = device.buffer(rows * r);
         let mask = self.dropout.as_ref().map(|dropout| dropout.draw(x.len()));
         let dropped = dropped(device, x, mask.as_ref())?;
-        product_nt(
-            device,
-            &mut u,
-            Accum::Replace,
-            Values::of(&dropped)?,
-            a,
-            1.0,
-        )?;
+        let dropped = Left::new(Values::of(&dropped)?, cols)?;
+        let product = Product {
+            alpha: scale,
+            ..Product::new(&dropped, a)
+        };
+        product.nt(device, &mut u)?;
         let u = Tensor::from_buffer(u, [rows, r])?;
-        product_nt(device, &mut y, Accum::Add, Values::of(&u)?, b, scale)?;
-        let factors = [u, a.clone(), b.clone()];
+        let low_rank = LowRank {
+            left: &u,
+            right: b,
+            kept: None,
+        };
+        let bias = self.bias.as_ref();
+        let y = affine(device, left, &self.weight, bias, residual, Some(low_rank))?;
         let y = output(x, &self.weight, y)?;
+        let factors = [u, a.clone(), b.clone()];
         Ok((y, HostAdapter { factors, mask }))
     }
 
-    /// The gradients of X (where `needed`), A and B on the CPU.
+    /// The gradients of A and B on the CPU; that of X is added to `dx` or becomes it.
     fn backward(
         &self,
         device: &Device,
@@ -225,34 +228,48 @@ impl Frozen {
         HostAdapter { factors, mask }: HostAdapter,
         dy: &Tensor,
         scale: f32,
-        needed: bool,
-    ) -> Result<(Option<Tensor>, Tensor, Tensor)> {
+        dx: Option<&mut Option<Buffer>>,
+    ) -> Result<(Tensor, Tensor)> {
         let [u, a, b] = factors;
-        let ((rows, _), (r, cols)) = (dy.matrix_dims(), a.matrix_dims());
+        let ((rows, out), (r, _)) = (dy.matrix_dims(), a.matrix_dims());
+        let mut left = Left::new(Values::of(dy)?, out)?;
+        if dx.is_some() {
+            left = left.shared(device);
+        }
         let mut du = device.buffer(rows * r);
-        product_nn(device, &mut du, Accum::Replace, dy.f32s()?, &b)?;
-        du.iter_mut().for_each(|v| *v *= scale);
+        let product = Product {
+            alpha: scale,
+            ..Product::new(&left, &b)
+        };
+        product.nn(device, &mut du)?;
         let du = Tensor::from_buffer(du, [rows, r])?;
 
         let mut da = device.buffer(a.len());
-        let dropped = dropped(device, x, mask.as_ref())?;
-        product_tn(device, &mut da, Accum::Replace, &du, &dropped, 1.0)?;
-        drop(dropped);
+        product_tn(device, &mut da, &du, &dropped(device, x, mask.as_ref())?)?;
         let mut db = device.buffer(b.len());
-        product_tn(device, &mut db, Accum::Replace, dy, &u, scale)?;
-        let (da, db) = (
-            Tensor::from_buffer(da, [r, cols])?,
+        product_tn(device, &mut db, dy, &u)?;
+        let grads = (
+            Tensor::from_buffer(da, a.shape())?,
             Tensor::from_buffer(db, b.shape())?,
         );
-        if !needed {
-            return Ok((None, da, db));
-        }
-        let mut dx = input_gradient(device, dy, &self.weight)?;
-        match mask {
-            None => product_nn(device, dx.f32s_mut()?, Accum::Add, du.f32s()?, &a)?,
-            Some(mask) => mask.add(&mut dx, &input_gradient(device, &du, &a)?)?,
-        }
-        Ok((Some(dx.reshape(x.shape())?), da, db))
+        let Some(dx) = dx else {
+            return Ok(grads);
+        };
+        let product = Product {
+            start: if dx.is_some() {
+                Start::Output
+            } else {
+                Start::Zero
+            },
+            low_rank: Some(LowRank {
+                left: &du,
+                right: &a,
+                kept: mask.as_ref().map(Mask::kept),
+            }),
+            ..Product::new(&left, &self.weight)
+        };
+        product.nn(device, dx.get_or_insert_with(|| device.buffer(x.len())))?;
+        Ok(grads)
     }
 }
 

@@ -1,117 +1,269 @@
 //! The products on the CPU, in the precision of the device.
 
 pub(crate) mod bf16;
+mod kept;
 mod single;
 
 use faer::Accum;
+use rayon::prelude::*;
 
 use crate::device::{Device, Precision};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor};
-use bf16::{Level, Operand, Product, Values};
+use bf16::{Level, Operand, Panels, Values};
+pub(crate) use kept::Kept;
 
-/// out \[M, N\] (+)= alpha · X \[M, K\] · W \[N, K\]ᵀ.
-pub(crate) fn product_nt(
-    device: &Device,
-    out: &mut [f32],
-    accum: Accum,
-    x: Values,
-    w: &Tensor,
-    alpha: f32,
-) -> Result<()> {
-    let (n, k) = w.matrix_dims();
-    let m = rows_of(x.len(), k)?;
-    expect_len(out, m * n)?;
-    if device.precision() == Precision::F32 {
-        return single::product_nt(device, out, accum, x.f32s()?, w, alpha);
-    }
-    let a = Operand::rows(x, k);
-    with_values(w, |w| {
-        let b = Operand::rows(w, k);
-        in_bf16(device, out, accum, (a, b), [m, n, k], alpha);
-    })
+/// The left operand of products, \[M, K\].
+pub(crate) struct Left<'a> {
+    values: Values<'a>,
+    rows: usize,
+    cols: usize,
+    /// The same for products in bf16, where more than one reads it.
+    packed: Option<Vec<Panels>>,
 }
 
-/// out \[M, K\] (+)= dY \[M, N\] · W \[N, K\].
-pub(crate) fn product_nn(
-    device: &Device,
-    out: &mut [f32],
-    accum: Accum,
-    dy: &[f32],
-    w: &Tensor,
-) -> Result<()> {
-    let (n, k) = w.matrix_dims();
-    let m = rows_of(dy.len(), n)?;
-    expect_len(out, m * k)?;
-    if device.precision() == Precision::F32 {
-        return single::product_nn(device, out, accum, dy, w);
+impl<'a> Left<'a> {
+    /// Rows of `cols` values.
+    ///
+    /// # Errors
+    /// Values that are no whole rows.
+    pub(crate) fn new(values: Values<'a>, cols: usize) -> Result<Self> {
+        Ok(Self {
+            values,
+            rows: rows_of(values.len(), cols)?,
+            cols,
+            packed: None,
+        })
     }
-    let a = Operand::rows(Values::F32(dy), n);
-    with_values(w, |w| {
-        let b = Operand::columns(w, k);
-        in_bf16(device, out, accum, (a, b), [m, k, n], 1.0);
-    })
+
+    /// M
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// The same to be read by several products: what is packed for one serves them all.
+    pub(crate) fn shared(self, device: &Device) -> Self {
+        let packed = match device.precision() {
+            Precision::F32 => None,
+            Precision::Bf16 => {
+                let operand = Operand::rows(self.values, self.cols);
+                Some(bf16::packed(device, &operand, [self.rows, self.cols]))
+            }
+        };
+        Self { packed, ..self }
+    }
 }
 
-/// out \[N, K\] (+)= alpha · dY \[M, N\]ᵀ · X \[M, K\]: the gradient of a weight.
-pub(crate) fn product_tn(
-    device: &Device,
-    out: &mut [f32],
-    accum: Accum,
-    dy: &Tensor,
-    x: &Tensor,
-    alpha: f32,
-) -> Result<()> {
+/// What a product is added to.
+#[derive(Clone, Copy)]
+pub(crate) enum Start<'a> {
+    /// Nothing: whatever is in the output is replaced.
+    Zero,
+    /// What is in the output.
+    Output,
+    /// \[M, N\]
+    Matrix(&'a [f32]),
+    /// \[N\], to each row.
+    Row(&'a [f32]),
+}
+
+/// start + alpha · (X · W + U · B): X \[M, K\], U \[M, r\], in f32 or bf16 as the device has it.
+pub(crate) struct Product<'a> {
+    /// X
+    pub(crate) left: &'a Left<'a>,
+    /// W as it is stored, in f32, f16 or bf16.
+    pub(crate) right: &'a Tensor,
+    pub(crate) alpha: f32,
+    pub(crate) start: Start<'a>,
+    pub(crate) low_rank: Option<LowRank<'a>>,
+}
+
+/// A product of a small reduction that is computed along with another one.
+pub(crate) struct LowRank<'a> {
+    /// U \[M, r\]
+    pub(crate) left: &'a Tensor,
+    /// B the same way round as W.
+    pub(crate) right: &'a Tensor,
+    /// Which elements of the product dropout kept, if it came there.
+    pub(crate) kept: Option<Kept<'a>>,
+}
+
+/// The way round that the right operands are stored.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Layout {
+    /// \[N, K\]
+    Nt,
+    /// \[K, N\]
+    Nn,
+}
+
+impl Layout {
+    /// N and K.
+    fn extents(self, right: &Tensor) -> (usize, usize) {
+        let (rows, cols) = right.matrix_dims();
+        match self {
+            Self::Nt => (rows, cols),
+            Self::Nn => (cols, rows),
+        }
+    }
+
+    /// The values of a right operand as one of a product in bf16.
+    fn operand<'a>(self, values: Values<'a>, right: &Tensor) -> Operand<'a> {
+        let (_, cols) = right.matrix_dims();
+        match self {
+            Self::Nt => Operand::rows(values, cols),
+            Self::Nn => Operand::columns(values, cols),
+        }
+    }
+}
+
+impl<'a> Product<'a> {
+    /// X · W alone.
+    pub(crate) fn new(left: &'a Left<'a>, right: &'a Tensor) -> Self {
+        Self {
+            left,
+            right,
+            alpha: 1.0,
+            start: Start::Zero,
+            low_rank: None,
+        }
+    }
+
+    /// The product into `out` \[M, N\], with W \[N, K\] and B \[N, r\].
+    ///
+    /// # Errors
+    /// Operands whose extents do not agree, or that are not in host memory.
+    pub(crate) fn nt(self, device: &Device, out: &mut [f32]) -> Result<()> {
+        self.run(device, out, Layout::Nt)
+    }
+
+    /// The same with W \[K, N\] and B \[r, N\].
+    pub(crate) fn nn(self, device: &Device, out: &mut [f32]) -> Result<()> {
+        self.run(device, out, Layout::Nn)
+    }
+
+    fn run(&self, device: &Device, out: &mut [f32], layout: Layout) -> Result<()> {
+        let (n, k) = layout.extents(self.right);
+        expect("rows", k, self.left.cols)?;
+        let dims = [self.left.rows, n, k];
+        expect("an output", dims[0] * n, out.len())?;
+        match self.start {
+            Start::Zero | Start::Output => {}
+            Start::Matrix(start) => expect("a start", out.len(), start.len())?,
+            Start::Row(start) => expect("a start", n, start.len())?,
+        }
+        if let Some(low_rank) = &self.low_rank {
+            let (cols, rank) = layout.extents(low_rank.right);
+            expect("a low-rank factor", n, cols)?;
+            expect("a low-rank factor", dims[0] * rank, low_rank.left.len())?;
+        }
+        match device.precision() {
+            Precision::F32 => self.run_f32(device, out, layout),
+            Precision::Bf16 => self.run_bf16(device, out, layout, dims),
+        }
+    }
+
+    fn run_f32(&self, device: &Device, out: &mut [f32], layout: Layout) -> Result<()> {
+        let (n, _) = layout.extents(self.right);
+        let accum = match self.start {
+            Start::Zero => Accum::Replace,
+            Start::Output => Accum::Add,
+            Start::Matrix(start) => {
+                let starts = start.par_chunks(n.max(1));
+                out.par_chunks_mut(n.max(1))
+                    .zip(starts)
+                    .for_each(|(out, start)| out.copy_from_slice(start));
+                Accum::Add
+            }
+            Start::Row(start) => {
+                out.par_chunks_mut(n.max(1))
+                    .for_each(|out| out.copy_from_slice(start));
+                Accum::Add
+            }
+        };
+        let x = self.left.values.f32s()?;
+        single::product(device, out, accum, (x, self.right), layout, self.alpha)?;
+        let Some(LowRank { left, right, kept }) = &self.low_rank else {
+            return Ok(());
+        };
+        let u = (left.f32s()?, *right);
+        let Some(kept) = kept else {
+            return single::product(device, out, Accum::Add, u, layout, self.alpha);
+        };
+        let mut dropped = device.buffer(out.len());
+        single::product(device, &mut dropped, Accum::Replace, u, layout, self.alpha)?;
+        kept.add(out, &dropped);
+        Ok(())
+    }
+
+    fn run_bf16(
+        &self,
+        device: &Device,
+        out: &mut [f32],
+        layout: Layout,
+        dims: [usize; 3],
+    ) -> Result<()> {
+        with_values(self.right, |w| {
+            let low_rank = self.low_rank.as_ref().map(|low_rank| {
+                let (_, rank) = layout.extents(low_rank.right);
+                Ok(bf16::LowRank {
+                    a: Operand::rows(Values::of(low_rank.left)?, rank),
+                    b: layout.operand(Values::of(low_rank.right)?, low_rank.right),
+                    rank,
+                    kept: low_rank.kept,
+                })
+            });
+            let product = bf16::Product {
+                a: Operand::rows(self.left.values, self.left.cols),
+                packed: self.left.packed.as_deref(),
+                b: layout.operand(w, self.right),
+                low_rank: low_rank.transpose()?,
+                dims,
+                alpha: self.alpha,
+                start: self.start,
+                level: Level::best(),
+            };
+            product.run(device, out, dims[1]);
+            Ok(())
+        })
+    }
+}
+
+/// out \[N, K\] = dY \[M, N\]ᵀ · X \[M, K\]: the gradient of a weight.
+pub(crate) fn product_tn(device: &Device, out: &mut [f32], dy: &Tensor, x: &Tensor) -> Result<()> {
     let ((m, n), (rows, k)) = (dy.matrix_dims(), x.matrix_dims());
-    if rows != m {
-        let expected = format!("{m} rows");
-        return Err(Error::operand("gemm", expected, format!("{rows}")));
-    }
-    expect_len(out, n * k)?;
+    expect("rows", m, rows)?;
+    expect("an output", n * k, out.len())?;
     if device.precision() == Precision::F32 {
-        return single::product_tn(out, accum, dy, x, alpha);
+        return single::product_tn(out, dy, x);
     }
-    let a = Operand::columns(Values::of(dy)?, n);
-    let b = Operand::columns(Values::of(x)?, k);
-    in_bf16(device, out, accum, (a, b), [n, k, m], alpha);
-    Ok(())
-}
-
-/// A product of operands whose sizes have been checked.
-fn in_bf16(
-    device: &Device,
-    out: &mut [f32],
-    accum: Accum,
-    (a, b): (Operand, Operand),
-    dims: [usize; 3],
-    alpha: f32,
-) {
-    let product = Product {
-        a,
-        b,
-        dims,
-        alpha,
-        add: accum == Accum::Add,
+    let product = bf16::Product {
+        a: Operand::columns(Values::of(dy)?, n),
+        packed: None,
+        b: Operand::columns(Values::of(x)?, k),
+        low_rank: None,
+        dims: [n, k, m],
+        alpha: 1.0,
+        start: Start::Zero,
         level: Level::best(),
     };
-    product.run(device, out, dims[1]);
+    product.run(device, out, k);
+    Ok(())
 }
 
 /// Calls `use_values` with a weight's elements in place, or with a rounded copy of those that
 /// are neither f32 nor aligned bf16.
-fn with_values(w: &Tensor, use_values: impl FnOnce(Values)) -> Result<()> {
+fn with_values(w: &Tensor, use_values: impl FnOnce(Values) -> Result<()>) -> Result<()> {
     if w.dtype() == DType::F32
         && let Ok(values) = w.f32s()
     {
-        use_values(Values::F32(values));
-        return Ok(());
+        return use_values(Values::F32(values));
     }
     let rounded = w.to_bf16()?;
     let values = rounded.bf16s();
     use_values(Values::Bf16(values.ok_or_else(|| {
         Error::operand("gemm", "a weight in host memory", w.found())
-    })?));
-    Ok(())
+    })?))
 }
 
 /// The number of rows of `cols` values among `len`.
@@ -126,13 +278,10 @@ fn rows_of(len: usize, cols: usize) -> Result<usize> {
     }
 }
 
-pub(super) fn expect_len(out: &[f32], len: usize) -> Result<()> {
-    if out.len() == len {
+fn expect(what: &str, expected: usize, found: usize) -> Result<()> {
+    if expected == found {
         return Ok(());
     }
-    Err(Error::operand(
-        "gemm",
-        format!("an output of {len} values"),
-        out.len().to_string(),
-    ))
+    let expected = format!("{what} of {expected} values");
+    Err(Error::operand("gemm", expected, found.to_string()))
 }

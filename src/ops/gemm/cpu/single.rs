@@ -5,60 +5,45 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
+use super::Layout;
 use crate::device::Device;
 use crate::error::Result;
 use crate::tensor::{DType, Tensor};
 
-/// out \[M, N\] (+)= alpha · X \[M, K\] · W \[N, K\]ᵀ.
-pub(super) fn product_nt(
+/// out \[M, N\] (+)= alpha · X \[M, K\] · W, which is stored in `layout`.
+pub(super) fn product(
     device: &Device,
     out: &mut [f32],
     accum: Accum,
-    x: &[f32],
-    w: &Tensor,
+    (x, w): (&[f32], &Tensor),
+    layout: Layout,
     alpha: f32,
 ) -> Result<()> {
-    let (n, k) = w.matrix_dims();
+    let (n, k) = layout.extents(w);
     let m = x.len() / k;
-    let x = matrix(x, m, k);
     for_each_panel(device, w, |start, panel| {
         let rows = panel.nrows();
-        let out = strided_mut(&mut out[start..], m, rows, n);
-        multiply(out, accum, x, panel.transpose(), alpha);
+        match layout {
+            Layout::Nt => {
+                let out = strided_mut(&mut out[start..], m, rows, n);
+                multiply(out, accum, matrix(x, m, k), panel.transpose(), alpha);
+            }
+            Layout::Nn => {
+                let x = MatRef::from_row_major_slice_with_stride(&x[start..], m, rows, k);
+                let out = MatMut::from_row_major_slice_mut(&mut *out, m, n);
+                let accum = if start == 0 { accum } else { Accum::Add };
+                multiply(out, accum, x, panel, alpha);
+            }
+        }
     })
 }
 
-/// out \[M, K\] (+)= dY \[M, N\] · W \[N, K\].
-pub(super) fn product_nn(
-    device: &Device,
-    out: &mut [f32],
-    accum: Accum,
-    dy: &[f32],
-    w: &Tensor,
-) -> Result<()> {
-    let (n, k) = w.matrix_dims();
-    let m = dy.len() / n;
-    for_each_panel(device, w, |start, panel| {
-        let rows = panel.nrows();
-        let dy = MatRef::from_row_major_slice_with_stride(&dy[start..], m, rows, n);
-        let out = MatMut::from_row_major_slice_mut(&mut *out, m, k);
-        let accum = if start == 0 { accum } else { Accum::Add };
-        multiply(out, accum, dy, panel, 1.0);
-    })
-}
-
-/// out \[N, K\] (+)= alpha · dY \[M, N\]ᵀ · X \[M, K\]: the gradient of a weight.
-pub(super) fn product_tn(
-    out: &mut [f32],
-    accum: Accum,
-    dy: &Tensor,
-    x: &Tensor,
-    alpha: f32,
-) -> Result<()> {
+/// out \[N, K\] = dY \[M, N\]ᵀ · X \[M, K\]: the gradient of a weight.
+pub(super) fn product_tn(out: &mut [f32], dy: &Tensor, x: &Tensor) -> Result<()> {
     let ((m, n), (_, k)) = (dy.matrix_dims(), x.matrix_dims());
     let dy = matrix(dy.f32s()?, m, n).transpose();
     let out = MatMut::from_row_major_slice_mut(out, n, k);
-    multiply(out, accum, dy, matrix(x.f32s()?, m, k), alpha);
+    multiply(out, Accum::Replace, dy, matrix(x.f32s()?, m, k), 1.0);
     Ok(())
 }
 

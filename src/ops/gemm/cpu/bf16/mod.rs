@@ -20,6 +20,7 @@ use rayon::prelude::*;
 pub(crate) use pack::{Operand, Side, Values};
 pub(crate) use tile::{COLS, Level, ROWS, Tile};
 
+use super::{Kept, Start};
 use crate::device::Device;
 use crate::tensor::Buffer;
 use output::{Output, finish_streams};
@@ -34,96 +35,167 @@ const LEFT_BYTES: usize = 768 << 10;
 /// Bytes of right panels that are packed at a time: they are used from the caches.
 const RIGHT_BYTES: usize = 4 << 20;
 
-/// out \[m, n\] (+)= alpha · a · bᵀ with sums over k values: `a` has m outer indices, `b` n.
+/// out \[m, n\] = start + alpha · (a · bᵀ + low rank) with sums over k values: `a` has m outer
+/// indices, `b` n.
 pub(crate) struct Product<'a> {
     pub a: Operand<'a>,
+    /// The same as [`packed`] gives it, where that has been done.
+    pub packed: Option<&'a [Panels]>,
     pub b: Operand<'a>,
+    /// Left out where k is 0: it is made of the same values.
+    pub low_rank: Option<LowRank<'a>>,
     /// m, n and k.
     pub dims: [usize; 3],
     pub alpha: f32,
-    /// Whether the product is added to what is in `out`.
-    pub add: bool,
+    pub start: Start<'a>,
     pub level: Level,
+}
+
+/// a · bᵀ with sums over `rank` values, which are few; zero or scaled where dropout has been at it.
+pub(crate) struct LowRank<'a> {
+    pub a: Operand<'a>,
+    pub b: Operand<'a>,
+    pub rank: usize,
+    pub kept: Option<Kept<'a>>,
+}
+
+/// A left operand of `rows` outer indices and a reduction of k values, packed for products with any
+/// number of right ones.
+pub(crate) fn packed(device: &Device, operand: &Operand, [rows, k]: [usize; 2]) -> Vec<Panels> {
+    let side = (operand, Side::Left);
+    blocks(k)
+        .map(|block| Panels::in_parallel(device, Level::best(), side, 0..rows, block))
+        .collect()
+}
+
+/// The blocks of a reduction of k values that are packed at a time.
+fn blocks(k: usize) -> impl Iterator<Item = Range<usize>> {
+    let steps = k.div_ceil(2 * PAIRS);
+    let steps = steps.div_ceil(steps.div_ceil(STEPS).max(1)).max(1);
+    let len = 2 * PAIRS * steps;
+    (0..k).step_by(len).map(move |from| from..k.min(from + len))
+}
+
+/// The panels of both sides for one block of the reduction, and of a low-rank product that is
+/// computed along with it.
+struct Block<'a> {
+    left: &'a Panels,
+    right: Panels,
+    low_rank: Option<(&'a Panels, Panels)>,
+    /// What dropout kept of the low-rank product.
+    kept: Option<Kept<'a>>,
 }
 
 impl Product<'_> {
     /// Computes on the current thread pool. `out` holds m rows of n values, `stride` apart.
     ///
     /// # Panics
-    /// When the operands or `out` hold less than `dims` says; callers check.
+    /// When the operands, the start or `out` hold less than `dims` says; callers check.
     pub(crate) fn run(&self, device: &Device, out: &mut [f32], stride: usize) {
         let [m, n, k] = self.dims;
         if m == 0 || n == 0 {
             return;
         }
         if k == 0 {
-            if !self.add {
-                out.chunks_mut(stride).for_each(|row| row[..n].fill(0.0));
-            }
-            return;
+            return self.set_start(out, stride);
         }
-        let steps = k.div_ceil(2 * PAIRS);
-        let steps = steps.div_ceil(steps.div_ceil(STEPS));
-        let panel_bytes = steps * size_of::<Step>();
-        let right_panels = (RIGHT_BYTES / panel_bytes).max(1);
-        let out = Output::new(out, [m, n, stride], self.alpha, self.level);
-        for from in (0..k).step_by(2 * PAIRS * steps) {
-            let block = from..k.min(from + 2 * PAIRS * steps);
-            let add = self.add || from > 0;
-            let pack = |operand: &Operand, side, outer| {
-                Panels::in_parallel(device, self.level, (operand, side), outer, block.clone())
+        let pack = |operand: &Operand, side, outer, block| {
+            Panels::in_parallel(device, self.level, (operand, side), outer, block)
+        };
+        for (i, block) in blocks(k).enumerate() {
+            let own = match self.packed {
+                Some(_) => None,
+                None => Some(pack(&self.a, Side::Left, 0..m, block.clone())),
             };
-            let left = pack(&self.a, Side::Left, 0..m);
+            let Some(left) = own.as_ref().or_else(|| self.packed?.get(i)) else {
+                unreachable!("as many blocks are packed as there are")
+            };
+            let low_rank = self.low_rank.as_ref().filter(|l| i == 0 && l.rank > 0);
+            let low_rank = low_rank.map(|low_rank| {
+                let left = pack(&low_rank.a, Side::Left, 0..m, 0..low_rank.rank);
+                (low_rank, left)
+            });
+            let start = if i == 0 { self.start } else { Start::Output };
+            let out = Output::new(out, start, [m, n, stride], self.alpha, self.level);
+            let panel_bytes = left.steps * size_of::<Step>();
+            let right_panels = (RIGHT_BYTES / panel_bytes).max(1);
             for col in (0..n).step_by(right_panels * COLS) {
                 let cols = col..n.min(col + right_panels * COLS);
-                let right = pack(&self.b, Side::Right, cols);
+                let block = Block {
+                    left,
+                    right: pack(&self.b, Side::Right, cols.clone(), block.clone()),
+                    low_rank: low_rank.as_ref().map(|(low_rank, left)| {
+                        let rank = 0..low_rank.rank;
+                        (left, pack(&low_rank.b, Side::Right, cols, rank))
+                    }),
+                    kept: low_rank.as_ref().and_then(|(low_rank, _)| low_rank.kept),
+                };
                 let most = (LEFT_BYTES / panel_bytes).max(1);
-                tasks(left.len(), right.len(), most, device.threads())
+                tasks(left.len(), block.right.len(), most, device.threads())
                     .par_iter()
                     .with_max_len(1)
-                    .for_each(|task| self.tiles(task, &left, &right, (col, add), &out));
+                    .for_each(|task| self.tiles(task, &block, col, &out));
+            }
+        }
+    }
+
+    /// A product whose sums have no terms.
+    fn set_start(&self, out: &mut [f32], stride: usize) {
+        let n = self.dims[1];
+        for (i, row) in out.chunks_mut(stride).enumerate() {
+            match self.start {
+                Start::Zero => row[..n].fill(0.0),
+                Start::Output => {}
+                Start::Matrix(start) => row[..n].copy_from_slice(&start[i * stride..][..n]),
+                Start::Row(start) => row[..n].copy_from_slice(&start[..n]),
             }
         }
     }
 
     /// A task's tiles for one block of the reduction. The first of the right panels has column
     /// `first_col`.
-    fn tiles(
-        &self,
-        task: &Task,
-        left: &Panels,
-        right: &Panels,
-        (first_col, add): (usize, bool),
-        out: &Output,
-    ) {
+    fn tiles(&self, task: &Task, block: &Block, first_col: usize, out: &Output) {
+        let [m, n, _] = self.dims;
         let first_row = task.left.start * ROWS;
-        let rows = self.dims[0] - first_row;
-        let left = left.range(task.left.clone());
+        let rows = m - first_row;
+        let left = block.left.range(task.left.clone());
         let mut tiles = vec![Tile::ZERO; left.len()];
         let mut multiplier = Multiplier::new(self.level);
         for j in task.right.clone() {
             let place = |i| (first_row + i * ROWS, first_col + j * COLS);
-            let panels = (left.clone(), right.panel(j));
-            multiply(&mut multiplier, panels, rows, &mut tiles, |i| {
-                out.prefetch(place(i), add)
+            if let Some((left, right)) = &block.low_rank {
+                let panels = (left.range(task.left.clone()), right.panel(j));
+                multiply(&mut multiplier, panels, rows, &mut tiles, false, |_| ());
+            }
+            if let Some(kept) = &block.kept {
+                for (i, tile) in tiles.iter_mut().enumerate() {
+                    kept.drop_tile(tile, place(i), [m, n]);
+                }
+            }
+            let panels = (left.clone(), block.right.panel(j));
+            let add = block.low_rank.is_some();
+            multiply(&mut multiplier, panels, rows, &mut tiles, add, |i| {
+                out.prefetch(place(i))
             });
             for (i, tile) in tiles.iter().enumerate() {
                 // SAFETY: no other task has this tile.
-                unsafe { out.write(tile, place(i), add) };
+                unsafe { out.write(tile, place(i)) };
             }
         }
         finish_streams();
     }
 }
 
-/// The products of left panels, of which `rows` rows are used, with a right one: part by part of
-/// the reduction, so that the part of the right panel stays in the L1 cache, or widened in L2.
-/// `before_last` is called with the index of each tile before its last part.
+/// Sets the tiles to the products of left panels, of which `rows` rows are used, with a right one,
+/// or adds these: part by part of the reduction, so that the part of the right panel stays in the
+/// L1 cache, or widened in L2. `before_last` is called with the index of each tile before its last
+/// part.
 fn multiply<'r>(
     multiplier: &mut Multiplier<'r>,
     (left, right): (ChunksExact<Step>, &'r [Step]),
     rows: usize,
     tiles: &mut [Tile],
+    add: bool,
     before_last: impl Fn(usize),
 ) {
     let part = right.len().div_ceil(right.len().div_ceil(PART));
@@ -136,7 +208,7 @@ fn multiply<'r>(
                 before_last(i);
             }
             let rows = ROWS.min(rows - i * ROWS);
-            multiplier.multiply(&left[part.clone()], tile, rows, from > 0);
+            multiplier.multiply(&left[part.clone()], tile, rows, add || from > 0);
         }
     }
 }
@@ -302,7 +374,8 @@ impl Panels {
         alpha: f32,
         add: bool,
     ) {
-        let out = Output::new(out, [m, n, stride], alpha, level);
+        let start = if add { Start::Output } else { Start::Zero };
+        let out = Output::new(out, start, [m, n, stride], alpha, level);
         let mut tile = Tile::ZERO;
         let mut multiplier = Multiplier::new(level);
         for (j, panel) in right.which.enumerate() {
@@ -311,7 +384,7 @@ impl Panels {
                 let place = (i * ROWS, j * COLS);
                 multiplier.multiply(left, &mut tile, m - i * ROWS, false);
                 // SAFETY: `out` is borrowed for this product, and this thread alone writes to it.
-                unsafe { out.write(&tile, place, add) };
+                unsafe { out.write(&tile, place) };
             }
         }
         finish_streams();
@@ -331,7 +404,7 @@ impl Panels {
         let mut multiplier = Multiplier::new(level);
         for j in 0..right.len() {
             let panels = (left.clone(), right.panel(j));
-            multiply(&mut multiplier, panels, rows, &mut tiles, |_| ());
+            multiply(&mut multiplier, panels, rows, &mut tiles, false, |_| ());
             for (i, tile) in tiles.iter().enumerate() {
                 use_tile(i * ROWS, j * COLS, tile)?;
             }

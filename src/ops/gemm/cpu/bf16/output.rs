@@ -1,5 +1,8 @@
 //! Where the sums of tiles go.
 
+use std::marker::PhantomData;
+
+use super::super::Start;
 use super::tile::{COLS, Level, ROWS, Tile};
 use crate::device::simd::vectorized;
 
@@ -12,81 +15,105 @@ const STREAMED_BYTES: usize = 2 << 20;
 const VECTOR: usize = 16;
 
 /// A matrix that tasks write disjoint blocks of.
-pub(super) struct Output {
+pub(super) struct Output<'a> {
     first: *mut f32,
+    /// What is added to: its first value, and how far its rows are apart.
+    start: Option<(*const f32, usize)>,
     rows: usize,
     cols: usize,
     stride: usize,
     alpha: f32,
     #[cfg(target_arch = "x86_64")]
     avx512: bool,
-    /// Whether blocks are written past the caches where nothing is added to them.
+    /// Whether blocks are written past the caches.
     streamed: bool,
+    _borrowed: PhantomData<&'a mut [f32]>,
 }
 
 // SAFETY: tasks reach the data by way of blocks alone, of which they write none twice.
-unsafe impl Sync for Output {}
+unsafe impl Sync for Output<'_> {}
 
-impl Output {
-    /// `rows` of `cols` values, `stride` apart, that alpha times the sums are written to.
+impl<'a> Output<'a> {
+    /// `rows` of `cols` values, `stride` apart, that the start and alpha times the sums are written
+    /// to. The rows of a matrix to start from are as far apart.
     ///
     /// # Panics
-    /// When `values` holds less.
+    /// When `values` or the start holds less.
     pub(super) fn new(
-        values: &mut [f32],
+        values: &'a mut [f32],
+        start: Start<'a>,
         [rows, cols, stride]: [usize; 3],
         alpha: f32,
         level: Level,
     ) -> Self {
-        assert!(cols <= stride && (rows - 1) * stride + cols <= values.len());
+        let least = (rows - 1) * stride + cols;
+        assert!(cols <= stride && least <= values.len());
         let large = size_of_val(values) >= STREAMED_BYTES;
         let aligned = values.as_ptr().addr().is_multiple_of(64) && stride.is_multiple_of(16);
+        let is_read = matches!(start, Start::Output);
+        let first = values.as_mut_ptr();
+        let start = match start {
+            Start::Zero => None,
+            Start::Output => Some((first.cast_const(), stride)),
+            Start::Matrix(start) => Some((start[..least].as_ptr(), stride)),
+            Start::Row(start) => Some((start[..cols].as_ptr(), 0)),
+        };
         Self {
-            first: values.as_mut_ptr(),
+            first,
+            start,
             rows,
             cols,
             stride,
             alpha,
             #[cfg(target_arch = "x86_64")]
             avx512: level.has_avx512(),
-            streamed: large && aligned && level.has_avx512(),
+            streamed: large && aligned && !is_read && level.has_avx512(),
+            _borrowed: PhantomData,
         }
     }
 
-    /// Has the block of a tile brought into the cache, while the sums are computed.
-    pub(super) fn prefetch(&self, (row, col): (usize, usize), add: bool) {
-        if add || !self.streamed {
-            self.block(row, col).prefetch();
+    /// Has what is read and written of a tile brought into the cache, while the sums are computed.
+    pub(super) fn prefetch(&self, (row, col): (usize, usize)) {
+        let block = self.block(row, col);
+        if let Some((start, stride)) = block.start {
+            block.prefetch(start, stride);
+        }
+        if !self.streamed {
+            block.prefetch(block.first, self.stride);
         }
     }
 
-    /// Writes the tile that begins at that row and column, or adds it.
+    /// Writes the tile that begins at that row and column.
     ///
     /// # Safety
     /// Nobody else reads or writes the block meanwhile.
-    pub(super) unsafe fn write(&self, tile: &Tile, (row, col): (usize, usize), add: bool) {
+    pub(super) unsafe fn write(&self, tile: &Tile, (row, col): (usize, usize)) {
         let block = self.block(row, col);
         // SAFETY: the block lies within the output, and the caller says that it is ours. The
         // machine has AVX-512 where that is said, and the alignment has been checked.
         unsafe {
             #[cfg(target_arch = "x86_64")]
             if self.avx512 && block.cols == COLS {
-                return match add {
-                    true => block.write_avx512::<{ ADD }>(tile, self.alpha),
-                    false if self.streamed => block.write_avx512::<{ STREAM }>(tile, self.alpha),
-                    false => block.write_avx512::<{ REPLACE }>(tile, self.alpha),
+                return match self.streamed {
+                    true => block.write_avx512::<true>(tile, self.alpha),
+                    false => block.write_avx512::<false>(tile, self.alpha),
                 };
             }
-            vectorized!(block.write(tile, self.alpha, add));
+            vectorized!(block.write(tile, self.alpha));
         }
     }
 
     fn block(&self, row: usize, col: usize) -> Block {
         assert!(row < self.rows && col < self.cols);
+        // SAFETY: within the values that `new` has counted.
+        let at = |(start, stride): (*const f32, usize)| unsafe {
+            (start.add(row * stride + col), stride)
+        };
         Block {
-            // SAFETY: within the values that `new` has counted.
+            // SAFETY: as above.
             first: unsafe { self.first.add(row * self.stride + col) },
             stride: self.stride,
+            start: self.start.map(at),
             rows: ROWS.min(self.rows - row),
             cols: COLS.min(self.cols - col),
         }
@@ -97,58 +124,60 @@ impl Output {
 struct Block {
     first: *mut f32,
     stride: usize,
+    /// As the output's, from the block's first value on.
+    start: Option<(*const f32, usize)>,
     rows: usize,
     cols: usize,
 }
 
-/// Ways to write a block.
-#[cfg(target_arch = "x86_64")]
-const REPLACE: u8 = 0;
-#[cfg(target_arch = "x86_64")]
-const ADD: u8 = 1;
-/// Past the caches: [`finish_streams`] comes before anybody reads.
-#[cfg(target_arch = "x86_64")]
-const STREAM: u8 = 2;
-
 impl Block {
     #[inline(always)]
-    fn prefetch(&self) {
+    fn prefetch(&self, first: *const f32, stride: usize) {
         #[cfg(target_arch = "x86_64")]
         for r in 0..self.rows {
             for col in (0..self.cols).step_by(VECTOR) {
                 use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-                let address = self.first.wrapping_add(r * self.stride + col);
+                let address = first.wrapping_add(r * stride + col);
                 // SAFETY: a prefetch reads nothing, whatever the address.
                 unsafe { _mm_prefetch::<_MM_HINT_T0>(address as *const i8) };
             }
         }
     }
 
-    /// Writes or adds alpha times the tile's sums.
+    /// Writes the start and alpha times the tile's sums.
     ///
     /// # Safety
-    /// The block lies within the output, and nobody else reads or writes it meanwhile.
+    /// The block lies within the output and the start, and nobody else reads or writes it
+    /// meanwhile.
     #[inline(always)]
-    unsafe fn write(&self, tile: &Tile, alpha: f32, add: bool) {
+    unsafe fn write(&self, tile: &Tile, alpha: f32) {
         for (r, sums) in tile.0.iter().enumerate().take(self.rows) {
+            let mut before = [0.0; COLS];
+            if let Some((start, stride)) = self.start {
+                let start = start.wrapping_add(r * stride);
+                for (c, before) in before.iter_mut().enumerate().take(self.cols) {
+                    // SAFETY: the caller's promise.
+                    *before = unsafe { *start.add(c) };
+                }
+            }
             // SAFETY: the caller's promise.
             let row = unsafe {
                 std::slice::from_raw_parts_mut(self.first.add(r * self.stride), self.cols)
             };
-            for (out, sum) in row.iter_mut().zip(sums) {
-                let before = if add { *out } else { 0.0 };
+            for ((out, before), sum) in row.iter_mut().zip(before).zip(sums) {
                 *out = before + alpha * sum;
             }
         }
     }
 
-    /// The same for a block of all columns.
+    /// The same for a block of all columns, `STREAM`ed past the caches: then [`finish_streams`]
+    /// comes before anybody reads.
     ///
     /// # Safety
     /// As above; the machine has AVX-512, and rows that are streamed begin cache lines.
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f")]
-    unsafe fn write_avx512<const WAY: u8>(&self, tile: &Tile, alpha: f32) {
+    unsafe fn write_avx512<const STREAM: bool>(&self, tile: &Tile, alpha: f32) {
         use std::arch::x86_64::{
             _mm512_add_ps, _mm512_loadu_ps, _mm512_mul_ps, _mm512_set1_ps, _mm512_storeu_ps,
             _mm512_stream_ps,
@@ -158,15 +187,15 @@ impl Block {
             for (part, sums) in sums.as_chunks::<VECTOR>().0.iter().enumerate() {
                 // SAFETY: the caller's promise.
                 unsafe {
+                    let mut sum = _mm512_mul_ps(alpha, _mm512_loadu_ps(sums.as_ptr()));
+                    if let Some((start, stride)) = self.start {
+                        let before = start.add(r * stride + part * VECTOR);
+                        sum = _mm512_add_ps(_mm512_loadu_ps(before), sum);
+                    }
                     let place = self.first.add(r * self.stride + part * VECTOR);
-                    let product = _mm512_mul_ps(alpha, _mm512_loadu_ps(sums.as_ptr()));
-                    match WAY {
-                        STREAM => _mm512_stream_ps(place, product),
-                        ADD => {
-                            let sum = _mm512_add_ps(_mm512_loadu_ps(place), product);
-                            _mm512_storeu_ps(place, sum);
-                        }
-                        _ => _mm512_storeu_ps(place, product),
+                    match STREAM {
+                        true => _mm512_stream_ps(place, sum),
+                        false => _mm512_storeu_ps(place, sum),
                     }
                 }
             }

@@ -21,6 +21,20 @@ fn transposed(matrix: &[f32], cols: usize) -> Vec<f32> {
         .collect()
 }
 
+/// a · bᵀ alone.
+fn product<'a>(level: Level, (a, b): (Operand<'a>, Operand<'a>), dims: [usize; 3]) -> Product<'a> {
+    Product {
+        a,
+        packed: None,
+        b,
+        low_rank: None,
+        dims,
+        alpha: 1.0,
+        start: Start::Zero,
+        level,
+    }
+}
+
 /// A product at every level of this machine, with each operand both ways round and in both
 /// types, beside its value in float64.
 fn check([m, n, k]: [usize; 3], alpha: f32, add: bool, threads: usize) {
@@ -53,12 +67,9 @@ fn check([m, n, k]: [usize; 3], alpha: f32, add: bool, threads: usize) {
                 out[..n].copy_from_slice(before);
             }
             let product = Product {
-                a: a_operand,
-                b: b_operand,
-                dims: [m, n, k],
                 alpha,
-                add,
-                level,
+                start: if add { Start::Output } else { Start::Zero },
+                ..product(level, (a_operand, b_operand), [m, n, k])
             };
             device.run(|| product.run(&device, &mut out, stride));
             for (i, row) in out.chunks(stride).enumerate() {
@@ -111,14 +122,8 @@ fn bits_do_not_depend_on_the_number_of_threads_or_of_other_rows() {
     let run = |threads: usize, rows: usize| {
         let device = Device::cpu(threads).unwrap();
         let mut out = vec![0.0; rows * n];
-        let product = Product {
-            a: Operand::rows(Values::F32(&a), k),
-            b: Operand::rows(Values::F32(&b), k),
-            dims: [rows, n, k],
-            alpha: 1.0,
-            add: false,
-            level: Level::best(),
-        };
+        let operands = [&a, &b].map(|values| Operand::rows(Values::F32(values), k));
+        let product = product(Level::best(), operands.into(), [rows, n, k]);
         device.run(|| product.run(&device, &mut out, n));
         out
     };
@@ -149,13 +154,11 @@ fn a_part_of_panels_multiplied_on_one_thread_has_the_bits_of_the_whole_product()
         let right = Panels::new(&device, level, (&b, Side::Right), 0..cols, 0..depth);
         for add in [false, true] {
             let mut want = before.clone();
+            let part = Operand::rows(Values::F32(part), depth);
             let product = Product {
-                a,
-                b: Operand::rows(Values::F32(part), depth),
-                dims: [m, n, k],
                 alpha: 0.75,
-                add,
-                level,
+                start: if add { Start::Output } else { Start::Zero },
+                ..product(level, (a, part), [m, n, k])
             };
             device.run(|| product.run(&device, &mut want, stride));
             let mut got = before.clone();
@@ -165,6 +168,103 @@ fn a_part_of_panels_multiplied_on_one_thread_has_the_bits_of_the_whole_product()
             assert_eq!(got, want, "{level:?}");
         }
     }
+}
+
+/// start + a · bᵀ + kept(u · vᵀ) with and without a mask, from each start, beside float64. Columns
+/// are no whole bytes of the mask where n is odd.
+fn check_low_rank([m, n, k, rank]: [usize; 4], masked: bool) {
+    let device = Device::cpu(2).unwrap();
+    let (a, b, u, v) = (
+        values(11, m * k),
+        values(12, n * k),
+        values(13, m * rank),
+        values(14, n * rank),
+    );
+    let (matrix, row) = (values(15, m * n), values(16, n));
+    let mask: Vec<u8> = (0..(m * n).div_ceil(8))
+        .map(|i| (i * 89 + 37) as u8)
+        .collect();
+    let kept = Kept {
+        mask: &mask,
+        scale: 1.25,
+    };
+    let factor = |i: usize| match (masked, mask[i / 8] >> (i % 8) & 1) {
+        (false, _) => 1.0,
+        (true, bit) => 1.25 * f64::from(bit),
+    };
+    let dot = |a: &[f32], b: &[f32]| -> f64 {
+        a.iter()
+            .zip(b)
+            .map(|(&a, &b)| f64::from(a) * f64::from(b))
+            .sum()
+    };
+    let starts = [
+        Start::Zero,
+        Start::Output,
+        Start::Matrix(&matrix),
+        Start::Row(&row),
+    ];
+    let operand = |values, cols| Operand::rows(Values::F32(values), cols);
+    for (level, start) in Level::available().flat_map(|level| starts.map(|start| (level, start))) {
+        let product = Product {
+            start,
+            low_rank: Some(LowRank {
+                a: operand(&u, rank),
+                b: operand(&v, rank),
+                rank,
+                kept: masked.then_some(kept),
+            }),
+            ..product(level, (operand(&a, k), operand(&b, k)), [m, n, k])
+        };
+        let mut out = matrix.clone();
+        device.run(|| product.run(&device, &mut out, n));
+        for (i, got) in out.into_iter().enumerate() {
+            let (r, c) = (i / n, i % n);
+            let from = match start {
+                Start::Zero => 0.0,
+                Start::Output | Start::Matrix(_) => matrix[i],
+                Start::Row(row) => row[c],
+            };
+            let low_rank = dot(&u[r * rank..][..rank], &v[c * rank..][..rank]);
+            let full = dot(&a[r * k..][..k], &b[c * k..][..k]);
+            let want = f64::from(from) + full + factor(i) * low_rank;
+            let limit = 1e-6 * (1.0 + ((k + rank) as f64).sqrt());
+            let error = (f64::from(got) - want).abs();
+            assert!(error < limit, "{level:?} at {r},{c}: {got}, not {want}");
+        }
+    }
+}
+
+#[test]
+fn a_low_rank_product_with_dropout_is_added_to_every_start() {
+    for dims in [
+        [1, 1, 1, 1],
+        [33, 70, 40, 8],
+        [70, 41, 1700, 33],
+        [64, 64, 64, 32],
+    ] {
+        check_low_rank(dims, false);
+        check_low_rank(dims, true);
+    }
+}
+
+#[test]
+fn a_packed_left_operand_gives_the_bits_of_one_that_is_not() {
+    let device = Device::cpu(2).unwrap();
+    let (m, n, k) = (70, 40, 1700);
+    let (a, b) = (values(17, m * k), values(18, n * k));
+    let operands = [&a, &b].map(|values| Operand::rows(Values::F32(values), k));
+    let packed = packed(&device, &operands[0], [m, k]);
+    let [with, without] = [Some(&packed[..]), None].map(|packed| {
+        let product = Product {
+            packed,
+            ..product(Level::best(), operands.into(), [m, n, k])
+        };
+        let mut out = vec![0.0; m * n];
+        device.run(|| product.run(&device, &mut out, n));
+        out
+    });
+    assert_eq!(with, without);
 }
 
 #[test]
@@ -203,14 +303,8 @@ fn a_value_that_is_not_a_number_reaches_its_row_alone() {
         let (mut a, b) = (values(6, m * k), values(7, n * k));
         a[3 * k + 5] = f32::NAN;
         let mut out = vec![0.0; m * n];
-        let product = Product {
-            a: Operand::rows(Values::F32(&a), k),
-            b: Operand::rows(Values::F32(&b), k),
-            dims: [m, n, k],
-            alpha: 1.0,
-            add: false,
-            level,
-        };
+        let operands = [&a, &b].map(|values| Operand::rows(Values::F32(values), k));
+        let product = product(level, operands.into(), [m, n, k]);
         device.run(|| product.run(&device, &mut out, n));
         for (i, row) in out.chunks(n).enumerate() {
             assert!(
