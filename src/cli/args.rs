@@ -11,9 +11,15 @@ use super::features::FeaturesArgs;
 use super::report::ReportArgs;
 use super::train_args::TrainArgs;
 
+/// What the help says after the commands.
+const AFTER_HELP: &str = "\
+Exit codes: 0 success, 1 error, 2 wrong usage, 130 interrupted.
+For hub ids HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN, HF_TOKEN_PATH and HF_HUB_OFFLINE mean \
+what they mean to the Python tools.";
+
 /// Turns a language model into a reasoning model with SAE-Tuning.
 #[derive(Parser)]
-#[command(name = "resa-engine", version, propagate_version = true)]
+#[command(name = "resa-engine", version, propagate_version = true, after_help = AFTER_HELP)]
 pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
@@ -21,11 +27,12 @@ pub struct Cli {
 
 #[derive(Subcommand)]
 pub enum Command {
-    /// Train a sparse autoencoder and tune a model with it; with no option, the embedded example
+    /// Train a sparse autoencoder and tune a model with it; without --target, --source and --data,
+    /// the embedded example with defaults of its own
     Train(Box<TrainArgs>),
     /// Measure a model: Pass@1 and pass@k on problems with answers, or the perplexity of a text
     Eval(Box<EvalArgs>),
-    /// Let a model write
+    /// Generate text
     Generate(GenerateArgs),
     /// Merge adapters into the weights of their base, or of any model of the same shape
     Merge(MergeArgs),
@@ -67,6 +74,8 @@ fn plain(value: &toml::Value) -> String {
             "layer 12 of 28, the same fraction of another depth".to_owned()
         }
         toml::Value::Array(items) => items.iter().map(plain).collect::<Vec<_>>().join(","),
+        // 1e-6 rather than 0.000001, 1 rather than 1.0.
+        toml::Value::Float(x) => format!("{x:?}").trim_end_matches(".0").to_owned(),
         other => other.to_string(),
     }
 }
@@ -94,8 +103,8 @@ pub struct ModelArgs {
     /// Worker threads; 0 is one for each core
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Model")]
     pub threads: usize,
-    /// Floating-point type of weights in memory; auto leaves them as they are stored where text is
-    /// written, and is bf16 on a GPU
+    /// Floating-point type of weights: f32, bf16, or auto: bf16 for generating (f16 and f32 weights
+    /// are rounded), f32 for --perplexity, bf16 on a GPU
     #[arg(long, value_parser = dtype, default_value = "auto", help_heading = "Model")]
     pub dtype: DtypeSetting,
 }
@@ -130,18 +139,22 @@ pub struct SamplingArgs {
         help_heading = "Sampling"
     )]
     pub seed: u64,
-    /// Most tokens to write
+    /// Maximum new tokens
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = at_least::<1>, help_heading = "Sampling")]
     pub max_new_tokens: usize,
     /// Completions for a prompt or problem
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..1 << 24), help_heading = "Sampling")]
     pub samples: u32,
-    /// Sequences that are decoded together; has no part in what is written
+    /// Sequences decoded together; does not change the results
     #[arg(long, value_name = "N", default_value_t = BATCH, value_parser = at_least::<1>, help_heading = "Sampling")]
     pub batch: usize,
 }
 
 #[derive(Args)]
+#[command(
+    override_usage = "resa-engine eval --model <MODEL> --data <FILE|ID> [OPTIONS]
+       resa-engine eval --regrade <FILE> [OPTIONS]"
+)]
 pub struct EvalArgs {
     /// Model to measure: Hugging Face folder or hub id
     #[arg(long, value_name = "MODEL", required_unless_present = "regrade")]
@@ -151,7 +164,8 @@ pub struct EvalArgs {
     /// Problems with answers: JSON, JSON Lines or Parquet file, or hub id
     #[arg(long, value_name = "FILE|ID", required_unless_present = "regrade")]
     pub data: Option<PathBuf>,
-    /// Jinja file that turns a record into text; built in where not given
+    /// Jinja file that turns a record into text, with the variables problem, question (the same)
+    /// and answer; built in where not given, whatever training used
     #[arg(long, value_name = "FILE")]
     pub template: Option<PathBuf>,
     /// Put problems to the model by its chat template, as a user's message, instead of --template
@@ -159,7 +173,7 @@ pub struct EvalArgs {
     pub chat: bool,
     #[command(flatten)]
     pub sampling: SamplingArgs,
-    /// Use the first N records (with --perplexity: sequences) alone
+    /// Use only the first N records (with --perplexity: sequences)
     #[arg(long, value_name = "N", value_parser = at_least::<1>)]
     pub limit: Option<usize>,
     /// JSON Lines file for the completions with their grades, written as they come
@@ -172,7 +186,7 @@ pub struct EvalArgs {
     /// `completion` and, to tell problems apart, `index` or `problem`
     #[arg(long, value_name = "FILE", conflicts_with_all = ["model", "data", "perplexity", "adapter", "sae"])]
     pub regrade: Option<PathBuf>,
-    /// Measure the loss a token on the data's text, packed as in training, instead of answers
+    /// Measure the loss per token on the data's text, packed as in training, instead of answers
     #[arg(long, conflicts_with = "chat")]
     pub perplexity: bool,
     /// Tokens in a sequence, with --perplexity
@@ -185,24 +199,24 @@ pub struct EvalArgs {
 
 #[derive(Args)]
 pub struct GenerateArgs {
-    /// Model that writes: Hugging Face folder or hub id
+    /// Model to use: Hugging Face folder or hub id
     #[arg(long, value_name = "MODEL")]
     pub model: String,
     #[command(flatten)]
     pub with: ModelArgs,
-    /// What to go on from, - for standard input; may be repeated
+    /// Prompt; - reads standard input; repeatable
     #[arg(long, value_name = "TEXT", required = true, allow_hyphen_values = true)]
     pub prompt: Vec<String>,
-    /// What the model is told beforehand, by its chat template
+    /// System message for the model's chat template
     #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
     pub system: Option<String>,
     /// Give the prompt as it is, without the model's chat template
     #[arg(long)]
     pub raw: bool,
-    /// Text that ends what is written, not itself a part of it; may be repeated
+    /// Text that ends a completion and is no part of it; repeatable
     #[arg(long, value_name = "TEXT", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub stop: Vec<String>,
-    /// Token id that ends what is written, beside the model's own; may be repeated
+    /// Token id that ends a completion, beside the model's own; repeatable
     #[arg(long, value_name = "ID")]
     pub stop_token: Vec<u32>,
     /// Go on past the model's own end of text
@@ -236,21 +250,22 @@ pub struct MergeArgs {
     /// Model to merge into: Hugging Face folder or hub id
     #[arg(long, value_name = "MODEL")]
     pub model: String,
-    /// PEFT adapter to merge, folder or hub id, with the factor it is taken times; may be repeated
+    /// PEFT adapter to merge (folder or hub id) and the optional weight it is multiplied by
+    /// (default 1); repeatable
     #[arg(long, value_name = "DIR[=WEIGHT]", required = true)]
     pub adapter: Vec<String>,
-    /// Folder for the merged model; must not exist or be empty
+    /// Folder for the merged model; must be absent or empty
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
 }
 
 #[derive(Args)]
 pub struct BenchArgs {
-    /// Rows whose name holds all these words, such as "gemm backward smollm2" or "stages"; may be
-    /// repeated
+    /// Rows whose name holds all these words, such as "gemm backward smollm2" or "stages";
+    /// repeatable
     #[arg(long, value_name = "NAME")]
     pub filter: Vec<String>,
-    /// The model whose shapes are measured; may be repeated
+    /// The model whose shapes are measured; repeatable
     #[arg(long, value_name = "MODEL", value_parser = resa_engine::bench::shapes::NAMES)]
     pub model: Vec<String>,
     /// Where to compute: auto (the CPU), cpu, cuda or cuda:N
@@ -265,7 +280,7 @@ pub struct BenchArgs {
     /// Earlier results, as --json prints them: every row gets a verdict
     #[arg(long, value_name = "FILE")]
     pub compare: Option<PathBuf>,
-    /// Print registers, shared memory and spills of each kernel, as compiled, and stop
+    /// Print the committed table of registers, shared memory and spills of each kernel, and stop
     #[arg(long = "static")]
     pub static_table: bool,
     /// Print the results as JSON

@@ -28,7 +28,7 @@ pub struct FeaturesArgs {
     /// Model whose activations the SAEs reconstruct: Hugging Face folder or hub id
     #[arg(long, value_name = "MODEL")]
     model: String,
-    /// Folder or hub id of one SAE, or of several, one a layer (model.layers.N); may be repeated
+    /// Folder or hub id of one SAE, or of several, one per layer (model.layers.N); repeatable
     #[arg(long, value_name = "DIR", required = true)]
     sae: Vec<PathBuf>,
     /// Another model of the same shape, or a PEFT adapter for --model, to compare with: folder or
@@ -38,16 +38,17 @@ pub struct FeaturesArgs {
     /// Problems with answers, whose texts are read: JSON, JSON Lines or Parquet file, or hub id
     #[arg(long, value_name = "FILE|ID")]
     data: String,
-    /// Jinja file that turns a record into text; built in where not given
+    /// Jinja file that turns a record into text, with the variables problem, question (the same)
+    /// and answer; built in where not given
     #[arg(long, value_name = "FILE")]
     template: Option<PathBuf>,
-    /// Use the first N records alone
+    /// Use only the first N records
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = at_least::<1>)]
     limit: usize,
-    /// Most tokens of a text
+    /// Maximum tokens of a text
     #[arg(long, value_name = "N", default_value_t = 2048, value_parser = at_least::<2>)]
     seq_len: usize,
-    /// Contexts to show of each reasoning feature, strongest first
+    /// Contexts to keep of each reasoning feature, strongest first; the table shows 3, the JSON all
     #[arg(long, value_name = "N", default_value_t = 5)]
     contexts: usize,
     /// Folder for features.json and features.svg; made where it does not exist
@@ -62,7 +63,7 @@ pub struct FeaturesArgs {
     /// Worker threads; 0 is one for each core
     #[arg(long, value_name = "N", default_value_t = 0)]
     threads: usize,
-    /// Floating-point type of weights and activations
+    /// Floating-point type of weights: auto (f32), f32 or bf16; activations are f32
     #[arg(long, value_parser = dtype, default_value = "auto")]
     dtype: DtypeSetting,
 }

@@ -14,7 +14,9 @@ pub struct TrainArgs {
     /// TOML file of settings, keys named as these options; options win over it
     #[arg(long, value_name = "FILE", help_heading = "Run")]
     pub config: Option<PathBuf>,
-    /// Go on with the run in --out from its last checkpoint, with the settings it was started with
+    /// Go on with the run in --out from its last checkpoint, with the settings it was started with;
+    /// only --device, --dtype, --threads, --cache-memory, --checkpoint-every, --keep and --log-every
+    /// may change
     #[arg(long, help_heading = "Run")]
     pub resume: bool,
     /// Check settings and files, print steps, tokens, FLOP, memory and time to expect, and stop
@@ -52,15 +54,17 @@ pub struct TrainSettings {
     #[serde(skip_serializing_if = "Option::is_none")]
     target: Option<String>,
 
-    /// Trigger data for Stage I: JSON, JSON Lines or Parquet file, or hub id
+    /// Trigger data for Stage I: JSON, JSON Lines or Parquet file, or hub id, with the keys problem
+    /// (else question, else prompt) and answer
     #[arg(long, value_name = "FILE|ID", help_heading = "Data")]
     #[serde(skip_serializing_if = "Option::is_none")]
     data: Option<String>,
-    /// Elicitation data for Stage II; the trigger data where not given
+    /// Elicitation data for Stage II, with the same keys; the trigger data where not given
     #[arg(long, value_name = "FILE|ID", help_heading = "Data")]
     #[serde(skip_serializing_if = "Option::is_none")]
     elicitation_data: Option<String>,
-    /// Jinja file that turns a record into text; built in where not given
+    /// Jinja file that turns a record into text, with the variables problem, question (the same)
+    /// and answer; built in where not given
     #[arg(long, value_name = "FILE", help_heading = "Data")]
     #[serde(skip_serializing_if = "Option::is_none")]
     template: Option<PathBuf>,
@@ -79,15 +83,17 @@ pub struct TrainSettings {
     #[serde(skip_serializing_if = "Option::is_none")]
     shuffle: Option<bool>,
 
-    /// Layer whose output the SAE learns, as model.layers.N (0-based); may be repeated in Stage I
+    /// Layer whose output the SAE learns, as model.layers.N (0-based); repeat for several SAEs,
+    /// Stage II uses the first
     #[arg(long, value_name = "NAME", value_parser = hookpoint, help_heading = "Sparse autoencoder (Stage I)")]
     #[serde(skip_serializing_if = "Option::is_none")]
     hookpoint: Option<Vec<String>>,
-    /// The same by its number; may be repeated
+    /// The same by its number; repeatable
     #[arg(long, value_name = "N", value_parser = hookpoint, conflicts_with = "hookpoint", help_heading = "Sparse autoencoder (Stage I)")]
     #[serde(skip_serializing_if = "Option::is_none")]
     layer: Option<Vec<String>>,
-    /// SAE to start from: a sparsify folder or hub id
+    /// Trained SAE (sparsify folder or hub id): needed by --sae-init finetune or pretrained and by
+    /// --stage sft
     #[arg(
         long,
         value_name = "DIR",
@@ -112,7 +118,7 @@ pub struct TrainSettings {
     #[arg(long, value_name = "N", help_heading = "Sparse autoencoder (Stage I)")]
     #[serde(skip_serializing_if = "Option::is_none")]
     expansion: Option<usize>,
-    /// Active latents a token
+    /// Active latents per token
     #[arg(long, value_name = "N", help_heading = "Sparse autoencoder (Stage I)")]
     #[serde(skip_serializing_if = "Option::is_none")]
     k: Option<usize>,
@@ -138,7 +144,7 @@ pub struct TrainSettings {
     #[arg(long, value_name = "N", help_heading = "Sparse autoencoder (Stage I)")]
     #[serde(skip_serializing_if = "Option::is_none")]
     sae_epochs: Option<usize>,
-    /// Most steps; no limit where not given
+    /// Maximum steps; no limit where not given
     #[arg(long, value_name = "N", help_heading = "Sparse autoencoder (Stage I)")]
     #[serde(skip_serializing_if = "Option::is_none")]
     max_sae_steps: Option<usize>,
@@ -167,7 +173,7 @@ pub struct TrainSettings {
     #[arg(long, value_name = "N", help_heading = "Tuning (Stage II)")]
     #[serde(skip_serializing_if = "Option::is_none")]
     epochs: Option<usize>,
-    /// Most steps; no limit where not given
+    /// Maximum steps; no limit where not given
     #[arg(long, value_name = "N", help_heading = "Tuning (Stage II)")]
     #[serde(skip_serializing_if = "Option::is_none")]
     max_sft_steps: Option<usize>,
@@ -216,7 +222,7 @@ pub struct TrainSettings {
     #[arg(long, value_name = "N", help_heading = "Run")]
     #[serde(skip_serializing_if = "Option::is_none")]
     threads: Option<usize>,
-    /// Most memory of the activation cache in GiB; beyond it a file is used [default: a quarter of the available memory]
+    /// Maximum memory of the activation cache in GiB; beyond it a file is used [default: a quarter of the available memory]
     #[arg(long, value_name = "GIB", help_heading = "Run")]
     #[serde(skip_serializing_if = "Option::is_none")]
     cache_memory: Option<f64>,

@@ -146,6 +146,8 @@ fn help_explains_every_option_with_its_default() {
         "Tokens in a sequence [default: 2048]",
         "[default: q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]",
         "[default: 5e-3 (signum) or 2e-4 (adam) / sqrt(latents / 16384)]",
+        "(AdamW, constant) [default: 1e-6]",
+        "0 is off [default: 0]",
     ] {
         assert!(words.contains(expected), "{expected}");
     }
@@ -180,6 +182,24 @@ fn every_setting_has_an_option_of_its_name() {
             .split_whitespace()
             .any(|word| word.split(['[', '=']).next() == Some(&option));
         assert!(named, "{option}");
+    }
+}
+
+#[test]
+fn help_says_the_exit_codes_and_both_ways_to_call_eval() {
+    let temp = tempfile::tempdir().unwrap();
+    let help = |args: &[&str]| String::from_utf8(resa(temp.path(), args).stdout).unwrap();
+    let text = help(&["--help"]);
+    assert!(
+        text.contains("130 interrupted") && text.contains("HF_TOKEN"),
+        "{text}"
+    );
+    let text = help(&["eval", "--help"]);
+    for way in [
+        "eval --model <MODEL> --data <FILE|ID>",
+        "eval --regrade <FILE>",
+    ] {
+        assert!(text.contains(way), "{text}");
     }
 }
 
