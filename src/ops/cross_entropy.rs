@@ -1,6 +1,6 @@
 //! Head, softmax, cross-entropy and its gradient, fused over chunks of tokens:
 //! loss = (1/n) Σ_t w_t (log Σ_v exp(l_tv) − l_t,y_t), l = h Wᵀ, where w_t is 1 for tokens that
-//! count, else 0, and n their number.
+//! count, else 0, and n their number; where no token counts, loss and gradient are 0.
 //!
 //! h \[T, d\] f32 or bf16 after the final norm, W \[V, d\], y \[T\] u32. As in kl_div, the gradient with
 //! respect to h is computed in the same sweep and is all that is saved. Tokens that do not count
@@ -48,7 +48,7 @@ impl Operator for CrossEntropy {
         if let Device::Cuda(cuda) = device {
             return self.forward_cuda(device, cuda, hidden, &counted, needed[0]);
         }
-        let scale = 1.0 / counted.len() as f32;
+        let scale = 1.0 / counted.len().max(1) as f32;
         let chunk = head::chunk_tokens(counted.len(), vocab, 1);
         let mut logits = device.buffer(chunk * vocab);
         let (mut gathered, mut gathered_grad) =
@@ -113,15 +113,11 @@ impl CrossEntropy {
             .filter_map(|(t, y)| Some((t, (*y)?)))
             .collect();
         let invalid = counted.iter().find(|(_, y)| *y as usize >= vocab);
-        if self.targets.len() != tokens || counted.is_empty() || invalid.is_some() {
+        if self.targets.len() != tokens || invalid.is_some() {
             return Err(Error::operand(
                 Self::NAME,
-                format!("{tokens} targets below {vocab}, one of them at least counting"),
-                format!(
-                    "{} targets, {} counting, {invalid:?}",
-                    self.targets.len(),
-                    counted.len()
-                ),
+                format!("{tokens} targets below {vocab}"),
+                format!("{} targets, {invalid:?}", self.targets.len()),
             ));
         }
         Ok(counted)
@@ -130,7 +126,7 @@ impl CrossEntropy {
 
 /// The outputs: the mean over `counted` tokens, and the loss of each.
 fn mean_and_each(losses: Vec<f32>, counted: usize) -> Result<Vec<Tensor>> {
-    let loss = losses.iter().map(|&v| f64::from(v)).sum::<f64>() / counted as f64;
+    let loss = losses.iter().map(|&v| f64::from(v)).sum::<f64>() / counted.max(1) as f64;
     if !loss.is_finite() {
         return Err(Error::NotFinite {
             what: format!("the cross-entropy is {loss}"),
@@ -181,7 +177,8 @@ const FORWARD_THREADS: u32 = 512;
 const BACKWARD_THREADS: u32 = 256;
 
 impl CrossEntropy {
-    /// What is saved has a row for each token that counts, \[n, d\] f32.
+    /// What is saved has a row for each token that counts, \[n, d\] f32; one that is not read
+    /// where none does.
     fn forward_cuda(
         &self,
         device: &Device,
@@ -193,6 +190,11 @@ impl CrossEntropy {
         let ((tokens, d), (vocab, _)) = (hidden.matrix_dims(), self.head.matrix_dims());
         let hidden = cuda.resident(hidden, DType::Bf16)?.reshape([tokens, d])?;
         let n = counted.len();
+        if n == 0 {
+            let saved = Tensor::from_vec(vec![0.0; d], [1, d])?;
+            let saved = needed.then(|| cuda.resident(&saved, DType::F32));
+            return Ok((mean_and_each(vec![0.0; tokens], 0)?, saved.transpose()?));
+        }
         let losses = Tensor::from_cuda(cuda.alloc(DType::F32, n)?, [n])?;
         let chunk = head::cuda_chunk_tokens(n, 1);
         let head = CudaHead::new(cuda, &self.head, [n, chunk, 1], needed)?;

@@ -44,6 +44,11 @@ const CASES: &[Case] = &[
         stops: &[2, 9],
     },
     Case {
+        what: "the supervised baseline on sequences of which some hold no part of an answer",
+        toml: "method = 'sft'\nseq-len = 8\nsft-batch = 1\ngrad-accum = 2\nmax-sft-steps = 8",
+        stops: &[3],
+    },
+    Case {
         what: "several hookpoints without sink tokens",
         toml: "stage = 'sae'\nlayer = [4, 1, 2]\nsae-epochs = 2\nexclude-sinks = true",
         stops: &[3, 8],
