@@ -121,12 +121,14 @@ pub fn latest(run: &RunDir) -> Result<Option<Latest>> {
     failed.map_or(Ok(None), Err)
 }
 
-/// Removes all but the newest `keep` checkpoints.
-pub fn prune(run: &RunDir, keep: usize) -> Result<()> {
-    let mut old = steps(run)?;
-    old.truncate(old.len().saturating_sub(keep));
-    old.into_iter()
-        .try_for_each(|step| discard(&run.checkpoints_dir(), step))
+/// Removes all but the newest `keep` checkpoints up to that of `step`, the one saved last. Those
+/// above it are damaged ones that the run did not go on from.
+pub fn prune(run: &RunDir, step: u64, keep: usize) -> Result<()> {
+    let mut kept = steps(run)?;
+    let above = kept.split_off(kept.partition_point(|&s| s <= step));
+    let old = kept.len().saturating_sub(keep);
+    let mut removed = above.iter().chain(&kept[..old]);
+    removed.try_for_each(|&step| discard(&run.checkpoints_dir(), step))
 }
 
 /// The steps that have a checkpoint, ascending.

@@ -166,7 +166,7 @@ impl<'a> Session<'a> {
         let state = serde_json::to_value(position)
             .map_err(|e| Error::file(self.run.checkpoints_dir(), e.to_string()))?;
         let path = checkpoint::save(&self.run, self.total_steps, &Snapshot { tensors, state })?;
-        checkpoint::prune(&self.run, self.config.keep)?;
+        checkpoint::prune(&self.run, self.total_steps, self.config.keep)?;
         self.tell(Event::Saved(path));
         Ok(())
     }

@@ -99,7 +99,7 @@ fn a_loop_of_saves_leaves_the_newest_alone() {
         .map_or(1, |step| step + 1);
     for step in first..=last {
         checkpoint::save(&run, step, &snapshot(step)).unwrap();
-        checkpoint::prune(&run, 2).unwrap();
+        checkpoint::prune(&run, step, 2).unwrap();
     }
     assert_eq!(checkpoint::steps(&run).unwrap(), [19, 20]);
 }
@@ -178,12 +178,30 @@ fn pruning_keeps_the_newest() {
     let run = new_run(temp.path(), "run");
     for step in 1..=5 {
         checkpoint::save(&run, step, &snapshot(step)).unwrap();
-        checkpoint::prune(&run, 3).unwrap();
+        checkpoint::prune(&run, step, 3).unwrap();
     }
     assert_eq!(
         names(&run.checkpoints_dir()),
         ["step-3", "step-4", "step-5"]
     );
+}
+
+#[test]
+fn pruning_removes_damaged_checkpoints_above_the_last_and_keeps_the_good_ones() {
+    let temp = tempfile::tempdir().unwrap();
+    let run = new_run(temp.path(), "run");
+    for step in [1, 9] {
+        checkpoint::save(&run, step, &snapshot(step)).unwrap();
+    }
+    fs::remove_file(run.checkpoints_dir().join("step-9/state.json")).unwrap();
+    assert_eq!(checkpoint::latest(&run).unwrap().unwrap().step, 1);
+    // The run goes on from step 1.
+    for (step, left) in [(2, &["step-1", "step-2"][..]), (3, &["step-2", "step-3"])] {
+        checkpoint::save(&run, step, &snapshot(step)).unwrap();
+        checkpoint::prune(&run, step, 2).unwrap();
+        assert_eq!(names(&run.checkpoints_dir()), left);
+    }
+    assert_eq!(checkpoint::latest(&run).unwrap().unwrap().step, 3);
 }
 
 #[test]
@@ -219,7 +237,7 @@ fn files_of_others_among_the_checkpoints_are_left_alone() {
         fs::write(dir.join(name), "").unwrap();
     }
     let run = reopen(run);
-    checkpoint::prune(&run, 1).unwrap();
+    checkpoint::prune(&run, 4, 1).unwrap();
     assert_eq!(names(&dir), ["notes.tmp-1", "step-", "step-4", "step-best"]);
 }
 
