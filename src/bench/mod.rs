@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use crate::device::{Device, Precision};
 use crate::error::{Error, Result};
-use crate::train::plan::available_memory;
+use crate::train::memory::available_memory;
 use crate::train::{DeviceSetting, Event, Observer};
 
 use cases::{Case, Setup};

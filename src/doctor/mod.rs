@@ -15,7 +15,7 @@ use crate::bench::ceilings::processor;
 use crate::device::simd::{Simd, level, multiplies_bf16};
 use crate::device::{CudaDevice, Device, Precision};
 use crate::error::{Error, Result};
-use crate::train::plan::{available_memory, total_memory};
+use crate::train::memory::{available_memory, total_memory};
 use operators::OPERATORS;
 
 /// What was found.

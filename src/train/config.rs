@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::plan::available_memory;
+use super::memory::available_memory;
 use super::settings::{
     self, DeviceSetting, DtypeSetting, Method, SaeGrad, SaeInit, SaeOptimizer, Stage,
 };

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use super::plan::total_memory;
+use super::memory::total_memory;
 use super::{Observer, TrainConfig, example, fetch};
 use crate::data::records::{self, Record};
 use crate::data::{Packed, Template, Tokenizer, pack};

@@ -8,6 +8,7 @@ pub mod flop;
 mod frozen;
 pub mod inputs;
 pub mod metrics;
+pub mod memory;
 pub mod observer;
 pub mod plan;
 pub mod row_cache;

@@ -315,23 +315,6 @@ pub fn measured_rate(device: &Device) -> Result<f64> {
     Ok(2.0 * (rows * inner * out) as f64 / best)
 }
 
-/// Memory that programs can still get from the system, in bytes, where it says so.
-pub fn available_memory() -> Option<u64> {
-    system_memory("MemAvailable:")
-}
-
-/// Memory of the machine, in bytes, where the system says so.
-pub fn total_memory() -> Option<u64> {
-    system_memory("MemTotal:")
-}
-
-fn system_memory(name: &str) -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
-    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
-    kib.checked_mul(1024)
-}
-
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for stage in &self.stages {
