@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
+use resa_engine::device::MOST_THREADS;
 use resa_engine::eval::generate::BATCH;
 use resa_engine::train::{DeviceSetting, DtypeSetting, TrainConfig, settings::parse_hookpoint};
 
@@ -101,7 +102,7 @@ pub struct ModelArgs {
     )]
     pub device: DeviceSetting,
     /// Worker threads; 0 is one for each core
-    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Model")]
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = threads, help_heading = "Model")]
     pub threads: usize,
     /// Floating-point type of weights: f32, bf16, or auto: bf16 for generating (f16 and f32 weights
     /// are rounded), f32 for --perplexity, bf16 on a GPU
@@ -290,8 +291,8 @@ pub struct BenchArgs {
 
 pub fn threads(text: &str) -> Result<usize, String> {
     match text.parse() {
-        Ok(number) if number <= 4096 => Ok(number),
-        _ => Err("expected a whole number of at most 4096".to_owned()),
+        Ok(number) if number <= MOST_THREADS => Ok(number),
+        _ => Err(format!("expected a whole number of at most {MOST_THREADS}")),
     }
 }
 

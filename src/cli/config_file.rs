@@ -54,6 +54,7 @@ fn read(path: &Path) -> Result<Table, Error> {
     TrainConfig::from_toml(&text, path)?;
     text.parse()
         .map_err(|e: toml::de::Error| Error::file(path, e.message()))
+    args.settings.check_paths().map_err(usage)?;
 }
 
 /// Whether a model or data are named; where none is, the embedded example is trained.

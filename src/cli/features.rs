@@ -18,7 +18,7 @@ use resa_engine::{Device, Error};
 use serde::Serialize;
 
 use super::Failure;
-use super::args::{at_least, dtype};
+use super::args::{at_least, dtype, threads};
 
 /// Contexts and reasoning features that the table shows; the JSON has them all.
 const SHOWN: usize = 3;
@@ -61,7 +61,7 @@ pub struct FeaturesArgs {
     #[arg(long, value_name = "N", default_value_t = 42)]
     seed: u64,
     /// Worker threads; 0 is one for each core
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = threads)]
     threads: usize,
     /// Floating-point type of weights: auto (f32), f32 or bf16; activations are f32
     #[arg(long, value_parser = dtype, default_value = "auto")]

@@ -3,9 +3,12 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use resa_engine::Error;
 use resa_engine::model::Module;
 use resa_engine::train::{DeviceSetting, settings::parse_hookpoint};
 use serde::Serialize;
+
+use super::args::threads;
 
 #[derive(Args)]
 pub struct TrainArgs {
@@ -71,7 +74,7 @@ pub struct TrainSettings {
     /// Tokens in a sequence
     #[arg(long, value_name = "N", help_heading = "Data")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    seq_len: Option<usize>,
+    seq_len: Option<u32>,
     /// Keep attention within a document
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true,
           default_missing_value = "true", help_heading = "Data")]
@@ -113,15 +116,15 @@ pub struct TrainSettings {
         help_heading = "Sparse autoencoder (Stage I)"
     )]
     #[serde(skip_serializing_if = "Option::is_none")]
-    latents: Option<usize>,
+    latents: Option<u32>,
     /// Latents per hidden dimension
     #[arg(long, value_name = "N", help_heading = "Sparse autoencoder (Stage I)")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    expansion: Option<usize>,
+    expansion: Option<u32>,
     /// Active latents per token
     #[arg(long, value_name = "N", help_heading = "Sparse autoencoder (Stage I)")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    k: Option<usize>,
+    k: Option<u32>,
     /// Weight of the auxiliary loss on dead latents; 0 is off
     #[arg(long, value_name = "X", help_heading = "Sparse autoencoder (Stage I)")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -139,15 +142,15 @@ pub struct TrainSettings {
     /// Sequences in a step
     #[arg(long, value_name = "N", help_heading = "Sparse autoencoder (Stage I)")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    sae_batch: Option<usize>,
+    sae_batch: Option<u32>,
     /// Passes over the data
     #[arg(long, value_name = "N", help_heading = "Sparse autoencoder (Stage I)")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    sae_epochs: Option<usize>,
+    sae_epochs: Option<u32>,
     /// Maximum steps; no limit where not given
     #[arg(long, value_name = "N", help_heading = "Sparse autoencoder (Stage I)")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    max_sae_steps: Option<usize>,
+    max_sae_steps: Option<u32>,
     /// Sign descent under schedule-free averaging, or Adam with warm-up and decay
     #[arg(long, value_parser = ["signum", "adam"], help_heading = "Sparse autoencoder (Stage I)")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -164,19 +167,19 @@ pub struct TrainSettings {
     /// Sequences in a forward pass
     #[arg(long, value_name = "N", help_heading = "Tuning (Stage II)")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    sft_batch: Option<usize>,
+    sft_batch: Option<u32>,
     /// Forward passes whose gradients make one step
     #[arg(long, value_name = "N", help_heading = "Tuning (Stage II)")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    grad_accum: Option<usize>,
+    grad_accum: Option<u32>,
     /// Passes over the data
     #[arg(long, value_name = "N", help_heading = "Tuning (Stage II)")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    epochs: Option<usize>,
+    epochs: Option<u32>,
     /// Maximum steps; no limit where not given
     #[arg(long, value_name = "N", help_heading = "Tuning (Stage II)")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    max_sft_steps: Option<usize>,
+    max_sft_steps: Option<u32>,
     /// Learning rate (AdamW, constant)
     #[arg(long, value_name = "X", help_heading = "Tuning (Stage II)")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -192,7 +195,7 @@ pub struct TrainSettings {
     /// Rank of the adapters
     #[arg(long, value_name = "N", help_heading = "Tuning (Stage II)")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    lora_r: Option<usize>,
+    lora_r: Option<u32>,
     /// Numerator of the adapters' scale alpha / r
     #[arg(long, value_name = "X", help_heading = "Tuning (Stage II)")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -219,7 +222,7 @@ pub struct TrainSettings {
     #[serde(skip_serializing_if = "Option::is_none")]
     dtype: Option<String>,
     /// Worker threads; 0 is one for each core
-    #[arg(long, value_name = "N", help_heading = "Run")]
+    #[arg(long, value_name = "N", value_parser = threads, help_heading = "Run")]
     #[serde(skip_serializing_if = "Option::is_none")]
     threads: Option<usize>,
     /// Maximum memory of the activation cache in GiB; beyond it a file is used [default: a quarter of the available memory]
@@ -233,19 +236,38 @@ pub struct TrainSettings {
     /// Steps between checkpoints; 0 is only at the end of a stage
     #[arg(long, value_name = "N", help_heading = "Run")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    checkpoint_every: Option<usize>,
+    checkpoint_every: Option<u32>,
     /// Checkpoints to keep
     #[arg(long, value_name = "N", help_heading = "Run")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    keep: Option<usize>,
+    keep: Option<u32>,
     /// Steps between lines of progress where there is no terminal for a bar
     #[arg(long, value_name = "N", help_heading = "Run")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    log_every: Option<usize>,
+    log_every: Option<u32>,
     /// Seed of everything random
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64), help_heading = "Run")]
     #[serde(skip_serializing_if = "Option::is_none")]
     seed: Option<u64>,
+}
+
+impl TrainSettings {
+    /// An error that names the first option with a path that the run folder could not note down.
+    pub(super) fn check_paths(&self) -> Result<(), Error> {
+        let paths = [
+            ("--template", &self.template),
+            ("--sae", &self.sae),
+            ("--adapter", &self.adapter),
+            ("--out", &self.out),
+        ];
+        for (option, path) in paths {
+            if let Some(path) = path.as_ref().filter(|path| path.to_str().is_none()) {
+                let what = format!("expected a path in UTF-8, found {path:?}");
+                return Err(Error::setting(option, what));
+            }
+        }
+        Ok(())
+    }
 }
 
 fn hookpoint(text: &str) -> Result<String, String> {

@@ -15,6 +15,9 @@ pub struct CpuDevice {
     precision: Precision,
 }
 
+/// The most worker threads that a device starts: more than any machine is faster with.
+pub const MOST_THREADS: usize = 1024;
+
 /// What matrix products on the CPU compute with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Precision {
@@ -36,8 +39,9 @@ impl Precision {
 }
 
 impl CpuDevice {
-    /// A pool of `threads` threads; 0 means one for each core.
+    /// A pool of `threads` threads, at most [`MOST_THREADS`]; 0 means one for each core.
     pub fn new(threads: usize) -> Result<Self> {
+        check_threads(threads)?;
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
             .thread_name(|i| format!("resa-{i}"))
@@ -73,6 +77,15 @@ impl CpuDevice {
     pub(super) fn release_memory(&self) {
         self.memory.clear();
     }
+}
+
+/// An error where that many threads are more than a device starts.
+pub(crate) fn check_threads(threads: usize) -> Result<()> {
+    if threads <= MOST_THREADS {
+        return Ok(());
+    }
+    let what = format!("expected at most {MOST_THREADS}, found {threads}");
+    Err(Error::setting("--threads", what))
 }
 
 /// Applies `f` to pairs of elements, in parallel over chunks of fixed size.

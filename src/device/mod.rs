@@ -5,7 +5,8 @@ mod cpu;
 pub(crate) mod cuda;
 pub(crate) mod simd;
 
-pub use cpu::{CpuDevice, Precision};
+pub(crate) use cpu::check_threads;
+pub use cpu::{CpuDevice, MOST_THREADS, Precision};
 pub use cuda::CudaDevice;
 
 use bytemuck::Pod;

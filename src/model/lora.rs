@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use crate::device::CudaDevice;
 use crate::error::Result;
-use crate::model::Qwen2Config;
+use crate::model::{Qwen2Config, reserved};
 use crate::rng::{Purpose, Stream};
 use crate::tensor::{DType, Tensor};
 
@@ -125,11 +125,13 @@ impl Lora {
                 let index = layer as u32 * Module::ALL.len() as u32 + module as u32;
                 let stream = Stream::new(seed, Purpose::Init, 1, index);
                 let bound = 1.0 / (cols as f32).sqrt();
-                let a = (0..config.r * cols)
-                    .map(|i| (stream.uniform(i as u64) * 2.0 - 1.0) * bound)
-                    .collect();
+                let mut a = reserved(config.r.saturating_mul(cols), "--lora-r")?;
+                let mut b = reserved(config.r.saturating_mul(rows), "--lora-r")?;
+                let uniform = |i| (stream.uniform(i as u64) * 2.0 - 1.0) * bound;
+                a.extend((0..config.r * cols).map(uniform));
+                b.resize(config.r * rows, 0.0);
                 let a = Tensor::from_vec(a, [config.r, cols])?;
-                let b = Tensor::from_vec(vec![0.0; rows * config.r], [rows, config.r])?;
+                let b = Tensor::from_vec(b, [rows, config.r])?;
                 pairs.insert((layer, module), LoraPair { a, b });
             }
         }

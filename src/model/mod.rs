@@ -13,3 +13,17 @@ pub use lora::{Lora, LoraConfig, LoraPair, Module};
 pub use qwen2::{DecoderLayer, Linear, Qwen2};
 pub(crate) use sae::reconstruct;
 pub use sae::{Sae, SaeConfig};
+
+use crate::error::{Error, Result};
+
+/// Room for `len` weights; the error names the option that says how many there are.
+pub(crate) fn reserved(len: usize, option: &str) -> Result<Vec<f32>> {
+    let mut room = Vec::new();
+    room.try_reserve_exact(len).map_err(|_| {
+        let bytes = len.saturating_mul(size_of::<f32>());
+        let what =
+            format!("expected weights that memory has room for, found {bytes} bytes of them");
+        Error::setting(option, what)
+    })?;
+    Ok(room)
+}

@@ -5,6 +5,7 @@ use rayon::prelude::*;
 use crate::device::Device;
 use crate::device::simd::vectorized;
 use crate::error::{Error, Result};
+use crate::model::reserved;
 use crate::ops::Operator;
 use crate::ops::math::dot;
 use crate::ops::sparse_decode::cuda::normalize_rows;
@@ -87,7 +88,7 @@ impl Sae {
         let (m, d) = (config.num_latents, config.d_in);
         let Some(len) = m.checked_mul(d).filter(|&len| len > 0) else {
             let what = format!("an SAE of {m} latents over {d} dimensions cannot be made");
-            return Err(Error::setting("--num-latents", what));
+            return Err(Error::setting("--latents", what));
         };
         if config.k == 0 || config.k > m {
             let what = format!("{} is not between 1 and the {m} latents", config.k);
@@ -95,7 +96,8 @@ impl Sae {
         }
         let stream = Stream::new(seed, Purpose::Init, 0, index);
         let bound = 1.0 / (d as f32).sqrt();
-        let mut weights = vec![0.0f32; len];
+        let mut weights = reserved(len, "--latents")?;
+        weights.resize(len, 0.0);
         device.run(|| {
             let words = weights.par_chunks_mut(4).enumerate();
             words.for_each(|(block, values)| {
@@ -105,9 +107,11 @@ impl Sae {
                 }
             });
         });
-        let w_enc = Tensor::from_vec(weights, [m, d])?;
+        let mut decoder = reserved(len, "--latents")?;
+        decoder.extend_from_slice(&weights);
+        let [w_enc, w_dec] = [weights, decoder].map(|w| Tensor::from_vec(w, [m, d]));
         let zeros = |n: usize| Tensor::from_vec(vec![0.0; n], [n]);
-        let tensors = [w_enc.clone(), zeros(m)?, w_enc, zeros(d)?];
+        let tensors = [w_enc?, zeros(m)?, w_dec?, zeros(d)?];
         let mut sae = Self::new(config, tensors);
         // In host memory, where all of it is until a device trains it.
         sae.normalize_decoder(&device.to_host())?;

@@ -2,6 +2,7 @@
 
 use super::config::TrainConfig;
 use super::settings::{Method, SaeInit, Stage};
+use crate::device::check_threads;
 use crate::error::{Error, Result};
 
 /// The most of anything that is counted: products of two such counts cannot overflow.
@@ -55,12 +56,7 @@ impl TrainConfig {
                 format!("expected at most the {latents} latents, found {}", self.k),
             ));
         }
-        if self.threads > 4096 {
-            return Err(Error::setting(
-                "--threads",
-                format!("expected at most 4096, found {}", self.threads),
-            ));
-        }
+        check_threads(self.threads)?;
         // TOML's integers end here, and the seed has to come back from the run folder.
         if self.seed > i64::MAX as u64 {
             return Err(Error::setting(

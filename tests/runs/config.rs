@@ -1,8 +1,8 @@
 use std::path::{Path, PathBuf};
 
-use resa_engine::Error;
-use resa_engine::model::Module;
+use resa_engine::model::{Lora, LoraConfig, Module, Sae, SaeConfig};
 use resa_engine::train::{DeviceSetting, DtypeSetting, SaeInit, SaeOptimizer, Stage, TrainConfig};
+use resa_engine::{Device, Error};
 
 fn parse(text: &str) -> Result<TrainConfig, Error> {
     TrainConfig::from_toml(text, Path::new("settings.toml"))
@@ -120,7 +120,7 @@ fn every_setting_without_sense_is_refused_by_its_name() {
         ("max-sae-steps = 0", "--max-sae-steps"),
         ("max-sft-steps = 0", "--max-sft-steps"),
         ("keep = 0", "--keep"),
-        ("threads = 1000000000", "--threads"),
+        ("threads = 1025", "--threads"),
         ("log-every = 0", "--log-every"),
         ("lr = nan", "--lr"),
         ("lr = 0.0", "--lr"),
@@ -184,6 +184,25 @@ fn latents_are_counted_without_overflow() {
     let config = parse("latents = 4294967297").unwrap();
     assert!(message(config.latents_for(1536)).contains("--latents"));
     assert_eq!(TrainConfig::default().latents_for(1024).unwrap(), 65536);
+}
+
+#[test]
+fn more_weights_than_memory_has_room_for_are_an_error_with_the_option() {
+    const MUCH: usize = usize::MAX / 4096;
+    let device = Device::cpu(1).unwrap();
+    let sae = Sae::scratch(&device, SaeConfig::new(2048, MUCH, 4), 1, 0);
+    assert!(message(sae).starts_with("--latents: "));
+    let lora = LoraConfig {
+        r: MUCH,
+        ..TrainConfig::default().lora()
+    };
+    let lora = Lora::new(lora, &super::plan::qwen(), 0..1, 1);
+    assert!(message(lora).starts_with("--lora-r: "));
+}
+
+#[test]
+fn a_device_starts_a_limited_number_of_threads() {
+    assert!(message(Device::cpu(99_999_999)).starts_with("--threads: "));
 }
 
 #[test]

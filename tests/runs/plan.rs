@@ -3,7 +3,7 @@ use resa_engine::train::plan::{Plan, PlanInput};
 use resa_engine::train::{Method, SaeInit, Schedule, Stage, TrainConfig};
 
 /// DeepSeek-R1-Distill-Qwen-1.5B.
-fn qwen() -> Qwen2Config {
+pub(super) fn qwen() -> Qwen2Config {
     Qwen2Config {
         vocab_size: 151_936,
         hidden_size: 1536,

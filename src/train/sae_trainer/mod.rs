@@ -96,7 +96,10 @@ impl SaeTrainer {
         let default_lr = options.optimizer.default_lr(m);
         let lr = options.lr.unwrap_or(default_lr);
         if !(lr > 0.0 && lr.is_finite()) {
-            return Err(Error::setting("--lr", format!("{lr} is not above zero")));
+            return Err(Error::setting(
+                "--sae-lr",
+                format!("{lr} is not above zero"),
+            ));
         }
         if options.optimizer == SaeOptimizer::Adam && options.total_steps == 0 {
             let what = "adam's schedule needs the number of steps, found 0";
