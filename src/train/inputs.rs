@@ -63,9 +63,12 @@ impl Sources {
                 ..example
             });
         };
-        let source = config.source.as_ref().filter(|s| *s != target);
+        // What the stages that run do not read is not fetched.
+        let runs_sae = config.runs_sae();
+        let source = config.source.as_ref().filter(|s| runs_sae && *s != target);
         let source = folder(source.map(Path::new), Want::Model)?;
-        let source_adapter = config.source_adapter.as_deref().map(Path::new);
+        let source_adapter = config.source_adapter.as_deref().filter(|_| runs_sae);
+        let source_adapter = source_adapter.map(Path::new);
         let source_adapter = folder(source_adapter, Want::Adapter)?;
         let data = config.data.as_ref().ok_or_else(|| {
             Error::setting(
@@ -81,7 +84,7 @@ impl Sources {
             elicitation_data: config
                 .elicitation_data
                 .as_ref()
-                .filter(|e| *e != data)
+                .filter(|e| config.runs_sft() && *e != data)
                 .map(|given| fetch::data(given.as_ref(), observer))
                 .transpose()?,
             template: config.template.clone(),

@@ -15,7 +15,9 @@ fn stage_two_from_the_activations_of_stage_one_is_stage_two_alone() {
     let tuned = ["--epochs", "2", "--shuffle", "--lora-dropout", "0.1"];
     workshop.train("both", &tuned);
     workshop.train("one", &["--stage", "sae", "--shuffle"]);
-    let alone = [&tuned[..], &["--stage", "sft", "--sae", "one/sae"]].concat();
+    // Stage II does not look at the source.
+    let stage = ["--stage", "sft", "--sae", "one/sae", "--source", "absent"];
+    let alone = [&tuned[..], &stage].concat();
     workshop.train("two", &alone);
     let (both, one, two) = (
         Left::by(&workshop.path("both")),

@@ -87,8 +87,14 @@ impl Workshop {
             let mut names = more.iter().filter_map(|arg| arg.split('=').next());
             names.any(|name| name == option)
         };
+        // Those that would have no effect are refused.
+        let idle = |option: &str| match option {
+            "--latents" | "--k" => more.contains(&"finetune"),
+            "--lora-r" => given("--adapter"),
+            _ => false,
+        };
         for (option, value) in small() {
-            if !given(option) {
+            if !given(option) && !idle(option) {
                 args.extend([option.to_owned(), value]);
             }
         }

@@ -101,6 +101,97 @@ fn usage_errors_exit_with_2_and_name_the_option() {
     );
 }
 
+/// What `train` says to options that have no effect; it must refuse them.
+fn refusal(dir: &Path, args: &[&str]) -> String {
+    let output = resa(dir, &[&["train"], args].concat());
+    let text = stderr(&output);
+    assert_eq!(output.status.code(), Some(2), "{args:?}: {text}");
+    text
+}
+
+#[test]
+fn an_option_without_effect_is_refused_with_the_one_that_takes_it() {
+    let temp = tempfile::tempdir().unwrap();
+    let named = ["--target", "m", "--data", "d"];
+    for (given, option, other) in [
+        (&["--template", "t"][..], "--template", "--target"),
+        (&["--elicitation-data", "e"], "--elicitation-data", "--data"),
+        (&["--source-adapter", "a"], "--source-adapter", "--target"),
+        (&["--sae", "s"], "--sae", "--sae-init scratch"),
+    ] {
+        let text = refusal(temp.path(), given);
+        let both = text.starts_with(&format!("error: {option}: ")) && text.contains(other);
+        assert!(both, "{given:?}: {text}");
+    }
+    for (with, given, option) in [
+        (&["--sae", "s"][..], &["--seq-len", "64"][..], "--sae"),
+        (
+            &["--sae-init", "finetune", "--sae", "s"],
+            &["--k", "32"],
+            "--k",
+        ),
+        (
+            &["--sae-init", "finetune", "--sae", "s"],
+            &["--latents", "64"],
+            "--latents",
+        ),
+        (
+            &["--sae-init", "finetune", "--sae", "s"],
+            &["--expansion", "2"],
+            "--expansion",
+        ),
+        (
+            &["--sae-init", "finetune", "--sae", "s"],
+            &["--multi-topk=false"],
+            "--multi-topk",
+        ),
+        (&["--adapter", "a"], &["--lora-r", "32"], "--lora-r"),
+        (&["--adapter", "a"], &["--lora-alpha", "1"], "--lora-alpha"),
+        (
+            &["--adapter", "a"],
+            &["--lora-targets", "q_proj"],
+            "--lora-targets",
+        ),
+    ] {
+        let args = [&named[..], with, given].concat();
+        let text = refusal(temp.path(), &args);
+        let (start, other) = (format!("error: {option}: "), with[0]);
+        assert!(
+            text.starts_with(&start) && text.contains(other),
+            "{args:?}: {text}"
+        );
+    }
+    // The file counts as the command line does.
+    fs::write(temp.path().join("run.toml"), "adapter = 'a'\nlora-r = 4\n").unwrap();
+    let text = refusal(temp.path(), &["--config", "run.toml"]);
+    assert!(
+        text.contains("--lora-r: ") && text.contains("--adapter"),
+        "{text}"
+    );
+}
+
+#[cfg(unix)]
+#[test]
+fn a_path_that_is_no_text_is_refused_with_its_option() {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+    let temp = tempfile::tempdir().unwrap();
+    for option in ["--out", "--template", "--sae", "--adapter"] {
+        let output = Command::new(env!("CARGO_BIN_EXE_resa-engine"))
+            .args([
+                OsStr::new("train"),
+                OsStr::new(option),
+                OsStr::from_bytes(b"\xff"),
+            ])
+            .current_dir(temp.path())
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(2));
+        let text = stderr(&output);
+        assert!(text.starts_with(&format!("error: {option}: ")), "{text}");
+    }
+}
+
 #[test]
 fn asking_for_a_gpu_says_what_is_missing_and_writes_nothing() {
     let temp = tempfile::tempdir().unwrap();
