@@ -161,7 +161,8 @@ pub fn prepare(
     }
 }
 
-/// The device of the settings. `auto` is the CPU: the kernels have been run on an emulator only.
+/// The device of the settings. `auto` is the CPU: one model of GPU alone, an H100, has run the
+/// kernels.
 ///
 /// # Errors
 /// A device that is not there, or a dtype that it does not compute in.

@@ -102,7 +102,7 @@ impl DtypeSetting {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum DeviceSetting {
-    /// The CPU, as long as the kernels have run on an emulator only.
+    /// The CPU, as long as one model of GPU alone, an H100, has run the kernels.
     Auto,
     /// The host's cores.
     Cpu,
