@@ -30,7 +30,7 @@ fn train(device: &Device, dir: &Path, data: &Path) -> Result<()> {
     let model = huggingface::load(dir)?;
     let tokenizer = Tokenizer::from_dir(dir)?;
     let (_, texts) = inputs::read_texts(&[data], &Template::builtin(), &tokenizer, SEQ_LEN, false)?;
-    inputs::check_vocabulary(&model, &texts, dir)?;
+    inputs::check_vocabulary(&model.config, &texts, dir)?;
     let layout = Layout::new(&model.config, 1, SEQ_LEN)?;
     let plain = Inference::new(&model);
     let rows = texts.rows().min(16);

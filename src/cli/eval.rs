@@ -49,7 +49,7 @@ fn measure_perplexity(
     let device = &loaded.device;
     let (_, mut packed) =
         device.run(|| read_texts(data, template, &loaded.tokenizer, args.seq_len, false))?;
-    check_vocabulary(loaded.model(), &packed, &loaded.dir)?;
+    check_vocabulary(&loaded.model().config, &packed, &loaded.dir)?;
     if let Some(limit) = args.limit {
         packed.tokens.truncate(limit.saturating_mul(args.seq_len));
     }

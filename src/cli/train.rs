@@ -11,8 +11,11 @@ use super::{Failure, config_file, interrupt};
 
 pub fn run(args: &TrainArgs) -> Result<(), Failure> {
     let config = config_file::resolve(args)?;
+    let options = RunOptions {
+        resume: args.resume,
+    };
     if args.dry_run {
-        let plan = train::dry_run(&config, &mut Progress::stderr(config.log_every))?;
+        let plan = train::dry_run(&config, options, &mut Progress::stderr(config.log_every))?;
         match args.json {
             true => println!("{}", serde_json::to_string_pretty(&plan)?),
             false => print!("{plan}"),
@@ -21,9 +24,6 @@ pub fn run(args: &TrainArgs) -> Result<(), Failure> {
     }
     let cancel = interrupt::cancel_flag()?;
     let mut show = Show::new(&config);
-    let options = RunOptions {
-        resume: args.resume,
-    };
     let summary = train::run(&config, options, &mut show, &cancel)?;
     match args.json {
         true => println!("{}", serde_json::to_string_pretty(&summary)?),

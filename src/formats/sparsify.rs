@@ -40,12 +40,21 @@ pub fn hookpoint_dir(root: &Path, layer: usize) -> Result<PathBuf> {
 /// # Errors
 /// As [`load`], and where the SAE is made for activations of another size than the model's.
 pub fn load_at(root: &Path, layer: usize, model: &Qwen2Config) -> Result<Sae> {
+    check_at(root, layer, model)?;
+    load(&hookpoint_dir(root, layer)?)
+}
+
+/// Checks an SAE as [`load_at`] does, but for whether its numbers are finite: they are not read.
+///
+/// # Errors
+/// As [`load_at`].
+pub fn check_at(root: &Path, layer: usize, model: &Qwen2Config) -> Result<SaeConfig> {
     let dir = hookpoint_dir(root, layer)?;
-    let sae = load(&dir)?;
-    if sae.config.d_in == model.hidden_size {
-        return Ok(sae);
+    let (config, _) = open(&dir)?;
+    if config.d_in == model.hidden_size {
+        return Ok(config);
     }
-    let (expected, found) = (model.hidden_size, sae.config.d_in);
+    let (expected, found) = (model.hidden_size, config.d_in);
     let what = format!("expected d_in {expected}, the model's hidden size, found {found}");
     Err(Error::file(dir.join(CONFIG), what))
 }
@@ -56,31 +65,31 @@ pub fn load_at(root: &Path, layer: usize, model: &Qwen2Config) -> Result<Sae> {
 /// Where a file is missing or damaged, the SAE is of a kind the engine does not compute, or a
 /// tensor is missing, not expected, not finite, or of another shape than `cfg.json` says.
 pub fn load(dir: &Path) -> Result<Sae> {
-    let config = read_config(&dir.join(CONFIG))?;
-    let (m, d) = (config.num_latents, config.d_in);
-    let file = SafeTensors::open(dir.join(WEIGHTS))?;
-    let read = |name: &str, shape: &[usize]| {
+    let (config, file) = open(dir)?;
+    let read = |name| {
         let tensor = file.tensor_f32(name)?;
-        check_shape(file.path(), name, &tensor, shape)?;
         check_finite(file.path(), name, &tensor)?;
         Ok::<_, Error>(tensor)
     };
-    let tensors = [
-        read("encoder.weight", &[m, d])?,
-        read("encoder.bias", &[m])?,
-        read("W_dec", &[m, d])?,
-        read("b_dec", &[d])?,
-    ];
-    let sae = Sae::new(config, tensors);
-    let known = ["encoder.weight", "encoder.bias", "W_dec", "b_dec"];
-    match file.names().find(|name| !known.contains(name)) {
-        None => Ok(sae),
-        Some(name) => Err(Error::tensor(
-            file.path(),
-            name,
-            "not expected in a TopK sparse autoencoder",
-        )),
+    let [w_enc, b_enc, w_dec, b_dec] = Sae::TENSORS;
+    let tensors = [read(w_enc)?, read(b_enc)?, read(w_dec)?, read(b_dec)?];
+    Ok(Sae::new(config, tensors))
+}
+
+/// The configuration of an SAE, and its file, which holds the tensors of that shape alone.
+fn open(dir: &Path) -> Result<(SaeConfig, SafeTensors)> {
+    let config = read_config(&dir.join(CONFIG))?;
+    let (m, d) = (config.num_latents, config.d_in);
+    let file = SafeTensors::open(dir.join(WEIGHTS))?;
+    let shapes: [&[usize]; 4] = [&[m, d], &[m], &[m, d], &[d]];
+    for (name, shape) in Sae::TENSORS.into_iter().zip(shapes) {
+        check_shape(file.path(), name, &file.tensor(name)?, shape)?;
     }
+    if let Some(name) = file.names().find(|name| !Sae::TENSORS.contains(name)) {
+        let what = "not expected in a TopK sparse autoencoder";
+        return Err(Error::tensor(file.path(), name, what));
+    }
+    Ok((config, file))
 }
 
 /// Writes an SAE as f32; both files are replaced together.

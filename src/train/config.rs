@@ -246,7 +246,12 @@ impl TrainConfig {
         self.stage != Stage::Sae
     }
 
-    /// Most memory of the activation cache in bytes.
+    /// Whether the run starts from the SAE in `sae`.
+    pub(super) fn needs_sae(&self) -> bool {
+        self.method == Method::SaeTuning && (self.sae_init != SaeInit::Scratch || !self.runs_sae())
+    }
+
+    /// Most memory of the activation caches in bytes.
     pub fn cache_bytes(&self) -> u64 {
         match self.cache_memory {
             Some(gib) => (gib * f64::from(1u32 << 30)) as u64,

@@ -11,7 +11,7 @@ use crate::device::{Device, Precision};
 use crate::error::{Error, Result};
 use crate::formats::hub::Want;
 use crate::formats::{huggingface, peft};
-use crate::model::{Layout, Qwen2};
+use crate::model::{Layout, Qwen2, Qwen2Config};
 use crate::tensor::Tensor;
 use crate::train::{DeviceSetting, DtypeSetting};
 
@@ -200,8 +200,8 @@ pub fn read_texts(
 }
 
 /// An error unless every token id is one of the model's.
-pub fn check_vocabulary(model: &Qwen2, packed: &Packed, tokenizer: &Path) -> Result<()> {
-    let vocab = model.config.vocab_size;
+pub fn check_vocabulary(model: &Qwen2Config, packed: &Packed, tokenizer: &Path) -> Result<()> {
+    let vocab = model.vocab_size;
     match packed.tokens.iter().find(|&&id| id as usize >= vocab) {
         Some(id) => Err(Error::file(
             tokenizer.join("tokenizer.json"),

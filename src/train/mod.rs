@@ -2,13 +2,14 @@
 
 pub mod checkpoint;
 pub mod config;
+mod dry_run;
 pub mod example;
 pub mod fetch;
 pub mod flop;
 mod frozen;
 pub mod inputs;
-pub mod metrics;
 pub mod memory;
+pub mod metrics;
 pub mod observer;
 pub mod plan;
 pub mod row_cache;
@@ -26,9 +27,10 @@ mod testing;
 mod validate;
 
 pub use config::TrainConfig;
+pub use dry_run::dry_run;
 pub use metrics::{MetricsLog, StepMetrics, StepStage};
 pub use observer::{CancelFlag, Event, Observer, RunOptions};
-pub use run::{PassAt1, Summary, dry_run, run};
+pub use run::{PassAt1, Summary, run};
 pub use run_dir::RunDir;
 pub use schedule::Schedule;
 pub use settings::{DeviceSetting, DtypeSetting, Method, SaeGrad, SaeInit, SaeOptimizer, Stage};

@@ -13,7 +13,7 @@ use crate::device::Device;
 use crate::error::Result;
 use crate::model::{Module, Qwen2Config};
 use crate::ops::{Operator, gemm::Linear};
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 /// What a plan is made from, beside the settings.
 #[derive(Clone, Debug)]
@@ -28,6 +28,8 @@ pub struct PlanInput<'a> {
     pub target_rows: u64,
     /// Size of a frozen weight: 4 for f32, 2 for bf16 and f16.
     pub weight_bytes: usize,
+    /// Size of a value of an activation: 4 on the CPU, 2 on a GPU.
+    pub activation_bytes: usize,
     /// Rate of a matrix product on this machine, in FLOP a second, where it was measured.
     pub flop_per_s: Option<f64>,
 }
@@ -114,11 +116,9 @@ fn sae_stage(config: &TrainConfig, input: &PlanInput) -> Result<StagePlan> {
         config.max_sae_steps,
     );
     let batch_tokens = config.sae_batch as f64 * config.seq_len as f64;
-    // Weights and their gradients, and what the optimizer keeps of them.
-    let copies = match config.sae_optimizer {
-        SaeOptimizer::Signum => 3.0,
-        SaeOptimizer::Adam => 4.0,
-    };
+    let value = input.activation_bytes as f64;
+    // The gradients too.
+    let copies = 1.0 + sae_state_copies(config);
     let memory = vec![
         part("model weights", weights(input, model, layers, false)),
         part(
@@ -127,7 +127,7 @@ fn sae_stage(config: &TrainConfig, input: &PlanInput) -> Result<StagePlan> {
         ),
         part(
             "activations",
-            4.0 * batch_tokens * (forward_width(model) + saes * model.hidden_size as f64),
+            value * batch_tokens * (forward_width(model) + saes * model.hidden_size as f64),
         ),
     ];
     Ok(stage(
@@ -193,11 +193,8 @@ fn sft_memory(
     let model = input.target;
     let hidden = model.hidden_size as f64;
     let batch_tokens = config.sft_batch as f64 * config.seq_len as f64;
-    let ranks = config.lora_targets.iter().map(|&module| {
-        let (out, inner) = model.module_dims(module);
-        config.lora_r as f64 * (out as f64 + inner as f64)
-    });
-    let lora = trained * ranks.sum::<f64>();
+    let value = input.activation_bytes as f64;
+    let lora = trained * layer_adapters(config, model);
     let mut memory = vec![
         part(
             "model weights",
@@ -207,10 +204,10 @@ fn sft_memory(
         part("adapters and optimizer", 4.0 * 4.0 * lora),
         part(
             "activations for backward",
-            4.0 * batch_tokens * trained * saved_width(config, model),
+            value * batch_tokens * trained * saved_width(config, model),
         ),
         // The final hidden states of both models and their gradient.
-        part("head", 4.0 * batch_tokens * 3.0 * hidden),
+        part("head", value * batch_tokens * 3.0 * hidden),
     ];
     if latents > 0 {
         memory.push(part("SAE", 4.0 * sae_weights(model, latents)));
@@ -220,7 +217,7 @@ fn sft_memory(
         let limit = config.cache_bytes() as f64;
         memory.push(part(
             "activation cache",
-            (4.0 * 2.0 * rows * hidden).min(limit),
+            (value * 2.0 * rows * hidden).min(limit),
         ));
     }
     memory
@@ -273,6 +270,23 @@ fn sae_weights(model: &Qwen2Config, latents: usize) -> f64 {
     2.0 * hidden * latents + latents + hidden
 }
 
+/// What training keeps of an SAE, in times its weights: these, and the optimizer's state.
+fn sae_state_copies(config: &TrainConfig) -> f64 {
+    match config.sae_optimizer {
+        SaeOptimizer::Signum => 2.0,
+        SaeOptimizer::Adam => 3.0,
+    }
+}
+
+/// Weights of the adapters on a layer.
+fn layer_adapters(config: &TrainConfig, model: &Qwen2Config) -> f64 {
+    let weights = config.lora_targets.iter().map(|&module| {
+        let (out, inner) = model.module_dims(module);
+        config.lora_r as f64 * (out as f64 + inner as f64)
+    });
+    weights.sum()
+}
+
 /// Values a token that a layer's forward pass holds at once.
 fn forward_width(model: &Qwen2Config) -> f64 {
     let (q, _) = model.module_dims(Module::Q);
@@ -298,7 +312,13 @@ fn saved_width(config: &TrainConfig, model: &Qwen2Config) -> f64 {
 /// that a model of about 100M parameters has.
 pub fn measured_rate(device: &Device) -> Result<f64> {
     let (rows, inner, out) = (512, 576, 1536);
-    let ones = |rows: usize, cols: usize| Tensor::from_vec(vec![1.0; rows * cols], [rows, cols]);
+    let ones = |rows: usize, cols: usize| {
+        let ones = Tensor::from_vec(vec![1.0; rows * cols], [rows, cols])?;
+        match device {
+            Device::Cpu(_) => Ok(ones),
+            Device::Cuda(cuda) => cuda.resident(&ones, DType::Bf16),
+        }
+    };
     let (x, linear) = (
         ones(rows, inner)?,
         Linear {
@@ -309,7 +329,11 @@ pub fn measured_rate(device: &Device) -> Result<f64> {
     let mut best = f64::INFINITY;
     for _ in 0..5 {
         let began = Instant::now();
-        device.run(|| linear.forward(device, &[&x], &[false]))?;
+        let (products, _) = device.run(|| linear.forward(device, &[&x], &[false]))?;
+        // A GPU goes on beside the program: it is done when a value can be read.
+        for product in &products {
+            product.read_f32(0, &mut [0.0])?;
+        }
         best = best.min(began.elapsed().as_secs_f64());
     }
     Ok(2.0 * (rows * inner * out) as f64 / best)

@@ -7,7 +7,6 @@ use serde::Serialize;
 
 use super::inputs::{self, Sources};
 use super::metrics::StepStage;
-use super::plan::{self, Plan, PlanInput};
 use super::row_cache::{CacheSpace, RowCache};
 use super::schedule::Schedule;
 use super::session::Session;
@@ -19,7 +18,7 @@ use super::{
 use crate::data::records::Record;
 use crate::data::tokenizer::copy_files;
 use crate::data::{Packed, Template, Tokenizer, order};
-use crate::device::{Device, Precision};
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::eval::{Inference, pass};
 use crate::formats::{huggingface, peft, sparsify};
@@ -84,43 +83,17 @@ pub fn run(
     result
 }
 
-/// What `config` will cost, without training; reads and packs the texts. `observer` hears of
-/// downloads.
-pub fn dry_run(config: &TrainConfig, observer: &mut dyn Observer) -> Result<Plan> {
-    config.validate()?;
-    let scratch = tempfile::tempdir().map_err(|e| Error::io(std::env::temp_dir(), e))?;
-    let sources = Sources::resolve(config, scratch.path(), observer)?;
-    let device = inputs::device(config.device, config.dtype, config.threads)?;
-    let Shapes { target, source, .. } = Shapes::read(config, &sources)?;
-    let texts = Texts::read(config, &sources)?;
-    Plan::new(
-        config,
-        &PlanInput {
-            source: &source,
-            target: &target,
-            source_rows: texts.trigger.rows() as u64,
-            target_rows: texts.elicitation().rows() as u64,
-            weight_bytes: if config.dtype.precision() == Precision::Bf16 {
-                2
-            } else {
-                4
-            },
-            flop_per_s: Some(plan::measured_rate(&device)?),
-        },
-    )
-}
-
 /// The texts of both stages.
-struct Texts {
+pub(super) struct Texts {
     tokenizer: Tokenizer,
     template: Template,
-    trigger: Packed,
+    pub trigger: Packed,
     /// Where it is another text than the trigger data.
     elicitation: Option<Packed>,
 }
 
 impl Texts {
-    fn read(config: &TrainConfig, sources: &Sources) -> Result<Self> {
+    pub fn read(config: &TrainConfig, sources: &Sources) -> Result<Self> {
         let tokenizer = Tokenizer::from_dir(&sources.target)?;
         let template = sources.template()?;
         let read = |paths: &[PathBuf]| -> Result<(Vec<Record>, Packed)> {
@@ -145,21 +118,22 @@ impl Texts {
         })
     }
 
-    fn elicitation(&self) -> &Packed {
+    pub fn elicitation(&self) -> &Packed {
         self.elicitation.as_ref().unwrap_or(&self.trigger)
     }
 }
 
 /// The shapes of both models, and the layers that suit them.
-struct Shapes {
-    target: Qwen2Config,
-    source: Qwen2Config,
-    hookpoints: Vec<usize>,
+pub(super) struct Shapes {
+    pub target: Qwen2Config,
+    /// The target's where Stage I learns from it.
+    pub source: Qwen2Config,
+    pub hookpoints: Vec<usize>,
 }
 
 impl Shapes {
     /// Reads `config.json` of both models.
-    fn read(config: &TrainConfig, sources: &Sources) -> Result<Self> {
+    pub fn read(config: &TrainConfig, sources: &Sources) -> Result<Self> {
         let target = huggingface::read_config(&sources.target)?;
         let source = match &sources.source {
             Some(dir) if config.runs_sae() => huggingface::read_config(dir)?,
@@ -189,7 +163,11 @@ impl Shapes {
 }
 
 /// The adapter that Stage II starts from, where one is given; it must have a part to train.
-fn start_adapter(config: &TrainConfig, sources: &Sources, shapes: &Shapes) -> Result<Option<Lora>> {
+pub(super) fn start_adapter(
+    config: &TrainConfig,
+    sources: &Sources,
+    shapes: &Shapes,
+) -> Result<Option<Lora>> {
     let Some(dir) = &sources.adapter else {
         return Ok(None);
     };
@@ -258,8 +236,8 @@ impl<'a> Run<'a> {
             texts.trigger.seq_len
         );
         session.tell(Event::Note(note));
-        inputs::check_vocabulary(&target, &texts.trigger, &sources.target)?;
-        inputs::check_vocabulary(&target, texts.elicitation(), &sources.target)?;
+        inputs::check_vocabulary(&target.config, &texts.trigger, &sources.target)?;
+        inputs::check_vocabulary(&target.config, texts.elicitation(), &sources.target)?;
         Ok(Self {
             config,
             device,
@@ -398,7 +376,7 @@ impl<'a> Run<'a> {
         let dtype = self.config.dtype;
         let device = self.device;
         let source = device.run(|| self.sources.load_source(device, dtype, last))?;
-        inputs::check_vocabulary(&source, &self.texts.trigger, &self.sources.target)?;
+        inputs::check_vocabulary(&source.config, &self.texts.trigger, &self.sources.target)?;
         Ok(Some(source))
     }
 

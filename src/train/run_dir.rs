@@ -159,7 +159,7 @@ impl RunDir {
 }
 
 /// Refuses a folder with anything in it but what a run leaves that was killed before it began.
-fn check_is_free(path: &Path) -> Result<()> {
+pub(super) fn check_is_free(path: &Path) -> Result<()> {
     let entries = match fs::read_dir(path) {
         Ok(entries) => entries,
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),

@@ -131,11 +131,7 @@ impl TrainConfig {
         if self.out.as_os_str().is_empty() {
             return Err(Error::setting("--out", "expected a folder, found nothing"));
         }
-        let needs_sae = match self.method {
-            Method::SaeTuning => self.sae_init != SaeInit::Scratch || self.stage == Stage::Sft,
-            Method::Sft => false,
-        };
-        if needs_sae && self.sae.is_none() {
+        if self.needs_sae() && self.sae.is_none() {
             return Err(Error::setting(
                 "--sae",
                 "expected a folder with an SAE: neither --sae-init finetune or pretrained nor \

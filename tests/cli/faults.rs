@@ -20,6 +20,9 @@ struct Row {
 
 const NOTHING: fn(&Workshop) = |_| {};
 
+/// What only reading all weights shows.
+const NO_NUMBERS: &str = "weights that are no numbers";
+
 const ROWS: &[Row] = &[
     Row {
         what: "data without answers",
@@ -71,6 +74,26 @@ const ROWS: &[Row] = &[
         names: &["absent"],
     },
     Row {
+        what: "no weights in the model folder",
+        prepare: |w| {
+            copy_dir(&fixture("example/target"), &w.path("model"));
+            fs::remove_file(w.path("model/model.safetensors")).unwrap();
+        },
+        args: &["--target", "model"],
+        code: 1,
+        names: &["model", "model.safetensors"],
+    },
+    Row {
+        what: "no weights in the folder of the source",
+        prepare: |w| {
+            copy_dir(&fixture("example/source"), &w.path("model"));
+            fs::remove_file(w.path("model/model.safetensors")).unwrap();
+        },
+        args: &["--source", "model"],
+        code: 1,
+        names: &["model", "model.safetensors"],
+    },
+    Row {
         what: "a vocabulary too small for the tokenizer",
         prepare: |w| {
             copy_dir(&fixture("golden/model"), &w.path("model"));
@@ -94,7 +117,7 @@ const ROWS: &[Row] = &[
         names: &["model/tokenizer.json", "vocab_size 512"],
     },
     Row {
-        what: "weights that are no numbers",
+        what: NO_NUMBERS,
         prepare: |w| {
             copy_dir(&fixture("example/target"), &w.path("model"));
             poison(
@@ -238,46 +261,54 @@ const ROWS: &[Row] = &[
     },
 ];
 
+/// What a row's run does wrong, `more` given too.
+fn wrongs(row: &Row, more: &[&str]) -> Option<String> {
+    let golden = fixture("golden");
+    let workshop = Workshop::new(22);
+    (row.prepare)(&workshop);
+    let args: Vec<_> = row
+        .args
+        .iter()
+        .map(|a| a.replace("GOLDEN", golden.to_str().unwrap()))
+        .collect();
+    let args: Vec<_> = args.iter().map(String::as_str).collect();
+    let before = workshop.names();
+    let output = workshop.resa(&workshop.train_args("run", &[&args, more].concat()));
+    let text = stderr(&output);
+    let error = text.lines().last().unwrap_or_default();
+    let mut wrong = Vec::new();
+    if output.status.code() != Some(row.code) {
+        wrong.push(format!(
+            "exit code {:?}, not {}",
+            output.status.code(),
+            row.code
+        ));
+    }
+    if !error.starts_with("error: ") {
+        wrong.push("the last line is no error".to_owned());
+    }
+    let missing = row.names.iter().filter(|name| !error.contains(**name));
+    wrong.extend(missing.map(|name| format!("{name:?} is not named")));
+    if workshop.names() != before {
+        wrong.push(format!("{before:?} became {:?}", workshop.names()));
+    }
+    if text.contains("fvu") || text.contains("grad_norm") {
+        wrong.push("something was trained".to_owned());
+    }
+    let all = wrong.join(", ");
+    (!wrong.is_empty()).then(|| format!("{} {more:?}: {all}: {error}", row.what))
+}
+
 #[test]
 fn what_cannot_work_is_refused_before_training_and_leaves_nothing_behind() {
-    let golden = fixture("golden");
-    let mut failures = Vec::new();
-    for row in ROWS {
-        let workshop = Workshop::new(22);
-        (row.prepare)(&workshop);
-        let args: Vec<_> = row
-            .args
-            .iter()
-            .map(|a| a.replace("GOLDEN", golden.to_str().unwrap()))
-            .collect();
-        let args: Vec<_> = args.iter().map(String::as_str).collect();
-        let before = workshop.names();
-        let output = workshop.resa(&workshop.train_args("run", &args));
-        let text = stderr(&output);
-        let error = text.lines().last().unwrap_or_default();
-        let mut wrong = Vec::new();
-        if output.status.code() != Some(row.code) {
-            wrong.push(format!(
-                "exit code {:?}, not {}",
-                output.status.code(),
-                row.code
-            ));
-        }
-        if !error.starts_with("error: ") {
-            wrong.push("the last line is no error".to_owned());
-        }
-        let missing = row.names.iter().filter(|name| !error.contains(**name));
-        wrong.extend(missing.map(|name| format!("{name:?} is not named")));
-        if workshop.names() != before {
-            wrong.push(format!("{before:?} became {:?}", workshop.names()));
-        }
-        if text.contains("fvu") || text.contains("grad_norm") {
-            wrong.push("something was trained".to_owned());
-        }
-        if !wrong.is_empty() {
-            failures.push(format!("{}: {}: {error}", row.what, wrong.join(", ")));
-        }
-    }
+    let failures: Vec<_> = ROWS.iter().filter_map(|row| wrongs(row, &[])).collect();
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+#[test]
+fn what_cannot_work_is_refused_by_a_dry_run_too() {
+    let rows = ROWS.iter().filter(|row| row.what != NO_NUMBERS);
+    let failures: Vec<_> = rows.filter_map(|row| wrongs(row, &["--dry-run"])).collect();
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 

@@ -22,6 +22,9 @@ fn a_folder_with_a_run_or_other_files_is_refused_and_left_as_it_is() {
     let before = Left::by(&workshop.path("run"));
     let again = workshop.resa(&workshop.train_args("run", &["--seed", "7"]));
     assert_refused(&again, 1, &["--out", "--resume", "run"]);
+    let dry = workshop.resa(&workshop.train_args("run", &["--dry-run"]));
+    assert_refused(&dry, 1, &["--out", "--resume", "run"]);
+    workshop.prints(&["train", "--resume", "--dry-run", "--out", "run"]);
     before.assert_same(&Left::by(&workshop.path("run")), "the first run");
 
     fs::create_dir(workshop.path("papers")).unwrap();

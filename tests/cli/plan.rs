@@ -56,6 +56,29 @@ fn the_plan_counts_the_steps_and_tokens_that_the_run_then_takes_and_writes_nothi
 }
 
 #[test]
+fn the_plan_counts_the_latents_of_the_sae_that_is_given() {
+    let workshop = Workshop::new(22);
+    let settings = ["--stage", "sae", "--latents", "320", "--k", "5"];
+    workshop.train("run", &[&settings[..], &["--multi-topk"]].concat());
+    let plan = |more: &[&str]| -> Value {
+        let args = workshop.train_args("dry", &[more, &["--dry-run", "--json"]].concat());
+        let mut plan: Value = serde_json::from_str(&workshop.prints(&args)).unwrap();
+        let stage = &mut plan["stages"][0];
+        ["flop", "memory"].map(|key| stage[key].take()).into()
+    };
+    let scratch = plan(&[&settings[..], &["--multi-topk"]].concat());
+    let given = ["--sae", "run/sae", "--sae-init"];
+    let finetune = [&given[..], &["finetune", "--stage", "sae"]].concat();
+    assert_eq!(plan(&finetune), scratch);
+    let alone = ["--stage", "sft", "--sae", "run/sae"];
+    assert_eq!(plan(&alone), plan(&[&given[..], &["pretrained"]].concat()));
+    assert_eq!(
+        plan(&alone),
+        plan(&[&alone[..], &["--latents", "320", "--k", "5"]].concat())
+    );
+}
+
+#[test]
 fn the_plan_is_shown_with_steps_tokens_memory_and_time() {
     let workshop = Workshop::new(22);
     let text = workshop.train("run", &["--dry-run"]);

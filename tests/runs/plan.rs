@@ -39,6 +39,7 @@ fn plan(config: &TrainConfig) -> Plan {
         source_rows: 1000,
         target_rows: 1000,
         weight_bytes: 2,
+        activation_bytes: 4,
         flop_per_s: Some(1e12),
     };
     Plan::new(config, &input).unwrap()
@@ -155,6 +156,36 @@ fn only_the_stages_that_run_are_planned() {
         }),
         ["sft"]
     );
+}
+
+#[test]
+fn activations_take_the_bytes_of_their_type() {
+    let model = qwen();
+    let activations = |activation_bytes| {
+        let input = PlanInput {
+            source: &model,
+            target: &model,
+            source_rows: 1000,
+            target_rows: 1000,
+            weight_bytes: 2,
+            activation_bytes,
+            flop_per_s: None,
+        };
+        let plan = Plan::new(&weights_alone(), &input).unwrap();
+        let of = |(stage, what): (usize, &str)| {
+            let mut parts = plan.stages[stage].memory.iter();
+            parts.find(|part| part.what == what).unwrap().bytes as f64
+        };
+        [
+            (0, "activations"),
+            (1, "activations for backward"),
+            (1, "activation cache"),
+        ]
+        .map(of)
+    };
+    for (short, long) in activations(2).into_iter().zip(activations(4)) {
+        assert_near(long, 2.0 * short);
+    }
 }
 
 #[test]

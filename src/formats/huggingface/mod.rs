@@ -8,6 +8,6 @@ mod merge;
 mod random;
 
 pub use config::read_config;
-pub use load::load;
+pub use load::{check, load};
 pub use merge::{merge_into, save_merged};
 pub use random::save_random;
