@@ -225,7 +225,7 @@ pub struct TrainSettings {
     #[arg(long, value_name = "N", value_parser = threads, help_heading = "Run")]
     #[serde(skip_serializing_if = "Option::is_none")]
     threads: Option<usize>,
-    /// Maximum memory of the activation cache in GiB; beyond it a file is used [default: a quarter of the available memory]
+    /// Maximum memory of the activation caches in GiB; beyond it files are used [default: a quarter of the available memory]
     #[arg(long, value_name = "GIB", help_heading = "Run")]
     #[serde(skip_serializing_if = "Option::is_none")]
     cache_memory: Option<f64>,

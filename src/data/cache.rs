@@ -8,7 +8,7 @@ use memmap2::Mmap;
 
 use crate::{Error, Result};
 
-/// The share of a disk's free space that a cache may take; the rest is left for checkpoints.
+/// The share of a disk's free space that a cache may take, beside what is reserved.
 const DISK_SHARE: f64 = 0.9;
 
 /// Rows of bytes by index.
@@ -41,11 +41,18 @@ struct Disk {
 
 impl ActivationCache {
     /// An empty cache for `rows` rows of `row_bytes` bytes. Up to `memory_limit` bytes they are
-    /// kept in memory, above that in a file in `spill_dir`.
+    /// kept in memory, above that in a file in `spill_dir`, on whose disk `reserve` bytes are left
+    /// to others.
     ///
     /// # Errors
     /// When the sizes overflow, or the file cannot be made.
-    pub fn new(rows: usize, row_bytes: usize, memory_limit: u64, spill_dir: &Path) -> Result<Self> {
+    pub fn new(
+        rows: usize,
+        row_bytes: usize,
+        memory_limit: u64,
+        spill_dir: &Path,
+        reserve: u64,
+    ) -> Result<Self> {
         let Some(bytes) = row_bytes.checked_mul(rows) else {
             let got = format!("{rows} x {row_bytes}");
             return Err(Error::operand(
@@ -57,7 +64,7 @@ impl ActivationCache {
         let store = if bytes as u64 <= memory_limit {
             Store::Memory(vec![None; rows])
         } else {
-            Store::Disk(Disk::new(rows, row_bytes, spill_dir)?)
+            Store::Disk(Disk::new(rows, row_bytes, spill_dir, reserve)?)
         };
         Ok(Self { row_bytes, store })
     }
@@ -65,6 +72,14 @@ impl ActivationCache {
     /// Whether rows live in a file instead of memory.
     pub fn is_on_disk(&self) -> bool {
         matches!(self.store, Store::Disk(_))
+    }
+
+    /// The most bytes that it takes: of memory, and of the disk beyond what it has taken there.
+    pub fn will_take(&self) -> [u64; 2] {
+        match &self.store {
+            Store::Memory(rows) => [(rows.len() * self.row_bytes) as u64, 0],
+            Store::Disk(disk) => [0, ((disk.capacity - disk.used) * self.row_bytes) as u64],
+        }
     }
 
     /// Row `i`, where it is stored.
@@ -103,9 +118,10 @@ impl ActivationCache {
 }
 
 impl Disk {
-    fn new(rows: usize, row_bytes: usize, dir: &Path) -> Result<Self> {
+    fn new(rows: usize, row_bytes: usize, dir: &Path, reserve: u64) -> Result<Self> {
         let error = |e| Error::io(dir, e);
-        let capacity = rows.min((free_space(dir)? as f64 * DISK_SHARE) as usize / row_bytes);
+        let free = free_space(dir)?.saturating_sub(reserve);
+        let capacity = rows.min((free as f64 * DISK_SHARE) as usize / row_bytes);
         let file = tempfile::tempfile_in(dir).map_err(error)?;
         // The file is sparse: blocks are taken when rows are written. At least one byte, since an
         // empty file cannot be mapped everywhere.
@@ -169,7 +185,7 @@ mod tests {
     #[test]
     fn rows_beyond_the_capacity_are_missed_and_stored_ones_can_still_be_replaced() {
         let dir = tempfile::tempdir().unwrap();
-        let mut cache = ActivationCache::new(3, 2, 0, dir.path()).unwrap();
+        let mut cache = ActivationCache::new(3, 2, 0, dir.path(), 0).unwrap();
         let Store::Disk(disk) = &mut cache.store else {
             panic!("above the memory limit");
         };

@@ -100,7 +100,7 @@ pub struct TrainConfig {
     pub document_mask: bool,
     /// Whether sequences are shuffled, by `seed`. Default: false, the data's own order.
     pub shuffle: bool,
-    /// Most memory of the activation cache in GiB; beyond it a file is used. Default: a quarter
+    /// Most memory of the activation caches in GiB; beyond it files are used. Default: a quarter
     /// of the memory available at the start.
     pub cache_memory: Option<f64>,
     /// Where operators run. Default: auto.

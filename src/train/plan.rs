@@ -287,6 +287,29 @@ fn layer_adapters(config: &TrainConfig, model: &Qwen2Config) -> f64 {
     weights.sum()
 }
 
+/// Size of a checkpoint, of the larger of the two stages' where both run, in bytes.
+///
+/// # Errors
+/// As [`Plan::new`].
+pub fn checkpoint_bytes(
+    config: &TrainConfig,
+    source: &Qwen2Config,
+    target: &Qwen2Config,
+) -> Result<u64> {
+    let mut largest = 0.0;
+    if config.runs_sae() && config.sae_init != SaeInit::Pretrained {
+        let saes = config.hookpoints_for(source.num_hidden_layers)?.len() as f64;
+        let latents = config.latents_for(source.hidden_size)?;
+        largest = saes * sae_state_copies(config) * sae_weights(source, latents);
+    }
+    if config.runs_sft() {
+        // The adapters and two moments.
+        let adapters = target.num_hidden_layers as f64 * layer_adapters(config, target);
+        largest = f64::max(largest, 3.0 * adapters);
+    }
+    Ok((4.0 * largest) as u64)
+}
+
 /// Values a token that a layer's forward pass holds at once.
 fn forward_width(model: &Qwen2Config) -> f64 {
     let (q, _) = model.module_dims(Module::Q);

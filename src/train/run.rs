@@ -5,8 +5,10 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use super::dry_run::planned;
 use super::inputs::{self, Sources};
 use super::metrics::StepStage;
+use super::plan::checkpoint_bytes;
 use super::row_cache::{CacheSpace, RowCache};
 use super::schedule::Schedule;
 use super::session::Session;
@@ -220,6 +222,8 @@ struct Run<'a> {
     hookpoints: Vec<usize>,
     /// The adapter that Stage II starts from, where one is given.
     adapter: Option<Lora>,
+    /// What the caches of both stages may take together.
+    space: CacheSpace<'a>,
 }
 
 impl<'a> Run<'a> {
@@ -228,6 +232,11 @@ impl<'a> Run<'a> {
         session.tell(Event::Note("reading and packing the texts".to_owned()));
         let shapes = Shapes::read(config, &sources)?;
         let adapter = start_adapter(config, &sources, &shapes)?;
+        let planned = match session.is_past(StepStage::Sae) {
+            // The SAE that Stage I started from may be gone.
+            true => config.clone(),
+            false => planned(config, &sources, &shapes, adapter.as_ref())?,
+        };
         let target = device.run(|| huggingface::load(&sources.target))?;
         let texts = device.run(|| Texts::read(config, &sources))?;
         let note = format!(
@@ -238,8 +247,17 @@ impl<'a> Run<'a> {
         session.tell(Event::Note(note));
         inputs::check_vocabulary(&target.config, &texts.trigger, &sources.target)?;
         inputs::check_vocabulary(&target.config, texts.elicitation(), &sources.target)?;
+        // Those to keep, one that is written before the oldest goes, and the results.
+        let checkpoints = (config.keep as u64).saturating_add(2);
+        let bytes = checkpoint_bytes(&planned, &shapes.source, &shapes.target)?;
+        let space = CacheSpace {
+            memory: config.cache_bytes(),
+            dir: &config.out,
+            reserve: checkpoints.saturating_mul(bytes),
+        };
         Ok(Self {
             config,
+            space,
             device,
             sources,
             texts,
@@ -330,17 +348,13 @@ impl<'a> Run<'a> {
             && self.sources.source_is_target()
             && self.texts.elicitation.is_none()
             && hookpoints.len() == 1;
-        let space = CacheSpace {
-            memory: config.cache_bytes(),
-            dir: session.run.path(),
-        };
         // Source and target have one hidden size.
         let mut activations = RowCache::new(
             self.device,
             &order(packed.rows(), config.shuffle.then_some(config.seed), 0),
             config.sae_batch,
             [hookpoints.len(), packed.seq_len, shape.hidden_size],
-            (schedule.repeats() || serves_stage_two).then_some(space),
+            (schedule.repeats() || serves_stage_two).then_some(self.space),
         )?;
         if session.is_past(StepStage::Sae) {
             let sae = sparsify::load_at(&session.run.sae_dir(first), first, shape)?;
@@ -409,6 +423,7 @@ impl<'a> Run<'a> {
             packed,
             sae,
             schedule,
+            space: self.space,
             adapter: self.adapter.clone(),
         };
         let tuned = stage.run(session, activations)?;

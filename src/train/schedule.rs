@@ -1,3 +1,5 @@
+use crate::data::order;
+
 /// Steps of a stage: each epoch takes all rows once, in steps of equal size, the last of an epoch
 /// with what is left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,5 +45,55 @@ impl Schedule {
         let start = step % self.steps_per_epoch.max(1) * self.per_step;
         let end = (start + self.per_step).min(order.len() as u64);
         &order[start as usize..end as usize]
+    }
+}
+
+/// The rows of one step after another. The order of an epoch is drawn once.
+pub(super) struct StepRows {
+    schedule: Schedule,
+    seed: Option<u64>,
+    epoch: Option<u64>,
+    order: Vec<usize>,
+}
+
+impl StepRows {
+    /// Those of `schedule`, shuffled where there is a `seed`.
+    pub fn new(schedule: Schedule, seed: Option<u64>) -> Self {
+        Self {
+            schedule,
+            seed,
+            epoch: None,
+            order: Vec::new(),
+        }
+    }
+
+    /// The rows of a step; none after the last.
+    pub fn of(&mut self, step: u64) -> &[usize] {
+        if step >= self.schedule.steps {
+            return &[];
+        }
+        let epoch = step / self.schedule.steps_per_epoch;
+        if self.epoch != Some(epoch) {
+            self.order = order(self.schedule.rows as usize, self.seed, epoch);
+            self.epoch = Some(epoch);
+        }
+        self.schedule.rows_of(step, &self.order)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_epoch_takes_every_row_in_an_order_that_is_drawn_once() {
+        let mut rows = StepRows::new(Schedule::new(5, 2, 2, Some(5)), Some(7));
+        let steps: Vec<Vec<usize>> = (0..7).map(|step| rows.of(step).to_vec()).collect();
+        assert_eq!(steps[..3].concat(), order(5, Some(7), 0));
+        assert_eq!(steps[3..].concat(), order(5, Some(7), 1)[..4]);
+        // What has been drawn is what is taken.
+        rows.order.fill(9);
+        assert_eq!(rows.of(4), [9, 9]);
+        assert_eq!(rows.of(2), &order(5, Some(7), 0)[4..]);
     }
 }

@@ -10,11 +10,11 @@ use super::frozen::Frozen;
 use super::metrics::{StepMetrics, StepStage};
 use super::row_cache::RowCache;
 use super::sae_trainer::{SaeTrainOptions, SaeTrainer};
-use super::schedule::Schedule;
+use super::schedule::{Schedule, StepRows};
 use super::session::{Session, StageState};
 use super::settings::hookpoint_name;
 use super::{Event, SaeInit, TrainConfig};
-use crate::data::{Packed, order};
+use crate::data::Packed;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::formats::sparsify;
@@ -72,17 +72,12 @@ impl StageOne<'_> {
             self.packed,
             self.hookpoints.to_vec(),
         );
-        let seed = config.shuffle.then_some(config.seed);
-        let (mut epoch, mut rows) = (u64::MAX, Vec::new());
+        let mut rows = StepRows::new(self.schedule, config.shuffle.then_some(config.seed));
         let mut fvu = Vec::new();
         for step in start..self.schedule.steps {
             session.check_cancelled()?;
             let began = Instant::now();
-            if step / self.schedule.steps_per_epoch != epoch {
-                epoch = step / self.schedule.steps_per_epoch;
-                rows = order(self.packed.rows(), seed, epoch);
-            }
-            let rows = self.schedule.rows_of(step, &rows);
+            let rows = rows.of(step);
             let outputs = self
                 .device
                 .run(|| activations.get(rows, |rows| frozen.outputs(rows, &layout)))?;

@@ -10,7 +10,7 @@ use super::frozen::Frozen;
 use super::inputs::batch;
 use super::metrics::{StepMetrics, StepStage};
 use super::row_cache::{CacheSpace, RowCache};
-use super::schedule::Schedule;
+use super::schedule::{Schedule, StepRows};
 use super::session::{Session, StageState};
 use super::sft_trainer::{MicroBatch, SftOptions, SftStep, SftTrainer, Student, Target};
 use super::{Event, Method, SaeGrad, TrainConfig};
@@ -29,6 +29,8 @@ pub(super) struct StageTwo<'a> {
     /// The frozen SAE and its layer; none for the supervised baseline.
     pub sae: Option<(&'a Sae, usize)>,
     pub schedule: Schedule,
+    /// What the caches of both stages may take together.
+    pub space: CacheSpace<'a>,
     /// An adapter to start from.
     pub adapter: Option<Lora>,
 }
@@ -69,7 +71,11 @@ impl StageTwo<'_> {
             dropout: lora.config.dropout,
             seed: config.seed,
         };
-        let mut teacher = self.teacher(session, &lora, first, config)?;
+        let space = match &activations {
+            Some(stage_one) => self.space.beside(stage_one),
+            None => self.space,
+        };
+        let mut teacher = self.teacher(space, &lora, first, config)?;
         let layers = first..self.model.layers.len();
         let mut trainer = SftTrainer::new(self.device, self.model, lora, layers, options)?;
         let mut activations = activations;
@@ -98,15 +104,12 @@ impl StageTwo<'_> {
         });
         let layout = Layout::new(&self.model.config, config.sft_batch, self.packed.seq_len)?;
         let mut losses = Vec::new();
-        let rows_of = |step| match step < steps {
-            true => self.rows(config, step),
-            false => Vec::new(),
-        };
-        let mut upcoming = rows_of(start);
+        let mut rows_of = StepRows::new(self.schedule, config.shuffle.then_some(config.seed));
+        let mut upcoming = rows_of.of(start).to_vec();
         for step in start..steps {
             session.check_cancelled()?;
             let began = Instant::now();
-            let rows = std::mem::replace(&mut upcoming, rows_of(step + 1));
+            let rows = std::mem::replace(&mut upcoming, rows_of.of(step + 1).to_vec());
             let micro: Vec<&[usize]> = rows.chunks(config.sft_batch).collect();
             // What the step after this one begins with.
             let next = upcoming.chunks(config.sft_batch).next();
@@ -129,7 +132,9 @@ impl StageTwo<'_> {
             session.step_done(StepStage::Sft, step + 1, step + 1 == steps, || {
                 Ok((trainer.tensors(), serde_json::Value::Null))
             })?;
-            if step + 1 == self.schedule.steps_per_epoch {
+            if let (Some(teacher), Some(_)) = (&mut teacher, &activations)
+                && teacher.cache.is_complete()?
+            {
                 // From here on all comes from the teacher's own cache.
                 activations = None;
             }
@@ -167,7 +172,7 @@ impl StageTwo<'_> {
 
     fn teacher(
         &self,
-        session: &Session,
+        space: CacheSpace,
         lora: &Lora,
         first: usize,
         config: &TrainConfig,
@@ -179,10 +184,6 @@ impl StageTwo<'_> {
             l < first && pair.b.f32s().is_ok_and(|b| b.iter().any(|&v| v != 0.0))
         };
         let prefix = lora.pairs.iter().any(acts).then(|| Adapters::frozen(lora));
-        let space = CacheSpace {
-            memory: config.cache_bytes(),
-            dir: session.run.path(),
-        };
         let seed = config.shuffle.then_some(config.seed);
         let width = self.model.config.hidden_size;
         let through = config.sae_grad == SaeGrad::Through;
@@ -207,16 +208,6 @@ impl StageTwo<'_> {
             cache,
             mse,
         }))
-    }
-
-    fn rows(&self, config: &TrainConfig, step: u64) -> Vec<usize> {
-        let epoch = step / self.schedule.steps_per_epoch;
-        let order = order(
-            self.packed.rows(),
-            config.shuffle.then_some(config.seed),
-            epoch,
-        );
-        self.schedule.rows_of(step, &order).to_vec()
     }
 
     fn supervised(&self, rows: &[usize], layout: &Layout) -> Result<MicroBatch<'static>> {

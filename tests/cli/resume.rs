@@ -90,3 +90,40 @@ fn a_run_stopped_and_resumed_at_every_step_ends_with_the_same_bits() {
     let stopped = Left::by(&workshop.path("stopped"));
     Left::by(&workshop.path("alone")).assert_same(&stopped, "stopped at every step");
 }
+
+/// Files without a name, made in `dir`, that this process has open.
+#[cfg(target_os = "linux")]
+fn nameless_files(dir: &std::path::Path) -> usize {
+    let open = std::fs::read_dir("/proc/self/fd").unwrap();
+    let files = open.filter_map(|file| std::fs::read_link(file.ok()?.path()).ok());
+    files
+        .filter(|file| file.starts_with(dir) && !file.exists())
+        .count()
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn activations_of_stage_one_go_when_stage_two_has_its_own_also_after_a_resume() {
+    use resa_engine::train::{self, CancelFlag, Event, RunOptions, StepStage};
+    let workshop = Workshop::new(22);
+    let config = workshop.config("run", "cache-memory = 0.0\nepochs = 3");
+    let mut counts = Vec::new();
+    for resume in [false, true] {
+        let cancel = CancelFlag::new();
+        let mut observer = |event: &Event| {
+            if let Event::Step(m) = event
+                && m.stage == StepStage::Sft
+            {
+                counts.push(nameless_files(&config.out.canonicalize().unwrap()));
+                if m.epoch > 1.5 && !resume {
+                    cancel.cancel();
+                }
+            }
+        };
+        let result = train::run(&config, RunOptions { resume }, &mut observer, &cancel);
+        assert_eq!(result.is_ok(), resume);
+        // Both at first, then one.
+        assert_eq!((counts[0], counts.last()), (2, Some(&1)));
+        counts.clear();
+    }
+}

@@ -7,8 +7,8 @@ fn row(i: usize, len: usize) -> Vec<u8> {
 
 fn caches(rows: usize, len: usize, dir: &TempDir) -> [ActivationCache; 2] {
     let bytes = (rows * len) as u64;
-    let memory = ActivationCache::new(rows, len, bytes, dir.path()).unwrap();
-    let disk = ActivationCache::new(rows, len, bytes - 1, dir.path()).unwrap();
+    let memory = ActivationCache::new(rows, len, bytes, dir.path(), 0).unwrap();
+    let disk = ActivationCache::new(rows, len, bytes - 1, dir.path(), 0).unwrap();
     assert!(!memory.is_on_disk() && disk.is_on_disk());
     [memory, disk]
 }
@@ -44,13 +44,30 @@ fn a_cache_larger_than_the_disk_keeps_what_fits_and_misses_the_rest() {
     let dir = TempDir::new().unwrap();
     // Four rows of an exabyte each: no disk has room for one.
     let len = 1 << 60;
-    let cache = ActivationCache::new(4, len, 1 << 20, dir.path()).unwrap();
+    let cache = ActivationCache::new(4, len, 1 << 20, dir.path(), 0).unwrap();
     assert!(cache.is_on_disk() && cache.get(0).is_none());
     // 4 TiB: more than most disks, but one row fits.
     let len = 1 << 22;
-    let mut cache = ActivationCache::new(1 << 20, len, 1 << 20, dir.path()).unwrap();
+    let mut cache = ActivationCache::new(1 << 20, len, 1 << 20, dir.path(), 0).unwrap();
     cache.put(1_000_000, row(5, len)).unwrap();
     assert_eq!(cache.get(1_000_000), Some(&row(5, len)[..]));
+}
+
+#[cfg(unix)]
+#[test]
+fn what_is_reserved_of_the_disk_is_left_to_others() {
+    let dir = TempDir::new().unwrap();
+    let taken_of_a_disk = |reserve| {
+        let mut cache = ActivationCache::new(4, 10, 0, dir.path(), reserve).unwrap();
+        let before = cache.will_take();
+        cache.put(2, row(2, 10)).unwrap();
+        [before, cache.will_take()]
+    };
+    assert_eq!(taken_of_a_disk(0), [[0, 40], [0, 30]]);
+    // More than any disk has.
+    assert_eq!(taken_of_a_disk(u64::MAX), [[0, 0]; 2]);
+    let in_memory = ActivationCache::new(4, 10, 40, dir.path(), 0).unwrap();
+    assert_eq!(in_memory.will_take(), [40, 0]);
 }
 
 #[test]
@@ -62,7 +79,7 @@ fn wrong_rows_lengths_and_places_are_refused() {
         assert!(message.contains("10") && message.contains('9'), "{message}");
         cache.put(0, row(0, 10)).unwrap();
     }
-    assert!(ActivationCache::new(usize::MAX, 2, 0, dir.path()).is_err());
-    let message = ActivationCache::new(4, 4, 0, &dir.path().join("none")).unwrap_err();
+    assert!(ActivationCache::new(usize::MAX, 2, 0, dir.path(), 0).is_err());
+    let message = ActivationCache::new(4, 4, 0, &dir.path().join("none"), 0).unwrap_err();
     assert!(message.to_string().contains("none"), "{message}");
 }

@@ -1,6 +1,6 @@
 use resa_engine::model::Qwen2Config;
-use resa_engine::train::plan::{Plan, PlanInput};
-use resa_engine::train::{Method, SaeInit, Schedule, Stage, TrainConfig};
+use resa_engine::train::plan::{Plan, PlanInput, checkpoint_bytes};
+use resa_engine::train::{Method, SaeInit, SaeOptimizer, Schedule, Stage, TrainConfig};
 
 /// DeepSeek-R1-Distill-Qwen-1.5B.
 pub(super) fn qwen() -> Qwen2Config {
@@ -186,6 +186,25 @@ fn activations_take_the_bytes_of_their_type() {
     for (short, long) in activations(2).into_iter().zip(activations(4)) {
         assert_near(long, 2.0 * short);
     }
+}
+
+#[test]
+fn a_checkpoint_holds_weights_and_the_optimizers_state_of_the_larger_stage() {
+    let bytes = |config| checkpoint_bytes(&config, &qwen(), &qwen()).unwrap() as f64;
+    let sae = 2.0 * 1536.0 * 65_536.0;
+    assert_near(bytes(weights_alone()), 4.0 * 2.0 * sae);
+    let adam = TrainConfig {
+        sae_optimizer: SaeOptimizer::Adam,
+        ..weights_alone()
+    };
+    assert_near(bytes(adam), 4.0 * 3.0 * sae);
+    let tuning = TrainConfig {
+        stage: Stage::Sft,
+        ..weights_alone()
+    };
+    // Outputs and inputs of q and o, k and v, gate and up, down.
+    let sides = 2.0 * 3072.0 + 2.0 * 1792.0 + 3.0 * 10_496.0;
+    assert_near(bytes(tuning), 4.0 * 3.0 * 28.0 * sides);
 }
 
 #[test]

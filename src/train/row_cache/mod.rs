@@ -74,6 +74,20 @@ pub struct CacheSpace<'a> {
     pub memory: u64,
     /// Folder of that file.
     pub dir: &'a Path,
+    /// Bytes of the disk that are left to others.
+    pub reserve: u64,
+}
+
+impl<'a> CacheSpace<'a> {
+    /// What is left of it beside `cache`.
+    pub fn beside(self, cache: &RowCache) -> Self {
+        let [memory, disk] = cache.will_take();
+        Self {
+            memory: self.memory.saturating_sub(memory),
+            reserve: self.reserve.saturating_add(disk),
+            ..self
+        }
+    }
 }
 
 impl RowCache {
@@ -104,7 +118,8 @@ impl RowCache {
         };
         let bytes = shape.bytes();
         let keepers = device.threads().clamp(1, KEEPERS);
-        let store = space.map(|s| ActivationCache::new(order.len(), bytes, s.memory, s.dir));
+        let store =
+            space.map(|s| ActivationCache::new(order.len(), bytes, s.memory, s.dir, s.reserve));
         Ok(Self {
             groups,
             group_of,
@@ -186,6 +201,27 @@ impl RowCache {
             shape.tensors(parts, rows.len())
         }));
         Ok(())
+    }
+
+    /// Whether every row is stored, so that nothing will be computed again.
+    ///
+    /// # Errors
+    /// What went wrong where rows were stored.
+    pub fn is_complete(&mut self) -> Result<bool> {
+        if self
+            .keeping
+            .as_ref()
+            .is_some_and(|job| job.thread.is_finished())
+        {
+            self.settle()?;
+        }
+        Ok(self.held.iter().all(|&held| held))
+    }
+
+    /// As [`ActivationCache::will_take`].
+    fn will_take(&self) -> [u64; 2] {
+        let store = self.store.as_deref();
+        store.map_or([0; 2], |store| shape::lock(store).will_take())
     }
 
     /// Waits until what is being stored is.

@@ -16,7 +16,11 @@ fn results(rows: &[usize], calls: &mut Vec<Vec<usize>>) -> Result<Vec<Tensor>> {
 }
 
 fn cache(memory: u64, dir: &Path) -> RowCache {
-    let space = CacheSpace { memory, dir };
+    let space = CacheSpace {
+        memory,
+        dir,
+        reserve: 0,
+    };
     let device = Device::cpu(1).unwrap();
     RowCache::new(&device, &[2, 0, 4, 1, 3], 2, [2, 2, 3], Some(space)).unwrap()
 }
@@ -34,6 +38,40 @@ fn what_was_computed_once_is_not_computed_again() {
         let first = parts[1].f32s().unwrap();
         assert_eq!((first[0], first[6], first[12]), (1.5, 2.5, 3.5));
     }
+}
+
+#[test]
+fn it_is_complete_when_every_row_is_stored_in_whatever_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut cache, mut calls) = (cache(0, dir.path()), Vec::new());
+    for (row, complete) in [(3, false), (0, false), (1, true)] {
+        assert!(!cache.is_complete().unwrap());
+        cache.get(&[row], |r| results(r, &mut calls)).unwrap();
+        assert_eq!(cache.is_complete().unwrap(), complete, "{calls:?}");
+    }
+}
+
+#[test]
+fn a_cache_that_keeps_nothing_is_never_complete() {
+    let device = Device::cpu(1).unwrap();
+    let mut cache = RowCache::new(&device, &[0], 1, [2, 2, 3], None).unwrap();
+    cache.get(&[0], |r| results(r, &mut Vec::new())).unwrap();
+    assert!(!cache.is_complete().unwrap());
+}
+
+#[test]
+fn two_caches_share_the_space() {
+    let dir = tempfile::tempdir().unwrap();
+    let space = CacheSpace {
+        memory: 1000,
+        dir: dir.path(),
+        reserve: 7,
+    };
+    // Five rows of two parts of six values each.
+    let beside = space.beside(&cache(1000, dir.path()));
+    assert_eq!((beside.memory, beside.reserve), (1000 - 240, 7));
+    let beside = space.beside(&cache(0, dir.path()));
+    assert_eq!((beside.memory, beside.reserve), (1000, 7 + 240));
 }
 
 #[test]
@@ -56,6 +94,7 @@ fn on_gpu(dir: &Path) -> Option<(CudaDevice, RowCache)> {
     let space = CacheSpace {
         memory: 1 << 30,
         dir,
+        reserve: 0,
     };
     let device = Device::Cuda(cuda.clone());
     let cache = RowCache::new(&device, &[0, 1, 2, 3, 4], 2, WIDE, Some(space));
