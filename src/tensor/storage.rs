@@ -118,7 +118,11 @@ pub struct MappedBytes {
 
 impl MappedBytes {
     /// `None` when the range is outside the file or not a whole number of elements.
-    pub fn new(map: Arc<Mmap>, range: Range<usize>, dtype: DType) -> Option<Self> {
+    ///
+    /// # Safety
+    /// The map must be one of a file, shared and read-only as [`Mmap::map`] makes it: its pages
+    /// are given back while it is in use, and read from the file again.
+    pub unsafe fn new(map: Arc<Mmap>, range: Range<usize>, dtype: DType) -> Option<Self> {
         let inside = range.start <= range.end && range.end <= map.len();
         let whole = inside && (range.end - range.start).is_multiple_of(dtype.size());
         (whole && dtype != DType::U32).then_some(Self { map, range, dtype })
@@ -133,8 +137,8 @@ impl MappedBytes {
         #[cfg(unix)]
         {
             let (advice, len) = (memmap2::UncheckedAdvice::DontNeed, self.range.len());
-            // SAFETY: the map is a read-only one of a file: what is taken away is read from there
-            // again when it is used next.
+            // SAFETY: the map is a shared, read-only one of a file (`new`): what is taken away is
+            // read from there again when it is used next.
             let advised = unsafe {
                 self.map
                     .unchecked_advise_range(advice, self.range.start, len)

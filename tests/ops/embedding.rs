@@ -51,7 +51,8 @@ fn a_memory_mapped_table_of_16_bit_floats_is_widened() {
         }
         // SAFETY: the file has no name; nobody else can change it.
         let map = Arc::new(unsafe { memmap2::Mmap::map(&file) }.unwrap());
-        let table = MappedBytes::new(map, 0..12, dtype).unwrap();
+        // SAFETY: the map is of a file.
+        let table = unsafe { MappedBytes::new(map, 0..12, dtype) }.unwrap();
         let table = Var::constant(Tensor::from_mapped(table, [3, 2]).unwrap());
         let ids = Tensor::from_u32(vec![2, 0, 2], [3]).unwrap();
         let rows = Tape::new(&device)

@@ -139,7 +139,8 @@ pub fn half_tensor(values: &Tensor, encode: impl Fn(f32) -> [u8; 2], dtype: DTyp
     file.write_all(&bytes).unwrap();
     // SAFETY: the file has no name and no other handle, so nothing changes it under the map.
     let map = unsafe { memmap2::Mmap::map(&file).unwrap() };
-    let mapped = MappedBytes::new(Arc::new(map), 0..bytes.len(), dtype).unwrap();
+    // SAFETY: the map is of a file.
+    let mapped = unsafe { MappedBytes::new(Arc::new(map), 0..bytes.len(), dtype) }.unwrap();
     Tensor::from_mapped(mapped, values.shape()).unwrap()
 }
 

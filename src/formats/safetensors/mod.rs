@@ -124,7 +124,8 @@ impl SafeTensors {
                 ));
             }
         };
-        let bytes = MappedBytes::new(self.map.clone(), range, dtype)
+        // SAFETY: `map_file` made the map, of a file.
+        let bytes = unsafe { MappedBytes::new(self.map.clone(), range, dtype) }
             .ok_or_else(|| Error::tensor(&self.path, name, "its bytes are not in the file"))?;
         let tensor = Tensor::from_mapped(bytes, &info.shape[..])?;
         // f32 at an odd offset cannot be used in place.
