@@ -413,6 +413,9 @@ fn operands_that_do_not_fit_are_errors() {
         for (heads, layer, cols) in [
             ([3, 2, 8], 0, [24, 16, 16]),
             ([2, 0, 8], 0, [16, 8, 8]),
+            // Keys of another width than the cache has.
+            ([2, 2, 8], 0, [16, 16, 16]),
+            ([1, 1, 4], 0, [4, 4, 4]),
             ([2, 1, 8], 1, [16, 8, 8]),
             ([2, 1, 8], 0, [8, 8, 8]),
             ([2, 1, 8], 0, [16, 16, 8]),

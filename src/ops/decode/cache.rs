@@ -47,6 +47,11 @@ impl KvCache {
         }
     }
 
+    /// Values of a key, all heads together.
+    pub(super) fn width(&self) -> usize {
+        self.width
+    }
+
     /// Tokens that layer `layer` holds.
     pub fn tokens(&self, layer: usize) -> usize {
         self.tokens.get(layer).copied().unwrap_or(0)

@@ -161,7 +161,7 @@ impl<'b, 'c> Batch<'b, 'c> {
     /// One more token for each cache, to go through layer `first` and others that hold as many.
     ///
     /// # Errors
-    /// Heads that do not fit each other, a position that `rope` does not hold, out of memory.
+    /// Heads that do not fit each other or the caches' keys, a position that `rope` does not hold, out of memory.
     pub fn new(
         device: &'b Device,
         heads: Heads,
@@ -176,6 +176,11 @@ impl<'b, 'c> Batch<'b, 'c> {
                 "query heads in a multiple of the key/value heads, of a size above 0",
                 format!("{queries} and {kv} heads of size {dim}"),
             ));
+        }
+        // The kernels write so many values a token.
+        if let Some(other) = caches.iter().find(|cache| cache.width() != kv * dim) {
+            let expected = format!("caches of keys of {} values", kv * dim);
+            return Err(Error::operand(NAME, expected, other.width().to_string()));
         }
         let positions: Vec<usize> = caches.iter().map(|cache| cache.tokens(first)).collect();
         if let Some(beyond) = positions.iter().find(|&&p| p >= rope.positions()) {
