@@ -126,7 +126,7 @@ impl KvCache {
     }
 
     /// Makes room for so many tokens in memory that nobody shares; its address and the number of
-    /// tokens it has room for.
+    /// tokens it has room for. The cache is as it was where that fails.
     pub(super) fn reserve(&mut self, cuda: &CudaDevice, tokens: usize) -> Result<(u64, usize)> {
         let (layers, width) = (self.tokens.len(), self.width);
         let Held::Cuda(paged) = &mut self.held else {
@@ -139,22 +139,21 @@ impl KvCache {
                 true => paged.capacity,
                 false => tokens.next_power_of_two().max(SMALLEST),
             };
-            let old = std::mem::take(paged);
             let len = [2, capacity, width]
                 .iter()
                 .try_fold(layers, |n, &d| n.checked_mul(d));
             let len =
                 len.ok_or_else(|| Error::operand(NAME, "fewer tokens", tokens.to_string()))?;
             let mut memory = cuda.alloc(DType::Bf16, len)?;
-            if let Some(from) = old.memory.as_ref().and_then(Tensor::cuda) {
+            if let Some(from) = paged.memory.as_ref().and_then(Tensor::cuda) {
                 for side in 0..2 * layers {
                     let (start, values) =
-                        (side * old.capacity * width, self.tokens[side / 2] * width);
+                        (side * paged.capacity * width, self.tokens[side / 2] * width);
                     memory.copy_from(side * capacity * width, from, start..start + values)?;
                 }
             }
-            paged.capacity = capacity;
-            paged.memory = Some(Tensor::from_cuda(memory, [len])?);
+            let memory = Some(Tensor::from_cuda(memory, [len])?);
+            *paged = Paged { memory, capacity };
         }
         let address = paged.memory.as_ref().and_then(Tensor::cuda);
         Ok((address.map_or(0, CudaBuffer::address), paged.capacity))
@@ -194,5 +193,27 @@ impl KvCache {
             Held::Cuda(_) => "a cache in a GPU's memory",
         };
         Error::operand(NAME, "operands and caches on one device", found)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cache_that_cannot_grow_keeps_its_tokens() {
+        let Some(cuda) = CudaDevice::for_tests(1) else {
+            return;
+        };
+        let device = Device::Cuda(cuda.clone());
+        let mut cache = KvCache::new(&device, 1, 8);
+        let rows = Tensor::from_vec(vec![1.5; 16], [2, 8]).unwrap();
+        cache.extend(&device, 0, &rows, &rows).unwrap();
+        let before = cache.reserve(&cuda, 2).unwrap();
+        // More than a number of values can be, and more than the memory there is.
+        for tokens in [1 << 60, 1 << 40] {
+            assert!(cache.reserve(&cuda, tokens).is_err());
+            assert_eq!(cache.reserve(&cuda, 2).unwrap(), before);
+        }
     }
 }
