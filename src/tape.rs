@@ -1,6 +1,8 @@
 //! A minimal autograd tape: values, the operators that made them, and the reverse sweep. It
 //! knows no operator by name.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::ops::Operator;
@@ -10,7 +12,14 @@ use crate::tensor::Tensor;
 #[derive(Clone, Debug)]
 pub struct Var {
     value: Tensor,
-    slot: Option<usize>,
+    slot: Option<Slot>,
+}
+
+/// Where a tape keeps a value's gradient.
+#[derive(Clone, Copy, Debug)]
+struct Slot {
+    tape: u64,
+    index: usize,
 }
 
 impl Var {
@@ -43,6 +52,8 @@ struct Node {
 /// that a forward pass without parameters keeps nothing.
 pub struct Tape<'d> {
     device: &'d Device,
+    /// A number that no other tape has.
+    id: u64,
     nodes: Vec<Node>,
     slots: usize,
 }
@@ -50,8 +61,10 @@ pub struct Tape<'d> {
 impl<'d> Tape<'d> {
     /// An empty tape.
     pub fn new(device: &'d Device) -> Self {
+        static TAPES: AtomicU64 = AtomicU64::new(0);
         Self {
             device,
+            id: TAPES.fetch_add(1, Ordering::Relaxed),
             nodes: Vec::new(),
             slots: 0,
         }
@@ -64,8 +77,28 @@ impl<'d> Tape<'d> {
 
     /// A leaf whose gradient is wanted.
     pub fn parameter(&mut self, value: Tensor) -> Var {
-        let slot = Some(self.new_slots(1).start);
-        Var { value, slot }
+        let index = self.new_slots(1).start;
+        self.var(value, index)
+    }
+
+    fn var(&self, value: Tensor, index: usize) -> Var {
+        let tape = self.id;
+        Var {
+            value,
+            slot: Some(Slot { tape, index }),
+        }
+    }
+
+    /// Where a value's gradient is kept, `None` for a constant.
+    fn index_of(&self, op: &'static str, var: &Var) -> Result<Option<usize>> {
+        match var.slot {
+            Some(slot) if slot.tape != self.id => Err(Error::operand(
+                op,
+                "constants and values of one tape",
+                "a value of another tape",
+            )),
+            slot => Ok(slot.map(|slot| slot.index)),
+        }
     }
 
     /// Runs an operator with one output.
@@ -78,12 +111,17 @@ impl<'d> Tape<'d> {
     }
 
     /// Runs an operator; all its outputs.
+    ///
+    /// # Errors
+    /// An input that another tape recorded, those of the operator.
     pub fn apply_all<O: Operator>(&mut self, op: O, inputs: &[&Var]) -> Result<Vec<Var>> {
         if let (Device::Cuda(cuda), false) = (self.device, O::CUDA) {
             return Err(cuda.no_kernel(O::NAME));
         }
+        let recorded = inputs.iter().map(|v| self.index_of(O::NAME, v));
+        let recorded = recorded.collect::<Result<Vec<_>>>()?;
         let values: Vec<&Tensor> = inputs.iter().map(|v| &v.value).collect();
-        let needed: Vec<bool> = inputs.iter().map(|v| v.slot.is_some()).collect();
+        let needed: Vec<bool> = recorded.iter().map(Option::is_some).collect();
         let (outputs, saved) = op.forward(self.device, &values, &needed)?;
         if !needed.contains(&true) {
             return Ok(outputs.into_iter().map(Var::constant).collect());
@@ -91,18 +129,12 @@ impl<'d> Tape<'d> {
         let slots = self.new_slots(outputs.len());
         self.nodes.push(Node {
             name: O::NAME,
-            inputs: inputs.iter().map(|v| v.slot).collect(),
+            inputs: recorded,
             outputs: slots.clone(),
             backward: Box::new(move |device, grads| op.backward(device, saved, grads, &needed)),
         });
-        Ok(outputs
-            .into_iter()
-            .zip(slots)
-            .map(|(value, slot)| Var {
-                value,
-                slot: Some(slot),
-            })
-            .collect())
+        let outputs = outputs.into_iter().zip(slots);
+        Ok(outputs.map(|(value, i)| self.var(value, i)).collect())
     }
 
     /// Sweeps back from the sum of `loss`'s elements with gradient `seed` (1, or the share of one
@@ -115,10 +147,10 @@ impl<'d> Tape<'d> {
     /// As [`Self::backward`] from an output whose gradient, of its shape, is known.
     ///
     /// # Errors
-    /// An output that depends on no parameter, a gradient of another shape.
+    /// An output that depends on no parameter or is of another tape, a gradient of another shape.
     pub fn backward_from(self, output: &Var, grad: Tensor) -> Result<Gradients> {
         let mut grads: Vec<Option<Tensor>> = vec![None; self.slots];
-        match output.slot {
+        match self.index_of("backward", output)? {
             Some(slot) if output.value.shape() == grad.shape() => grads[slot] = Some(grad),
             _ => {
                 let expected = format!("an output of shape {:?} of a parameter", grad.shape());
@@ -145,7 +177,8 @@ impl<'d> Tape<'d> {
                 }
             }
         }
-        Ok(Gradients { grads })
+        let tape = self.id;
+        Ok(Gradients { tape, grads })
     }
 
     fn new_slots(&mut self, n: usize) -> std::ops::Range<usize> {
@@ -167,13 +200,16 @@ fn accumulate(device: &Device, sum: &mut Option<Tensor>, grad: Tensor) -> Result
 
 /// What a reverse sweep leaves: the gradients of the parameters.
 pub struct Gradients {
+    tape: u64,
     grads: Vec<Option<Tensor>>,
 }
 
 impl Gradients {
-    /// Takes the gradient of a parameter; `None` when the loss does not depend on it.
+    /// Takes the gradient of a parameter; `None` when the loss does not depend on it, as on one of
+    /// another tape.
     pub fn take(&mut self, parameter: &Var) -> Option<Tensor> {
-        self.grads.get_mut(parameter.slot?)?.take()
+        let slot = parameter.slot.filter(|slot| slot.tape == self.tape)?;
+        self.grads.get_mut(slot.index)?.take()
     }
 }
 
@@ -253,5 +289,21 @@ mod tests {
         tape.apply_all(Product, &[&c, &c]).unwrap();
         assert!(tape.nodes.is_empty());
         assert!(tape.backward(&c, 1.0).is_err());
+    }
+
+    #[test]
+    fn a_value_of_another_tape_is_refused_and_has_no_gradient() {
+        let device = Device::cpu(1).unwrap();
+        let [mut tape, mut other] = [Tape::new(&device), Tape::new(&device)];
+        let x = tape.parameter(scalar(3.0));
+        let foreign = other.parameter(scalar(5.0));
+        let error = tape.apply_all(Product, &[&x, &foreign]).unwrap_err();
+        assert!(error.to_string().contains("another tape"), "{error}");
+        let square = tape.apply_all(Product, &[&x, &x]).unwrap();
+        let error = other.backward(&square[0], 1.0).err().unwrap();
+        assert!(error.to_string().contains("another tape"), "{error}");
+        let mut grads = tape.backward(&square[0], 1.0).unwrap();
+        assert!(grads.take(&foreign).is_none());
+        assert!(grads.take(&x).is_some());
     }
 }
