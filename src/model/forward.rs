@@ -182,6 +182,9 @@ impl Qwen2 {
 
     /// As [`Self::decode`] for the first tokens of one sequence, whose keys and values `cache`
     /// keeps, so that [`Self::decode_next`] can go on from there.
+    ///
+    /// # Errors
+    /// As for [`Self::decode`]; several sequences, layers of which the cache holds tokens already.
     pub fn prefill(
         &self,
         tape: &mut Tape,
@@ -191,6 +194,18 @@ impl Qwen2 {
         adapters: Option<&Adapters>,
         cache: &mut KvCache,
     ) -> Result<Var> {
+        let (batch, held) = (
+            layout.batch,
+            layers.clone().map(|layer| cache.tokens(layer)),
+        );
+        let tokens = held.max().unwrap_or(0);
+        if batch != 1 || tokens > 0 {
+            return Err(Error::operand(
+                "prefill",
+                "one sequence and a cache without tokens in its layers",
+                format!("{batch} and a cache of {tokens}"),
+            ));
+        }
         for index in layers {
             let pass = self.pass(index, layout, adapters)?;
             x = pass.run(tape, x, Some(cache))?;

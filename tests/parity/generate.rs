@@ -12,6 +12,7 @@ use resa_engine::formats::{huggingface, peft};
 use resa_engine::model::{Layout, Sae, SaeConfig};
 use resa_engine::ops::Operator;
 use resa_engine::ops::gemm::Linear;
+use resa_engine::tape::Tape;
 use resa_engine::tensor::Tensor;
 
 use crate::golden::{assert_close, golden, path, tensor};
@@ -113,6 +114,25 @@ fn an_inserted_sae_acts_while_decoding() {
         ..Inference::new(&model)
     };
     check_steps(&inference, 1e-5);
+}
+
+#[test]
+fn a_prefill_takes_one_sequence_and_an_empty_cache() {
+    let device = Device::cpu(1).unwrap();
+    let model = huggingface::load(&path("model")).unwrap();
+    let mut cache = model.cache(&device);
+    let mut prefill = |batch| {
+        let layout = Layout::new(&model.config, batch, 4).unwrap();
+        let mut tape = Tape::new(&device);
+        let ids = Tensor::from_u32(vec![5; 4 * batch], [4 * batch]).unwrap();
+        let x = model.embed(&mut tape, ids).unwrap();
+        model.prefill(&mut tape, x, 0..2, &layout, None, &mut cache)
+    };
+    let error = prefill(2).unwrap_err().to_string();
+    assert!(error.contains("one sequence"), "{error}");
+    prefill(1).unwrap();
+    let error = prefill(1).unwrap_err().to_string();
+    assert!(error.contains("a cache of 4"), "{error}");
 }
 
 struct Writer {
