@@ -11,7 +11,7 @@ use crate::model::{DecoderLayer, Linear, Lora, LoraPair, Module, Qwen2, Qwen2Con
 use crate::ops;
 use crate::ops::decode::KvCache;
 use crate::ops::embedding::Embedding;
-use crate::ops::flash_attention::FlashAttention;
+use crate::ops::flash_attention::{FlashAttention, check_documents};
 use crate::ops::lora::{Dropout, Frozen, LoraLinear};
 use crate::ops::rmsnorm::RmsNorm;
 use crate::ops::rope::{Rope, RopeTable};
@@ -57,9 +57,11 @@ impl Layout {
     /// With the documents in the memory of `device`, once for all layers.
     ///
     /// # Errors
-    /// Out of memory.
+    /// Documents that do not lie so, out of memory.
     pub fn on(mut self, device: &Device) -> Result<Self> {
         if let (Device::Cuda(cuda), Some(starts)) = (device, &self.doc_starts) {
+            // On the device nobody can look at them again.
+            check_documents(starts, self.tokens(), self.seq_len)?;
             self.doc_starts = Some(cuda.resident(starts, DType::U32)?);
         }
         Ok(self)

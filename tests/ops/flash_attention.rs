@@ -1,6 +1,7 @@
 use cuda_emulator::Counters;
 use half::bf16;
 use resa_engine::device::{Device, Precision};
+use resa_engine::model::{Layout, Qwen2Config};
 use resa_engine::ops::Operator;
 use resa_engine::ops::flash_attention::FlashAttention;
 use resa_engine::tape::{Tape, Var};
@@ -474,4 +475,31 @@ fn kernels_read_and_multiply_no_more_than_their_tiles_need() {
             assert_eq!(counted.global_atomics, 0);
         }
     }
+}
+
+#[test]
+fn documents_that_begin_after_a_token_do_not_reach_the_gpu() {
+    let Some(device) = cuda() else { return };
+    let config = Qwen2Config {
+        vocab_size: 8,
+        hidden_size: 8,
+        intermediate_size: 8,
+        num_hidden_layers: 1,
+        num_attention_heads: 1,
+        num_key_value_heads: 1,
+        head_dim: 8,
+        max_position_embeddings: 8,
+        rms_norm_eps: 1e-6,
+        rope_theta: 10_000.0,
+        tie_word_embeddings: true,
+        attention_bias: false,
+    };
+    let layout = Layout::new(&config, 1, 3).unwrap();
+    let on = |starts: [u32; 3]| {
+        let starts = Tensor::from_u32(starts.to_vec(), [3]).unwrap();
+        layout.with_batch(1, Some(starts)).on(device)
+    };
+    on([0, 1, 1]).unwrap();
+    let error = on([0, 2, 1]).unwrap_err().to_string();
+    assert!(error.contains("row 1 at or before"), "{error}");
 }

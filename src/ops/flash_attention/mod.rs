@@ -74,29 +74,8 @@ impl FlashAttention {
                 format!("{} and {}", self.head_dim, self.seq_len),
             ));
         }
-        self.check_documents(rows)
-    }
-
-    fn check_documents(&self, rows: usize) -> Result<()> {
-        let Some(starts) = &self.doc_starts else {
-            return Ok(());
-        };
-        expect_shape(Self::NAME, starts, &[rows])?;
-        if starts.cuda().is_some() {
-            // Whoever put them there has checked them; reading them back would stop the device.
-            return Ok(());
-        }
-        for (row, &start) in starts.u32s()?.iter().enumerate() {
-            let position = row % self.seq_len;
-            if start as usize > position {
-                return Err(Error::operand(
-                    Self::NAME,
-                    format!("a document start of row {row} at or before its position {position}"),
-                    format!("{start}"),
-                ));
-            }
-        }
-        Ok(())
+        let documents = self.doc_starts.as_ref();
+        documents.map_or(Ok(()), |starts| check_documents(starts, rows, self.seq_len))
     }
 
     fn group(&self) -> usize {
@@ -126,6 +105,31 @@ impl FlashAttention {
         };
         Ok((vec![o], saved))
     }
+}
+
+/// Whether `starts` says for each of `rows` rows, in sequences of `seq_len`, where its document
+/// begins.
+///
+/// # Errors
+/// Another number of rows, a start beyond its row.
+pub(crate) fn check_documents(starts: &Tensor, rows: usize, seq_len: usize) -> Result<()> {
+    const NAME: &str = FlashAttention::NAME;
+    expect_shape(NAME, starts, &[rows])?;
+    if starts.cuda().is_some() {
+        // Whoever put them there has checked them; reading them back would stop the device.
+        return Ok(());
+    }
+    for (row, &start) in starts.u32s()?.iter().enumerate() {
+        let position = row % seq_len;
+        if start as usize > position {
+            return Err(Error::operand(
+                NAME,
+                format!("a document start of row {row} at or before its position {position}"),
+                format!("{start}"),
+            ));
+        }
+    }
+    Ok(())
 }
 
 impl Operator for FlashAttention {
