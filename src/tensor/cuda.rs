@@ -25,6 +25,8 @@ pub(crate) struct Memory {
     /// Bytes of all blocks, in use or free, of all memories of the stream.
     reserved: Arc<AtomicUsize>,
     staging: Arc<Staging>,
+    /// The memory that this is beside.
+    origin: Option<Arc<Memory>>,
 }
 
 impl Memory {
@@ -34,16 +36,18 @@ impl Memory {
             free: Mutex::default(),
             reserved: Arc::default(),
             staging: Arc::default(),
+            origin: None,
         }
     }
 
     /// Other memory of the same stream, which shares no blocks with this.
-    pub(crate) fn beside(&self) -> Self {
+    pub(crate) fn beside(self: &Arc<Self>) -> Self {
         Self {
             stream: self.stream.clone(),
             free: Mutex::default(),
             reserved: self.reserved.clone(),
             staging: self.staging.clone(),
+            origin: Some(self.clone()),
         }
     }
 
@@ -59,12 +63,20 @@ impl Memory {
             return Ok(block);
         }
         self.expect_unrecorded("more memory than the first time")?;
-        self.allocate(size).or_else(|error| {
-            if error.0 != CUresult::CUDA_ERROR_OUT_OF_MEMORY {
-                return Err(self.failed("allocating memory", error));
+        let is_exhausted = |error: &DriverError| error.0 == CUresult::CUDA_ERROR_OUT_OF_MEMORY;
+        let block = self.allocate(size).or_else(|error| {
+            if !is_exhausted(&error) {
+                return Err(error);
             }
             self.release();
-            self.allocate(size).map_err(|_| self.exhausted(size))
+            if let Some(origin) = &self.origin {
+                origin.release();
+            }
+            self.allocate(size)
+        });
+        block.map_err(|error| match is_exhausted(&error) {
+            true => self.exhausted(size),
+            false => self.failed("allocating memory", error),
         })
     }
 

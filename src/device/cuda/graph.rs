@@ -294,4 +294,17 @@ mod tests {
             assert_eq!(values(&again[1])[0], 2.0 * values(&x)[0]);
         }
     }
+
+    #[test]
+    fn a_recording_without_memory_takes_what_its_device_keeps_for_reuse() {
+        let Some(cuda) = CudaDevice::for_tests(1) else {
+            return;
+        };
+        drop(upload(&cuda, 1));
+        assert!(cuda.reserved_memory() > 0);
+        // A terabyte; no more than the asking matters.
+        let error = cuda.beside().alloc(DType::F32, 1 << 38).unwrap_err();
+        assert!(error.to_string().contains("out of memory"), "{error}");
+        assert_eq!(cuda.reserved_memory(), 0);
+    }
 }
