@@ -10,7 +10,7 @@ use crate::device::simd::vectorized;
 use crate::error::Result;
 use crate::ops::gemm::bf16::{COLS, Level, Operand, Panels, ROWS, Side, Values};
 
-/// Tokens of a task: their packed values stay in the second-level cache.
+/// Most tokens of a task: their packed values stay in the second-level cache.
 const TASK_TOKENS: usize = 16 * ROWS;
 /// Latents whose weights are packed at a time, for all tokens.
 const SLAB: usize = 1 << 13;
@@ -26,19 +26,20 @@ pub(super) fn select(
     let level = Level::best();
     let d = encoder.centre.len();
     let mut selections: Vec<_> = (0..x.len() / d).map(|_| RowSelection::new(k)).collect();
+    let tokens = task_tokens(selections.len(), rayon::current_num_threads());
     let slabs = encoder.w.chunks(SLAB * d).zip(encoder.b.chunks(SLAB));
     for (slab, (w, b)) in slabs.enumerate() {
         let w = Operand::rows(Values::F32(w), d);
         let latents = Panels::in_parallel(device, level, (&w, Side::Right), 0..b.len(), 0..d);
         selections
-            .par_chunks_mut(TASK_TOKENS)
-            .zip(x.par_chunks(TASK_TOKENS * d))
+            .par_chunks_mut(tokens)
+            .zip(x.par_chunks(tokens * d))
             .with_max_len(1)
             .enumerate()
             .try_for_each(|(task, (selections, x))| {
-                let tokens = packed_tokens(device, level, x, encoder.centre);
-                offer_tiles(level, (&tokens, &latents), (slab * SLAB, b), selections)
-                    .map_err(|row| not_finite(task * TASK_TOKENS + row))
+                let packed = packed_tokens(device, level, x, encoder.centre);
+                offer_tiles(level, (&packed, &latents), (slab * SLAB, b), selections)
+                    .map_err(|row| not_finite(task * tokens + row))
             })?;
     }
     selections
@@ -47,6 +48,13 @@ pub(super) fn select(
         .with_min_len(ROWS)
         .for_each(|(selection, (acts, indices))| selection.finish(acts, indices));
     Ok(())
+}
+
+/// Tokens of a task, so that each thread has two where there are few: the sums of a tile are the
+/// same whatever task it is in.
+fn task_tokens(tokens: usize, threads: usize) -> usize {
+    let share = tokens.div_ceil(2 * threads.max(1));
+    share.next_multiple_of(ROWS).clamp(ROWS, TASK_TOKENS)
 }
 
 /// x − b_dec, packed.
@@ -84,4 +92,23 @@ fn offer_tiles(
             Ok(())
         })
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_tokens_are_work_for_every_thread() {
+        for (tokens, threads) in [(512, 4), (256, 4), (300, 2), (TASK_TOKENS, 8)] {
+            let task = task_tokens(tokens, threads);
+            assert!(
+                tokens.div_ceil(task) >= threads.min(tokens / ROWS),
+                "{tokens}: {task}"
+            );
+            assert!(task.is_multiple_of(ROWS));
+        }
+        assert_eq!(task_tokens(1 << 20, 2), TASK_TOKENS);
+        assert_eq!(task_tokens(0, 2), ROWS);
+    }
 }
