@@ -116,25 +116,28 @@ impl AdamW {
             return self.table.step(cuda, KERNEL, &mut updates, states, &args);
         }
         let moments = self.first.iter_mut().zip(&mut self.second);
+        // Of all parameters at once: many are too small to keep more than one thread busy.
+        let mut tasks = Vec::new();
         for (update, (first, second)) in updates.iter_mut().zip(moments) {
             let (chunk, row) = update.chunking();
-            let value = update.value.f32s_mut()?.par_chunks_mut(chunk);
-            let grad = update.grad.f32s_mut()?.par_chunks_mut(chunk);
-            let first = first.f32s_mut()?.par_chunks_mut(chunk);
-            let second = second.f32s_mut()?.par_chunks_mut(chunk);
-            let project = update.unit_rows;
-            value
-                .zip(grad)
-                .zip(first.zip(second))
-                .for_each(|((value, grad), (first, second))| {
-                    vectorized!({
-                        if project {
-                            remove_parallel(grad, value, row);
-                        }
-                        rule.apply(value, grad, first, second);
-                    });
-                });
+            let value = update.value.f32s_mut()?.chunks_mut(chunk);
+            let grad = update.grad.f32s_mut()?.chunks_mut(chunk);
+            let first = first.f32s_mut()?.chunks_mut(chunk);
+            let second = second.f32s_mut()?.chunks_mut(chunk);
+            let row = update.unit_rows.then_some(row);
+            let parts = value.zip(grad).zip(first.zip(second));
+            tasks.extend(parts.map(|parts| (row, parts)));
         }
+        tasks
+            .into_par_iter()
+            .for_each(|(row, ((value, grad), (first, second)))| {
+                vectorized!({
+                    if let Some(row) = row {
+                        remove_parallel(grad, value, row);
+                    }
+                    rule.apply(value, grad, first, second);
+                });
+            });
         Ok(())
     }
 }

@@ -22,31 +22,25 @@ fn factor(norm: f64, max_norm: f64) -> Option<f32> {
 }
 
 fn clip_on_cpu(grads: &mut [&mut Tensor], max_norm: f64) -> Result<f64> {
-    let mut sum = 0.0;
+    /// Values of a task. Tasks are of all gradients at once, as many are small.
+    const CHUNK: usize = 1 << 14;
+    let mut chunks = Vec::new();
     for grad in grads.iter() {
-        sum += sum_of_squares(grad.f32s()?);
+        chunks.extend(grad.f32s()?.chunks(CHUNK));
     }
-    let norm = sum.sqrt();
+    // In float64, and added up in order, so that the norm does not depend on the number of threads.
+    let squares = |chunk: &[f32]| -> f64 { chunk.iter().map(|&v| f64::from(v).powi(2)).sum() };
+    let partial: Vec<f64> = chunks.into_par_iter().map(squares).collect();
+    let norm = partial.iter().sum::<f64>().sqrt();
     if let Some(factor) = factor(norm, max_norm) {
+        let mut chunks = Vec::new();
         for grad in grads.iter_mut() {
-            grad.f32s_mut()?
-                .par_iter_mut()
-                .with_min_len(1 << 14)
-                .for_each(|g| *g *= factor);
+            chunks.extend(grad.f32s_mut()?.chunks_mut(CHUNK));
         }
+        let scale = |chunk: &mut [f32]| chunk.iter_mut().for_each(|g| *g *= factor);
+        chunks.into_par_iter().for_each(scale);
     }
     Ok(norm)
-}
-
-/// In float64, over chunks of fixed size added up in order, so that the result does not depend
-/// on the number of threads.
-fn sum_of_squares(values: &[f32]) -> f64 {
-    const CHUNK: usize = 1 << 14;
-    let partial: Vec<f64> = values
-        .par_chunks(CHUNK)
-        .map(|chunk| chunk.iter().map(|&v| f64::from(v) * f64::from(v)).sum())
-        .collect();
-    partial.iter().sum()
 }
 
 const fn kernel(function: &'static str) -> Kernel {
