@@ -95,6 +95,8 @@ pub struct StepDropout {
 /// Adapters on a tape: as parameters where they are trained, as constants where they only act.
 pub struct Adapters {
     pairs: BTreeMap<(usize, Module), (Var, Var)>,
+    /// The layers whose adapters are parameters.
+    trained: Range<usize>,
     scale: f32,
     dropout: Option<StepDropout>,
 }
@@ -102,46 +104,46 @@ pub struct Adapters {
 impl Adapters {
     /// All adapters as constants.
     pub fn frozen(lora: &Lora) -> Self {
-        let constant = |p: &LoraPair| (Var::constant(p.a.clone()), Var::constant(p.b.clone()));
-        let pairs = lora
-            .pairs
-            .iter()
-            .map(|(&key, pair)| (key, constant(pair)))
-            .collect();
-        Self {
-            pairs,
-            scale: lora.config.scale(),
-            dropout: None,
-        }
+        Self::new(lora, 0..0, None, Var::constant)
     }
 
-    /// The adapters of `layers` as parameters of `tape`; those of other layers are left out.
+    /// The adapters of `layers` as parameters of `tape`, with dropout; those of other layers as
+    /// constants, without.
     pub fn trained(
         tape: &mut Tape,
         lora: &Lora,
         layers: Range<usize>,
         dropout: Option<StepDropout>,
     ) -> Self {
-        let chosen = lora
-            .pairs
-            .iter()
-            .filter(|((layer, _), _)| layers.contains(layer));
-        let pairs = chosen
-            .map(|(&key, pair)| {
-                (
-                    key,
-                    (
-                        tape.parameter(pair.a.clone()),
-                        tape.parameter(pair.b.clone()),
-                    ),
-                )
-            })
-            .collect();
+        let dropout = dropout.filter(|d| d.p > 0.0);
+        Self::new(lora, layers, dropout, |factor| tape.parameter(factor))
+    }
+
+    fn new(
+        lora: &Lora,
+        trained: Range<usize>,
+        dropout: Option<StepDropout>,
+        mut parameter: impl FnMut(Tensor) -> Var,
+    ) -> Self {
+        let pairs = lora.pairs.iter().map(|(&key, LoraPair { a, b })| {
+            let mut var = |factor: &Tensor| match trained.contains(&key.0) {
+                true => parameter(factor.clone()),
+                false => Var::constant(factor.clone()),
+            };
+            (key, (var(a), var(b)))
+        });
         Self {
-            pairs,
+            pairs: pairs.collect(),
+            trained,
             scale: lora.config.scale(),
-            dropout: dropout.filter(|d| d.p > 0.0),
+            dropout,
         }
+    }
+
+    /// Dropout of a layer's adapters.
+    fn dropout_of(&self, layer: usize) -> Option<&StepDropout> {
+        let dropout = self.dropout.as_ref();
+        dropout.filter(|_| self.trained.contains(&layer))
     }
 
     fn has_all(&self, layer: usize, modules: &[Module]) -> bool {
@@ -149,9 +151,10 @@ impl Adapters {
         modules.all(|&module| self.pairs.contains_key(&(layer, module)))
     }
 
-    /// The factors A and B of each adapter, in the order of layer and module.
-    pub fn pairs(&self) -> impl Iterator<Item = (&(usize, Module), &(Var, Var))> {
-        self.pairs.iter()
+    /// The factors A and B of each adapter that is trained, in the order of layer and module.
+    pub fn parameters(&self) -> impl Iterator<Item = (&(usize, Module), &(Var, Var))> {
+        let pairs = self.pairs.iter();
+        pairs.filter(|((layer, _), _)| self.trained.contains(layer))
     }
 }
 
@@ -363,6 +366,7 @@ impl LayerPass<'_> {
         residual: Option<&Var>,
     ) -> Result<Vec<Var>> {
         let (mut inputs, mut frozen) = (vec![x], Vec::new());
+        let dropout = adapters.dropout_of(self.index);
         for &module in modules {
             if let Some((a, b)) = adapters.pairs.get(&(self.index, module)) {
                 inputs.extend([a, b]);
@@ -371,7 +375,7 @@ impl LayerPass<'_> {
             frozen.push(Frozen {
                 weight,
                 bias,
-                dropout: adapters.dropout.as_ref().map(|d| self.dropout(d, module)),
+                dropout: dropout.map(|d| self.dropout(d, module)),
             });
         }
         inputs.extend(residual);

@@ -89,7 +89,7 @@ fn kl_and_every_adapter_gradient_match_pytorch() {
     assert!((got / want - 1.0).abs() < 1e-5, "{got} {want}");
     let mut grads = tape.backward(&loss, 1.0 / ROWS as f32).unwrap();
     let mut compared = 0;
-    for ((layer, module), (a, b)) in adapters.pairs() {
+    for ((layer, module), (a, b)) in adapters.parameters() {
         for (factor, letter) in [(a, 'A'), (b, 'B')] {
             let path = module.path();
             let name = format!("stage2.grad.model.layers.{layer}.{path}.lora_{letter}.weight");

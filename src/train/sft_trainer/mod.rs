@@ -53,8 +53,8 @@ pub struct SftTrainer<'a> {
 }
 
 impl<'a> SftTrainer<'a> {
-    /// Trains those of `lora`'s adapters to `model` that sit on `layers`; the others act unchanged
-    /// where the student's forward pass goes through them.
+    /// Trains those of `lora`'s adapters to `model` that sit on `layers`; the others act unchanged,
+    /// without dropout, where the student's forward pass goes through them.
     pub fn new(
         device: &'a Device,
         model: &'a Qwen2,
@@ -68,12 +68,12 @@ impl<'a> SftTrainer<'a> {
             .copied()
             .filter(|(layer, _)| layers.contains(layer))
             .collect();
-        let Some(&(first, _)) = trained.first() else {
+        if trained.is_empty() {
             return Err(Error::setting(
                 "--lora-targets",
                 format!("no adapter sits on a layer that is trained ({layers:?})"),
             ));
-        };
+        }
         for pair in lora.pairs.values_mut() {
             pair.a = device.resident(&pair.a)?;
             pair.b = device.resident(&pair.b)?;
@@ -93,7 +93,7 @@ impl<'a> SftTrainer<'a> {
             trained,
             optimizer,
             options,
-            pass: StudentPass::new(device, model, first..model.layers.len()),
+            pass: StudentPass::new(device, model, layers),
         })
     }
 

@@ -51,7 +51,7 @@ pub struct MicroBatch<'a> {
 pub(super) struct StudentPass<'a> {
     device: &'a Device,
     model: &'a Qwen2,
-    /// The layers whose adapters are trained, to the last.
+    /// The layers whose adapters are trained.
     layers: Range<usize>,
     /// Whether what can be recorded is.
     pub(super) records: bool,
@@ -74,7 +74,7 @@ struct Recording {
 }
 
 impl<'a> StudentPass<'a> {
-    /// Nothing is computed yet. `layers` are those whose adapters are trained, to the last.
+    /// Nothing is computed yet. `layers` are those whose adapters are trained.
     pub(super) fn new(device: &'a Device, model: &'a Qwen2, layers: Range<usize>) -> Self {
         Self {
             device,
@@ -292,7 +292,7 @@ impl Sweep<'_> {
         let losses = loss.value().clone();
         let mut grads = tape.backward_from(&loss, seeds)?;
         let mut factors = Vec::new();
-        for ((layer, module), (a, b)) in adapters.pairs() {
+        for ((layer, module), (a, b)) in adapters.parameters() {
             for factor in [a, b] {
                 factors.push(grads.take(factor).ok_or_else(|| {
                     let name = format!("a gradient of layer {layer}'s {}", module.name());

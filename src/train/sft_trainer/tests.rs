@@ -251,3 +251,31 @@ fn a_steady_step_allocates_nothing_and_hands_the_driver_fifteen_calls_however_ma
     // The recording shares no memory with what the teacher computes.
     assert!(4 * recorded.0 <= 5 * eager.0, "{steady:?}");
 }
+
+#[test]
+fn adapters_of_other_layers_act_unchanged_and_without_dropout() {
+    let devices = [Some(Device::cpu(1).unwrap()), device()];
+    for device in devices.into_iter().flatten() {
+        let model = uploaded(&device);
+        let layout = Layout::new(&model.config, 2, SEQ_LEN).unwrap();
+        let measured = |lora: Lora, layers, dropout| {
+            let mut trainer =
+                SftTrainer::new(&device, &model, lora, layers, options(dropout)).unwrap();
+            let micro = |_| Ok(micro_batch(&layout, false, 1, 2));
+            trainer.step(1, micro).unwrap()
+        };
+        let [lower, upper, all] = [1..2, 2..3, 1..3].map(|layers| measured(lora(), layers, 0.0));
+        assert_eq!((lower.loss, upper.loss), (all.loss, all.loss));
+        let norm = lower.grad_norm.hypot(upper.grad_norm);
+        assert!((norm / all.grad_norm - 1.0).abs() < 1e-3, "{norm} {all:?}");
+        // What is dropped before a B of zeros is nothing.
+        let mut idle = lora();
+        for ((layer, _), pair) in &mut idle.pairs {
+            if *layer == 1 {
+                pair.b.f32s_mut().unwrap().fill(0.0);
+            }
+        }
+        let [with, without] = [0.5, 0.0].map(|dropout| measured(idle.clone(), 1..2, dropout));
+        assert_eq!(with.loss, without.loss);
+    }
+}
