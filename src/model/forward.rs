@@ -271,20 +271,32 @@ struct LayerPass<'a> {
 
 impl LayerPass<'_> {
     fn run(&self, tape: &mut Tape, x: Var, cache: Option<&mut KvCache>) -> Result<Var> {
-        let normed = self.norm(tape, &self.layer.input_norm, &x)?;
-        let attended = self.attention(tape, &normed, cache)?;
-        let x = self.linear(tape, Module::O, &attended, Some(&x))?;
-        let normed = self.norm(tape, &self.layer.post_attention_norm, &x)?;
-        let [gate, up] = self.linears(tape, [Module::Gate, Module::Up], &normed)?;
-        let activated = tape.apply(SwiGlu, &[&gate, &up])?;
+        // What is not used again goes out of scope: a value is as large as a layer's activations.
+        let x = self.attended(tape, x, cache)?;
+        let activated = self.activated(tape, &x)?;
         self.linear(tape, Module::Down, &activated, Some(&x))
     }
 
-    fn attention(&self, tape: &mut Tape, x: &Var, cache: Option<&mut KvCache>) -> Result<Var> {
+    /// x and what attention adds to it.
+    fn attended(&self, tape: &mut Tape, x: Var, cache: Option<&mut KvCache>) -> Result<Var> {
+        let normed = self.norm(tape, &self.layer.input_norm, &x)?;
+        let heads = self.attention(tape, normed, cache)?;
+        self.linear(tape, Module::O, &heads, Some(&x))
+    }
+
+    fn activated(&self, tape: &mut Tape, x: &Var) -> Result<Var> {
+        let normed = self.norm(tape, &self.layer.post_attention_norm, x)?;
+        let [gate, up] = self.linears(tape, [Module::Gate, Module::Up], &normed)?;
+        drop(normed);
+        tape.apply(SwiGlu, &[&gate, &up])
+    }
+
+    fn attention(&self, tape: &mut Tape, x: Var, cache: Option<&mut KvCache>) -> Result<Var> {
         let config = self.config;
-        let [q, k, v] = self.linears(tape, [Module::Q, Module::K, Module::V], x)?;
-        let q = tape.apply(self.rope(config.num_attention_heads), &[&q])?;
-        let k = tape.apply(self.rope(config.num_key_value_heads), &[&k])?;
+        let [q, k, v] = self.linears(tape, [Module::Q, Module::K, Module::V], &x)?;
+        drop(x);
+        let q = self.rotated(tape, q, config.num_attention_heads)?;
+        let k = self.rotated(tape, k, config.num_key_value_heads)?;
         if let Some(cache) = cache {
             cache.extend(tape.device(), self.index, k.value(), v.value())?;
         }
@@ -309,13 +321,14 @@ impl LayerPass<'_> {
         )
     }
 
-    fn rope(&self, heads: usize) -> Rope {
-        Rope {
+    fn rotated(&self, tape: &mut Tape, x: Var, heads: usize) -> Result<Var> {
+        let rope = Rope {
             seq_len: self.layout.seq_len,
             start: 0,
             heads,
             table: self.layout.rope.clone(),
-        }
+        };
+        tape.apply(rope, &[&x])
     }
 
     /// Modules that read the same input: one operator where all of them have an adapter.
