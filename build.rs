@@ -41,6 +41,7 @@ fn run() -> Result<()> {
     let mut images = Vec::new();
     match find_nvcc(&out)? {
         Some(nvcc) => {
+            println!("cargo:rerun-if-changed={}", nvcc.display());
             println!("cargo:rustc-env=RESA_NVCC={}", nvcc.display());
             println!(
                 "cargo:rustc-env=RESA_BUILT_FOR={}",
@@ -50,7 +51,7 @@ fn run() -> Result<()> {
         }
         None => println!(
             "cargo:warning=nvcc was not found: this build runs on the CPU only (for CUDA, install \
-             the CUDA toolkit 13 or set NVCC)"
+             the CUDA toolkit 13 and `touch build.rs`, or set NVCC)"
         ),
     }
     let list = image_list(&images)?;
@@ -107,6 +108,10 @@ fn compile_all(nvcc: &Path, out: &Path) -> Result<Vec<(String, PathBuf)>> {
     sources.sort();
     let mut common = DefaultHasher::new();
     nvcc.hash(&mut common);
+    // One that was upgraded in place has the same path.
+    let version = Command::new(nvcc).arg("--version").output();
+    let version = version.map_err(|e| failed(nvcc, e))?;
+    version.stdout.hash(&mut common);
     let mut headers = files_of(Path::new("kernels/common"), "cuh")?;
     headers.sort();
     for header in headers {

@@ -263,11 +263,12 @@ fn advice(cpu: &Cpu, cuda: &Cuda, tests: &[Test]) -> Vec<String> {
         (None, Some(_)) => say(match cuda.nvcc {
             Some(_) => {
                 "There is a driver and an nvcc, but this build has no CUDA kernels: build again \
-                 with `cargo build --release`."
+                 with `touch build.rs && cargo build --release`."
             }
             None => {
                 "There is a driver, but this build has no CUDA kernels: install the CUDA toolkit \
-                 13 (or set NVCC to its nvcc) and build again with `cargo build --release`."
+                 13 (or set NVCC to its nvcc) and build again with `touch build.rs && cargo build \
+                 --release`."
             }
         }),
         (Some(_), None) => say(

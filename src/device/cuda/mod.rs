@@ -56,7 +56,8 @@ impl CudaDevice {
             return Err(Error::cuda(
                 ordinal,
                 "this build holds no CUDA kernels because nvcc was not found when it was made; \
-                 install the CUDA toolkit 13 (or set NVCC to its nvcc) and build again",
+                 install the CUDA toolkit 13 (or set NVCC to its nvcc), `touch build.rs` and build \
+                 again",
             ));
         }
         if !Self::driver_present() {
