@@ -17,7 +17,8 @@ const SMALLEST: usize = 512;
 
 /// The device's memory: blocks that were freed wait in lists by size, so that a training step,
 /// which asks for the same sizes as the one before, allocates nothing. A block may go to its
-/// next user at once, because all users run in the order of one stream.
+/// next user at once, because all users run in the order of one stream, or have waited for it and
+/// are waited for ([`Mark::wait`], [`Beside::finish`]).
 #[derive(Debug)]
 pub(crate) struct Memory {
     stream: Arc<CudaStream>,

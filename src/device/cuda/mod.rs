@@ -1,6 +1,7 @@
 //! An NVIDIA GPU: one context and one stream, the embedded kernels, and memory that is kept for
-//! reuse. Everything runs in the order of the stream, so that memory handed from one operator to
-//! the next needs no synchronisation.
+//! reuse. All work runs in the order of the stream, so that memory handed from one operator to
+//! the next needs no synchronisation; copies beside it, in a second one, wait for a mark
+//! in it and are waited for.
 
 mod cast;
 mod graph;
@@ -103,8 +104,9 @@ impl CudaDevice {
             CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
             "no limit of shared memory",
         )?;
-        // SAFETY: this device uses its memory on its one stream alone, whose order is all the
-        // synchronisation that memory needs.
+        // SAFETY: this device's work is on its one stream, whose order is all the synchronisation
+        // that memory needs. The second copies beside it only from and to memory whose work
+        // `Mark::wait` has waited for and that nothing else changes before `Beside::finish`.
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(|e| failed("no stream", e))?;
         let beside = context.new_stream().map_err(|e| failed("no stream", e))?;
