@@ -7,7 +7,7 @@ use crate::tensor::DType;
 /// K of one pipeline stage.
 pub(super) const STAGE: usize = 64;
 /// Blocks that fill the largest device (two for each of 128 multiprocessors). A constant, so that
-/// the order of a sum does not depend on the device.
+/// the order of a sum does not depend on the device (Hopper's own tiles apart).
 const BLOCKS: usize = 256;
 /// Longest side for which the tile with a short side is taken: one tile's, so that the other
 /// operand is read once.
@@ -68,7 +68,9 @@ impl Tile {
         let wide = |function| tile(function, 128, 256, 256, 3);
         // The wide tile needs a third less of shared memory's bandwidth, but must fit, not pad
         // more nor leave multiprocessors without work.
-        let is_wide = (n.is_multiple_of(256) || n % 256 > 128)
+        // A result that may be cut along K takes the same tile on all devices.
+        let is_wide = m.min(n) > SHORT
+            && (n.is_multiple_of(256) || n % 256 > 128)
             && m.div_ceil(128) * n.div_ceil(256) >= 100
             && wide("").shared() <= most_shared;
         match layout {
@@ -150,6 +152,16 @@ mod tests {
             let splits = tile.splits(32, 256, k);
             let stages = k.div_ceil(64);
             assert!((splits - 1) * stages.div_ceil(splits) < stages, "{k}");
+        }
+    }
+
+    #[test]
+    fn a_short_result_is_cut_alike_on_devices_with_more_and_less_shared_memory() {
+        for (m, n) in [(96, 25_600), (64, 30_000), (25_600, 96), (1, 32_768)] {
+            let [more, less] =
+                [A100, L40S].map(|shared| Tile::choose(Layout::Nt, [m, n], true, false, shared));
+            assert_eq!(more, less, "{m} x {n}");
+            assert_eq!(more.splits(m, n, 4096), less.splits(m, n, 4096));
         }
     }
 }
