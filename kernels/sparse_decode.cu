@@ -110,17 +110,19 @@ __device__ __forceinline__ void by_token(float* da, const __nv_bfloat16* g,
     if (mine) load(own, g + at);
     for (unsigned first = 0; first < k; first += kStage) {
       const unsigned staged = min(kStage, k - first);
+      bool counts = false;
       __syncthreads();
       if (threadIdx.x < staged) {
         const unsigned index = indices[first + threadIdx.x];
-        stage.row[threadIdx.x] = index < m ? index : 0;
+        counts = index < m;
+        stage.row[threadIdx.x] = counts ? index : 0;
         stage.scale[threadIdx.x] = 0.0f;
       }
       __syncthreads();
       gather::add_and_dot(unused, partial, own, stage, staged, w, d, at, mine);
       __syncthreads();
       if (threadIdx.x < staged) {
-        const float dot = gather::total(partial, threadIdx.x);
+        const float dot = counts ? gather::total(partial, threadIdx.x) : 0.0f;
         da[first + threadIdx.x] = from == 0 ? dot : da[first + threadIdx.x] + dot;
       }
     }

@@ -213,8 +213,7 @@ __device__ __forceinline__ void compute_tiles(const Args& g, const Maps& low, co
     barrier_init_done();
   }
   cluster_sync();
-  // Taken from one lane, so that the compiler knows it to be the same in a warp.
-  const unsigned group = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);
+  const unsigned group = uniform(threadIdx.x / kWarpgroup);
   const Hopper<T, kLayout, Args> h{g, ring, full, empty, group};
   // 168 registers a thread at the launch, and as many in all after this.
   if (group == kWorkers) {
