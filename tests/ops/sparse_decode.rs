@@ -105,6 +105,32 @@ fn an_index_out_of_range_is_an_error() {
     }
 }
 
+#[test]
+fn an_index_on_the_gpu_that_is_of_no_latent_has_no_gradient() {
+    let Some(device) = cuda() else { return };
+    let Device::Cuda(gpu) = device else { return };
+    let inputs = inputs(1, 8, 4, 2);
+    let indices = Tensor::from_u32(vec![0, 4], [1, 2]).unwrap();
+    for frozen in [true, false] {
+        let mut tape = Tape::new(device);
+        let acts = tape.parameter(inputs[0].clone());
+        let mut weight = |i: usize| match frozen {
+            true => Var::constant(inputs[i].clone()),
+            false => tape.parameter(inputs[i].clone()),
+        };
+        let (w, b) = (weight(1), weight(2));
+        let op = SparseDecode {
+            indices: gpu.resident(&indices, DType::U32).unwrap(),
+            groups: SharedGroups::default(),
+        };
+        let out = tape.apply(op, &[&acts, &w, &b]).unwrap();
+        let upstream = random(5, &[1, 8], 1.0);
+        let loss = tape.apply(Dot(vec![upstream]), &[&out]).unwrap();
+        let grad = to_f64(&tape.backward(&loss, 1.0).unwrap().take(&acts).unwrap());
+        assert!(grad[0] != 0.0 && grad[1] == 0.0, "{grad:?}");
+    }
+}
+
 /// A latent in every token, latents in none, more latents than one digit of the sort has and a
 /// row longer than a block covers at once.
 #[test]
