@@ -313,3 +313,18 @@ proptest! {
         prop_assert!(equal(&percentage, &hundredths), "{}", percentage);
     }
 }
+
+#[test]
+fn fractions_that_grow_without_end_are_compared_in_no_time() {
+    let start = std::time::Instant::now();
+    for (term, operator, times) in [("3^8000", "*", 280), ("1/3^500", "/", 240)] {
+        assert!(!equal("1", &vec![term; times].join(operator)), "{term}");
+    }
+    let sum: Vec<_> = (0..200).map(|i| format!("1/{}^900", 3 + 2 * i)).collect();
+    assert!(!equal("1", &sum[..150].join("+")));
+    assert!(start.elapsed().as_secs() < 20, "{:?}", start.elapsed());
+    // What stays of moderate size is exact, however large its parts are.
+    assert!(equal("1", "3^{8000}*3^{-8000}"));
+    assert!(equal("4", r"\frac{2^{8000}}{2^{7998}}"));
+    assert!(!equal("2^{8000}", "2^{8000}+1"));
+}

@@ -14,7 +14,8 @@ pub const TOLERANCE: f64 = 1e-10;
 
 /// Points at which expressions with variables are compared.
 const POINTS: u64 = 3;
-/// Bits of the largest power, and the largest factorial, that are computed exactly.
+/// Bits of the largest power, sum, product or quotient, and the largest factorial, that are computed
+/// exactly.
 const MAX_BITS: u64 = 1 << 14;
 const MAX_FACTORIAL: u64 = 1000;
 
@@ -67,16 +68,32 @@ fn value(expr: &Expr, point: u64) -> Option<Value> {
             Close(a) => Close(-a),
         },
         Expr::Add(a, b) => match (value(a, point)?, value(b, point)?) {
-            (Exact(a), Exact(b)) => Exact(a + b),
+            (Exact(a), Exact(b))
+                if are_moderate(&[
+                    [a.numer(), b.denom()],
+                    [b.numer(), a.denom()],
+                    [a.denom(), b.denom()],
+                ]) =>
+            {
+                Exact(a + b)
+            }
             (a, b) => Close(a.approximate() + b.approximate()),
         },
         Expr::Mul(a, b) => match (value(a, point)?, value(b, point)?) {
-            (Exact(a), Exact(b)) => Exact(a * b),
+            (Exact(a), Exact(b))
+                if are_moderate(&[[a.numer(), b.numer()], [a.denom(), b.denom()]]) =>
+            {
+                Exact(a * b)
+            }
             (a, b) => Close(a.approximate() * b.approximate()),
         },
         Expr::Div(a, b) => match (value(a, point)?, value(b, point)?) {
             (_, Exact(b)) if b.is_zero() => return None,
-            (Exact(a), Exact(b)) => Exact(a / b),
+            (Exact(a), Exact(b))
+                if are_moderate(&[[a.numer(), b.denom()], [a.denom(), b.numer()]]) =>
+            {
+                Exact(a / b)
+            }
             (a, b) => Close(a.approximate() / b.approximate()),
         },
         Expr::Pow(a, b) => power(value(a, point)?, value(b, point)?)?,
@@ -85,6 +102,14 @@ fn value(expr: &Expr, point: u64) -> Option<Value> {
             call(name, &values.collect::<Option<Vec<_>>>()?)?
         }
     })
+}
+
+/// Whether the products that an exact result is made of are of moderate size: fractions that grow
+/// with every term would take hours to reduce.
+fn are_moderate(products: &[[&BigInt; 2]]) -> bool {
+    // One bit less than both factors have together is the least that a product has.
+    let fits = |[a, b]: &[&BigInt; 2]| a.bits() + b.bits() <= MAX_BITS + 1;
+    products.iter().all(fits)
 }
 
 /// The value of a constant, or of a variable at a point: a positive number of its own.
