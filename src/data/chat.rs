@@ -16,6 +16,8 @@ const NAME: &str = "chat_template";
 const FILE: &str = "chat_template.jinja";
 /// Steps after which a template is taken for one that never ends.
 const FUEL: u64 = 10_000_000;
+/// Most spaces a level that a template may ask JSON to be indented by.
+const MAX_INDENT: usize = 64;
 
 /// A message of a conversation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -137,6 +139,10 @@ fn raise_exception(message: String) -> std::result::Result<String, minijinja::Er
 /// JSON as Python's `json.dumps(ensure_ascii=False)` writes it, with a space after `,` and `:`.
 fn to_json(value: Jinja, options: Kwargs) -> std::result::Result<String, minijinja::Error> {
     let indent: Option<usize> = options.get("indent")?;
+    if let Some(indent) = indent.filter(|indent| *indent > MAX_INDENT) {
+        let what = format!("tojson: expected an indent of at most {MAX_INDENT}, found {indent}");
+        return Err(minijinja::Error::new(ErrorKind::InvalidOperation, what));
+    }
     let wrong =
         |e: serde_json::Error| minijinja::Error::new(ErrorKind::BadSerialization, e.to_string());
     let value = serde_json::to_value(value).map_err(wrong)?;

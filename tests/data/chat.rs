@@ -57,6 +57,23 @@ fn the_template_is_a_file_else_the_default_of_several_else_there_is_none() {
 }
 
 #[test]
+fn json_is_indented_by_at_most_64_spaces() {
+    let indented = |indent: &str| {
+        let template = format!("{{{{ [1] | tojson(indent={indent}) }}}}");
+        render(&folder(&json!({ "chat_template": template })), &[])
+    };
+    assert_eq!(indented("2").as_deref(), Ok("[\n  1\n]"));
+    assert!(indented("64").is_ok());
+    for indent in ["65", "9000000000000000000"] {
+        let error = indented(indent).unwrap_err();
+        assert!(
+            error.contains("at most 64") && error.contains(indent),
+            "{error}"
+        );
+    }
+}
+
+#[test]
 fn what_is_wrong_with_a_template_is_said_with_the_file() {
     for (template, what) in [
         (json!("{% for %}"), "chat_template"),
