@@ -10,18 +10,29 @@ use crate::tensor::Tensor;
 
 use super::MarkedText;
 
-/// A latent that fired on a token.
+/// A token that a latent fired on.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Firing {
-    pub latent: u32,
     pub text: u32,
     pub position: u32,
     pub activation: f32,
 }
 
+/// What one latent did on all texts.
+#[derive(Clone)]
+enum Fired {
+    /// It fired on these marked tokens and on no other token: on none at all, or as a reasoning
+    /// feature does. Marks are few, so that these take little memory.
+    OnMarks(Vec<Firing>),
+    /// It fired on a token that is no mark.
+    Elsewhere,
+}
+
 /// What one SAE did on all texts.
 pub(super) struct LayerFirings {
-    pub firings: Vec<Firing>,
+    latents: Vec<Fired>,
+    /// Firings of all latents.
+    pub count: u64,
     /// Sums over all tokens of the squared error and of the squared distance from the mean of
     /// the token's text.
     pub error: f64,
@@ -29,28 +40,30 @@ pub(super) struct LayerFirings {
 }
 
 impl LayerFirings {
-    /// The latents that fired on a marked token of any text and on no other token, ascending.
-    pub fn reasoning_features(&self, texts: &[MarkedText], latents: usize) -> Vec<u32> {
-        let (mut on_mark, mut elsewhere) = (vec![false; latents], vec![false; latents]);
-        for firing in &self.firings {
-            let marked = texts[firing.text as usize].marked[firing.position as usize];
-            let place = if marked { &mut on_mark } else { &mut elsewhere };
-            place[firing.latent as usize] = true;
+    fn new(latents: usize) -> Self {
+        Self {
+            latents: vec![Fired::OnMarks(Vec::new()); latents],
+            count: 0,
+            error: 0.0,
+            variance: 0.0,
         }
-        let latents = on_mark.iter().zip(&elsewhere).zip(0..);
-        latents
-            .filter(|&((&mark, &other), _)| mark && !other)
-            .map(|(_, latent)| latent)
-            .collect()
+    }
+
+    /// The latents that fired on a marked token of any text and on no other token, ascending, each
+    /// with the tokens it fired on, in their order.
+    pub fn reasoning_features(&self) -> impl Iterator<Item = (u32, &[Firing])> {
+        let latents = self.latents.iter().zip(0..);
+        latents.filter_map(|(fired, latent)| match fired {
+            Fired::OnMarks(firings) if !firings.is_empty() => Some((latent, &firings[..])),
+            _ => None,
+        })
     }
 
     /// The share of latents that fired on no token.
-    pub fn silent_fraction(&self, latents: usize) -> f64 {
-        let mut fired = vec![false; latents];
-        for firing in &self.firings {
-            fired[firing.latent as usize] = true;
-        }
-        fired.iter().filter(|&&fired| !fired).count() as f64 / latents as f64
+    pub fn silent_fraction(&self) -> f64 {
+        let silent =
+            |fired: &&Fired| matches!(fired, Fired::OnMarks(firings) if firings.is_empty());
+        self.latents.iter().filter(silent).count() as f64 / self.latents.len() as f64
     }
 }
 
@@ -63,12 +76,8 @@ pub(super) fn firings(
     texts: &[MarkedText],
     mut done: impl FnMut(usize),
 ) -> Result<Vec<LayerFirings>> {
-    let empty = || LayerFirings {
-        firings: Vec::new(),
-        error: 0.0,
-        variance: 0.0,
-    };
-    let mut layers: Vec<LayerFirings> = saes.iter().map(|_| empty()).collect();
+    let empty = |(_, sae): &(usize, Sae)| LayerFirings::new(sae.config.num_latents);
+    let mut layers: Vec<LayerFirings> = saes.iter().map(empty).collect();
     let adapters = inference.adapters.map(Adapters::frozen);
     for (number, text) in texts.iter().enumerate() {
         let layout = Layout::new(&inference.model.config, 1, text.ids.len())?;
@@ -83,7 +92,7 @@ pub(super) fn firings(
                     .model
                     .decode(&mut tape, x, through, &layout, adapters.as_ref())?;
                 next = layer + 1;
-                found.add(device, sae, x.value(), number as u32)?;
+                found.add(device, sae, x.value(), number as u32, &text.marked)?;
             }
             Ok(())
         })?;
@@ -93,22 +102,32 @@ pub(super) fn firings(
 }
 
 impl LayerFirings {
-    fn add(&mut self, device: &Device, sae: &Sae, x: &Tensor, text: u32) -> Result<()> {
+    /// Adds what the SAE makes of the activations `x` of a text, of whose tokens some are marked.
+    fn add(
+        &mut self,
+        device: &Device,
+        sae: &Sae,
+        x: &Tensor,
+        text: u32,
+        marked: &[bool],
+    ) -> Result<()> {
         let (acts, indices) = sae.encode(device, x)?;
-        let x_hat = sae.reconstruct(device, x)?;
+        let x_hat = sae.decode(device, &acts, indices.clone())?;
         self.error += squared_error(device, x, &x_hat, None)?;
         self.variance += total_variance(device, x, None)?;
         let (acts, indices) = (acts.to_f32()?, indices.to_u32()?);
         let k = sae.config.k;
         for (i, (&activation, &latent)) in acts.f32s()?.iter().zip(indices.u32s()?).enumerate() {
             if activation > 0.0 {
-                let position = (i / k) as u32;
-                self.firings.push(Firing {
-                    latent,
-                    text,
-                    position,
-                    activation,
-                });
+                self.count += 1;
+                match &mut self.latents[latent as usize] {
+                    Fired::OnMarks(firings) if marked[i / k] => firings.push(Firing {
+                        text,
+                        position: (i / k) as u32,
+                        activation,
+                    }),
+                    fired => *fired = Fired::Elsewhere,
+                }
             }
         }
         Ok(())

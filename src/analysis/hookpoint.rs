@@ -7,7 +7,7 @@ use crate::eval::{Inference, perplexity::token_losses};
 use crate::model::{Layout, Sae, SaeConfig};
 use crate::tensor::Tensor;
 
-use super::firings::{Firing, LayerFirings, firings};
+use super::firings::{Firing, firings};
 use super::{Features, MarkedText, Mixture};
 
 /// Tokens shown on either side of the one that a latent fires on.
@@ -110,19 +110,20 @@ pub fn analyse(
             mean_loss(device, &with_sae, texts, &mut pass)
         };
         let (loss_with_sae, loss_with_zeros) = (loss_with(sae)?, loss_with(&zeros(sae)?)?);
-        let latents = sae.config.num_latents;
-        let reasoning = found.reasoning_features(texts, latents);
-        let feature = |&latent: &u32| feature(found, tokenizer, texts, latent, options.contexts);
+        let features = found.reasoning_features().map(|(latent, firings)| {
+            feature(latent, firings.to_vec(), tokenizer, texts, options.contexts)
+        });
+        let features = features.collect::<Result<Vec<_>>>()?;
         hookpoints.push(Hookpoint {
             layer: *layer,
-            reasoning_features: reasoning.len(),
+            reasoning_features: features.len(),
             fvu: found.error / found.variance,
-            l0: found.firings.len() as f64 / tokens as f64,
-            silent_fraction: found.silent_fraction(latents),
+            l0: found.count as f64 / tokens as f64,
+            silent_fraction: found.silent_fraction(),
             loss_with_sae,
             loss_with_zeros,
             loss_recovered: (loss_with_zeros - loss_with_sae) / (loss_with_zeros - loss),
-            features: reasoning.iter().map(feature).collect::<Result<_>>()?,
+            features,
         });
     }
     let points: Vec<(f64, f64)> = hookpoints
@@ -167,17 +168,12 @@ fn zeros(like: &Sae) -> Result<Sae> {
 }
 
 fn feature(
-    found: &LayerFirings,
+    latent: u32,
+    mut firings: Vec<Firing>,
     tokenizer: &Tokenizer,
     texts: &[MarkedText],
-    latent: u32,
     contexts: usize,
 ) -> Result<Feature> {
-    let mut firings: Vec<&Firing> = found
-        .firings
-        .iter()
-        .filter(|f| f.latent == latent)
-        .collect();
     let count = firings.len();
     firings.sort_by(|a, b| b.activation.total_cmp(&a.activation));
     let contexts = firings.iter().take(contexts).map(|firing| {

@@ -211,9 +211,15 @@ impl Sae {
     /// X̂ \[T, d\] of `x` \[T, d\], without gradient.
     pub fn reconstruct(&self, device: &Device, x: &Tensor) -> Result<Tensor> {
         let (acts, indices) = self.encode(device, x)?;
+        self.decode(device, &acts, indices)
+    }
+
+    /// X̂ \[T, d\] of `acts` \[T, k\] f32 of the latents `indices` \[T, k\] u32, without
+    /// gradient: the other half of [`Self::encode`].
+    pub fn decode(&self, device: &Device, acts: &Tensor, indices: Tensor) -> Result<Tensor> {
         let groups = SharedGroups::default();
         let decoder = SparseDecode { indices, groups };
-        let inputs = [&acts, &self.w_dec, &self.b_dec];
+        let inputs = [acts, &self.w_dec, &self.b_dec];
         let (outputs, _) = device.run(|| decoder.forward(device, &inputs, &[false; 3]))?;
         let x_hat = outputs.into_iter().next();
         x_hat.ok_or_else(|| Error::operand(SparseDecode::NAME, "one output", "none"))
