@@ -6,7 +6,6 @@
 use std::path::Path;
 
 use resa_engine::bench::shapes;
-use resa_engine::data::tokenizer::copy_files;
 use resa_engine::formats::huggingface;
 use resa_engine::train::example;
 use resa_engine::{Error, Result};
@@ -27,5 +26,5 @@ fn main() -> Result<()> {
     huggingface::save_random(out, &shape.config, 1)?;
     let scratch = tempfile::tempdir().map_err(|e| Error::io(std::env::temp_dir(), e))?;
     let sources = example::unpack(scratch.path())?;
-    copy_files(&sources.target, out)
+    huggingface::copy_tokenizer(&sources.target, out)
 }

@@ -71,6 +71,14 @@ impl Error {
         }
     }
 
+    /// Line `number`, from 1, of a JSON Lines file, which was read by itself and is wrong.
+    pub fn json_line(path: impl AsRef<Path>, number: usize, source: &serde_json::Error) -> Self {
+        // To the parser it was line 1.
+        let what = source.to_string();
+        let what = what.replace(" at line 1 column ", " at column ");
+        Self::file(path, format!("line {number}: {what}"))
+    }
+
     /// A missing or malformed tensor of a file.
     pub fn tensor(
         path: impl AsRef<Path>,

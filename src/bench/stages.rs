@@ -9,7 +9,6 @@ use serde::Serialize;
 use super::cases;
 use super::shapes::ModelShape;
 use crate::data::Tokenizer;
-use crate::data::tokenizer::copy_files;
 use crate::device::Precision;
 use crate::error::{Error, Result};
 use crate::formats::huggingface;
@@ -88,7 +87,7 @@ pub(super) fn measure(
     let sources = example::unpack(&dir.join("example"))?;
     let folder = dir.join("model");
     huggingface::save_random(&folder, &model.config, 1)?;
-    copy_files(&sources.target, &folder)?;
+    huggingface::copy_tokenizer(&sources.target, &folder)?;
     let size = size(model);
     let config = TrainConfig {
         target: Some(text(&folder)),

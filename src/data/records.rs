@@ -30,6 +30,24 @@ enum Format {
     Parquet,
 }
 
+impl Format {
+    /// The format that the end of a file's name stands for.
+    fn of_name(path: &Path) -> Option<Self> {
+        let end = path.extension()?.to_str()?.to_ascii_lowercase();
+        match end.as_str() {
+            "jsonl" | "ndjson" => Some(Self::JsonLines),
+            "json" => Some(Self::Json),
+            "parquet" => Some(Self::Parquet),
+            _ => None,
+        }
+    }
+}
+
+/// Whether a file holds data, by the end of its name.
+pub(crate) fn is_data(name: &str) -> bool {
+    Format::of_name(Path::new(name)).is_some()
+}
+
 /// Reads all records of a file, in its order.
 ///
 /// The format follows from the extension (`jsonl`, `ndjson`, `parquet`), else from the content:
@@ -69,15 +87,9 @@ pub fn read_all(paths: &[impl AsRef<Path>]) -> Result<Vec<Record>> {
 }
 
 fn format_of(path: &Path) -> Result<Format> {
-    let extension = path
-        .extension()
-        .and_then(|e| e.to_str())
-        .unwrap_or_default()
-        .to_ascii_lowercase();
-    match extension.as_str() {
-        "jsonl" | "ndjson" => Ok(Format::JsonLines),
-        "parquet" => Ok(Format::Parquet),
-        _ => {
+    match Format::of_name(path) {
+        Some(format @ (Format::JsonLines | Format::Parquet)) => Ok(format),
+        Some(Format::Json) | None => {
             let mut start = Vec::new();
             File::open(path)
                 .and_then(|file| file.take(4).read_to_end(&mut start))
@@ -112,8 +124,7 @@ fn read_lines(path: &Path, text: &str) -> Result<Vec<Record>> {
             continue;
         }
         let place = format!("line {}", i + 1);
-        let value = serde_json::from_str(line)
-            .map_err(|e| Error::file(path, format!("{place}: not valid JSON: {e}")))?;
+        let value = serde_json::from_str(line).map_err(|e| Error::json_line(path, i + 1, &e))?;
         records.push(from_json(path, &place, &value)?);
     }
     Ok(records)

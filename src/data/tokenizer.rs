@@ -1,8 +1,6 @@
 //! The tokenizer of a Hugging Face model folder.
 
 use std::collections::HashSet;
-use std::fs::File;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -14,20 +12,6 @@ use crate::{Error, Result};
 
 const TOKENIZER: &str = "tokenizer.json";
 const CONFIG: &str = "tokenizer_config.json";
-
-/// What belongs to a tokenizer in a model folder.
-const FILES: [&str; 10] = [
-    TOKENIZER,
-    CONFIG,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-];
 
 /// The keys under which `tokenizer_config.json` names special tokens.
 const NAMED_TOKENS: [&str; 7] = [
@@ -195,28 +179,6 @@ fn attempt<T>(path: &Path, what: &str, work: impl FnOnce() -> tokenizers::Result
     guarded(work)
         .unwrap_or_else(|| Err("damaged tokenizer".into()))
         .map_err(|e| Error::file(path, format!("{what}: {e}")))
-}
-
-/// Copies the files a tokenizer consists of, those that are there, into another folder that
-/// exists, and brings them to the disk.
-///
-/// # Errors
-/// When a file cannot be read or written.
-pub fn copy_files(from: impl AsRef<Path>, to: impl AsRef<Path>) -> Result<()> {
-    for name in FILES {
-        let source = from.as_ref().join(name);
-        if source.is_file() {
-            let bytes = std::fs::read(&source).map_err(|e| Error::io(&source, e))?;
-            let target = to.as_ref().join(name);
-            let write = || {
-                let mut file = File::create(&target)?;
-                file.write_all(&bytes)?;
-                file.sync_all()
-            };
-            write().map_err(|e| Error::io(&target, e))?;
-        }
-    }
-    Ok(())
 }
 
 /// Whether `eos` cuts a text into parts that do not influence each other: it is found before

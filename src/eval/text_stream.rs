@@ -37,11 +37,6 @@ impl TextStream {
         &self.tokens
     }
 
-    /// The text so far.
-    pub fn text(&self) -> &str {
-        &self.text
-    }
-
     /// Tokens and text.
     pub fn into_parts(self) -> (Vec<u32>, String) {
         (self.tokens, self.text)

@@ -8,6 +8,7 @@ pub mod atomic;
 pub mod hub;
 pub mod huggingface;
 pub(crate) mod json;
+pub mod lock;
 pub mod peft;
 pub mod safetensors;
 pub mod sparsify;

@@ -11,7 +11,7 @@ use serde_json::json;
 
 use super::run_dir::RunDir;
 use crate::error::{Error, Result};
-use crate::formats::atomic::{FileSet, sync_dir};
+use crate::formats::atomic::{FileSet, remove_dir, sync_dir};
 use crate::formats::safetensors::{self, Entry, SafeTensors};
 use crate::tensor::{DType, Tensor};
 
@@ -27,19 +27,6 @@ pub struct Snapshot {
     /// Counters, positions in data and metrics, and whatever else is no tensor. Finite numbers
     /// come back to the same bits; JSON has no others.
     pub state: serde_json::Value,
-}
-
-impl Snapshot {
-    /// The tensor of that name, taken out.
-    ///
-    /// # Errors
-    /// [`Error::TensorInFile`] where there is none.
-    pub fn take(&mut self, name: &str) -> Result<Tensor> {
-        match self.tensors.iter().position(|(n, _)| n == name) {
-            Some(at) => Ok(self.tensors.swap_remove(at).1),
-            None => Err(Error::tensor(TENSORS, name, "missing in the checkpoint")),
-        }
-    }
 }
 
 /// The checkpoint that a run goes on from.
@@ -178,13 +165,6 @@ fn discard(dir: &Path, step: u64) -> Result<()> {
         Ok(()) => remove_dir(&aside),
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
         Err(e) => Err(Error::io(&finished, e)),
-    }
-}
-
-fn remove_dir(path: &Path) -> Result<()> {
-    match fs::remove_dir_all(path) {
-        Err(e) if e.kind() != ErrorKind::NotFound => Err(Error::io(path, e)),
-        _ => Ok(()),
     }
 }
 

@@ -303,12 +303,6 @@ impl TrainConfig {
         Ok(latents)
     }
 
-    /// Learning rate of Stage I for that number of latents.
-    pub fn sae_lr_for(&self, latents: usize) -> f64 {
-        let default = self.sae_optimizer.default_lr(latents);
-        self.sae_lr.unwrap_or(default)
-    }
-
     /// The hookpoints for a model of `layers` layers, the default filled in.
     ///
     /// # Errors

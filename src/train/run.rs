@@ -18,7 +18,6 @@ use super::{
     CancelFlag, Event, Method, Observer, RunDir, RunOptions, SaeGrad, SaeInit, TrainConfig, example,
 };
 use crate::data::records::Record;
-use crate::data::tokenizer::copy_files;
 use crate::data::{Packed, Template, Tokenizer, order};
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -427,7 +426,7 @@ impl<'a> Run<'a> {
             adapter: self.adapter.clone(),
         };
         let tuned = stage.run(session, activations)?;
-        copy_files(&self.sources.target, session.run.adapter_dir())?;
+        huggingface::copy_tokenizer(&self.sources.target, session.run.adapter_dir())?;
         Ok(tuned)
     }
 

@@ -1,42 +1,29 @@
 //! The folder of a run: what it is called, who may write to it, and how files get into it whole.
 
-use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{ErrorKind, Write};
+use std::fs::{self, OpenOptions};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use super::config::TrainConfig;
 use super::settings::hookpoint_name;
 use super::{checkpoint, example, metrics::MetricsLog};
 use crate::error::{Error, Result};
-use crate::formats::atomic::{self, sync_dir};
+use crate::formats::atomic;
+use crate::formats::lock::Lock;
 
 const LOCK: &str = ".lock";
 const CONFIG: &str = "config.toml";
 const ADAPTER: &str = "adapter";
 const SAE: &str = "sae";
 const METRICS: &str = "metrics.jsonl";
-const CONFIG_UNFINISHED: &str = "config.toml.tmp";
 
-/// A run folder that this process alone trains into, for as long as the value lives. The
-/// operating system releases the lock when the process ends, however it ends.
+/// A run folder that this process alone trains into, for as long as the value lives.
 #[derive(Debug)]
 pub struct RunDir {
     path: PathBuf,
     /// Whether the folder was not there before the run.
     made: bool,
     _lock: Lock,
-}
-
-/// A locked file.
-#[derive(Debug)]
-struct Lock(File);
-
-impl Drop for Lock {
-    fn drop(&mut self) {
-        // Closing would not do: a process that another thread has just forked has the file open
-        // too, until it becomes another program. What fails here, the end of the process mends.
-        drop(self.0.unlock());
-    }
 }
 
 impl RunDir {
@@ -56,10 +43,8 @@ impl RunDir {
         };
         // Another process may have made its run between the look and the lock.
         check_is_free(path)?;
-        let unfinished = path.join(CONFIG_UNFINISHED);
-        write_synced(&unfinished, config.to_toml()?.as_bytes())?;
-        fs::rename(&unfinished, path.join(CONFIG)).map_err(|e| Error::io(&unfinished, e))?;
-        sync_dir(path)?;
+        atomic::remove_unfinished(path)?;
+        atomic::write_bytes(&path.join(CONFIG), config.to_toml()?.as_bytes())?;
         Ok(run)
     }
 
@@ -67,8 +52,8 @@ impl RunDir {
     /// and reads the settings it was started with (see [`TrainConfig::check_resumes`]).
     ///
     /// # Errors
-    /// [`Error::Setting`] where there is no run in the folder or another process trains into
-    /// it; [`Error::File`] where its `config.toml` is damaged.
+    /// [`Error::File`] where there is no run in the folder or its `config.toml` is damaged;
+    /// [`Error::Setting`] where another process trains into it.
     pub fn resume(path: impl AsRef<Path>) -> Result<(Self, TrainConfig)> {
         let path = path.as_ref();
         let config = Self::read_config(path)?;
@@ -100,9 +85,9 @@ impl RunDir {
         let file = path.join(CONFIG);
         match fs::read_to_string(&file) {
             Ok(text) => TrainConfig::from_toml(&text, &file),
-            Err(e) if e.kind() == ErrorKind::NotFound => Err(Error::setting(
-                "--resume",
-                format!("there is no run in {}: it has no {CONFIG}", path.display()),
+            Err(e) if e.kind() == ErrorKind::NotFound => Err(Error::file(
+                path,
+                format!("there is no run in it: it has no {CONFIG}"),
             )),
             Err(e) => Err(Error::io(file, e)),
         }
@@ -113,17 +98,16 @@ impl RunDir {
         let mut options = OpenOptions::new();
         options.write(true).create(true).truncate(false);
         let lock = options.open(&file).map_err(|e| Error::io(&file, e))?;
-        match lock.try_lock() {
-            Ok(()) => Ok(Self {
+        match Lock::new(lock).map_err(|e| Error::io(&file, e))? {
+            Some(lock) => Ok(Self {
                 path: path.to_owned(),
                 made: false,
-                _lock: Lock(lock),
+                _lock: lock,
             }),
-            Err(TryLockError::WouldBlock) => Err(Error::setting(
+            None => Err(Error::setting(
                 "--out",
                 format!("another process is training into {}", path.display()),
             )),
-            Err(TryLockError::Error(e)) => Err(Error::io(file, e)),
         }
     }
 
@@ -167,7 +151,7 @@ pub(super) fn check_is_free(path: &Path) -> Result<()> {
     };
     for entry in entries {
         let name = entry.map_err(|e| Error::io(path, e))?.file_name();
-        if name == LOCK || name == CONFIG_UNFINISHED {
+        if name == LOCK || atomic::is_unfinished(&name) {
             continue;
         }
         let what = if path.join(CONFIG).exists() {
@@ -181,31 +165,4 @@ pub(super) fn check_is_free(path: &Path) -> Result<()> {
         ));
     }
     Ok(())
-}
-
-/// Writes a file and brings it to the disk.
-fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
-    let write = || {
-        let mut file = File::create(path)?;
-        file.write_all(bytes)?;
-        file.sync_all()
-    };
-    write().map_err(|e| Error::io(path, e))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::RunDir;
-
-    #[test]
-    fn a_folder_is_free_again_though_a_forked_process_has_its_lock_open() {
-        let dir = tempfile::tempdir().unwrap();
-        let run = RunDir::lock(dir.path()).unwrap();
-        assert!(RunDir::lock(dir.path()).is_err());
-        // The same open file, as a fork has it.
-        let open = run._lock.0.try_clone().unwrap();
-        drop(run);
-        RunDir::lock(dir.path()).unwrap();
-        drop(open);
-    }
 }

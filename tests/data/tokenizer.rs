@@ -1,7 +1,7 @@
 use std::path::Path;
 
 use resa_engine::data::Tokenizer;
-use resa_engine::data::tokenizer::copy_files;
+use resa_engine::formats::huggingface;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -214,7 +214,7 @@ fn the_files_of_a_tokenizer_are_copied() {
     ]);
     std::fs::write(source.path().join("chat_template.jinja"), "x").unwrap();
     let target = TempDir::new().unwrap();
-    copy_files(source.path(), target.path()).unwrap();
+    huggingface::copy_tokenizer(source.path(), target.path()).unwrap();
     let mut names: Vec<_> = std::fs::read_dir(target.path())
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
@@ -229,5 +229,6 @@ fn the_files_of_a_tokenizer_are_copied() {
         ]
     );
     assert!(Tokenizer::from_dir(target.path()).is_ok());
-    assert!(copy_files(source.path(), target.path().join("none")).is_err());
+    let file = source.path().join("config.json");
+    assert!(huggingface::copy_tokenizer(source.path(), file).is_err());
 }

@@ -215,11 +215,10 @@ fn multi_topk_needs_four_times_k_latents() {
 
 #[test]
 fn the_learning_rate_of_stage_one_falls_with_the_root_of_the_latents() {
-    let config = TrainConfig::default();
-    assert!((config.sae_lr_for(1 << 14) - 5e-3).abs() < 1e-18);
-    assert!((config.sae_lr_for(1 << 16) - 2.5e-3).abs() < 1e-18);
-    let adam = parse("sae-optimizer = \"adam\"").unwrap();
-    assert!((adam.sae_lr_for(1 << 16) - 1e-4).abs() < 1e-18);
+    let signum = SaeOptimizer::Signum;
+    assert!((signum.default_lr(1 << 14) - 5e-3).abs() < 1e-18);
+    assert!((signum.default_lr(1 << 16) - 2.5e-3).abs() < 1e-18);
+    assert!((SaeOptimizer::Adam.default_lr(1 << 16) - 1e-4).abs() < 1e-18);
 }
 
 #[test]

@@ -58,8 +58,10 @@ fn a_folder_with_other_files_is_left_as_it_was() {
 fn a_run_killed_before_it_began_does_not_block_its_folder() {
     let temp = tempfile::tempdir().unwrap();
     fs::write(temp.path().join(".lock"), "").unwrap();
-    fs::write(temp.path().join("config.toml.tmp"), "stage = ").unwrap();
+    let unfinished = temp.path().join(".writing-x1y2z3");
+    fs::write(&unfinished, "stage = ").unwrap();
     RunDir::create(temp.path(), &TrainConfig::default()).unwrap();
+    assert!(!unfinished.exists());
 }
 
 #[test]

@@ -7,26 +7,12 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::Want;
+use crate::data::records::is_data;
+use crate::formats::huggingface::TOKENIZER_FILES;
 use crate::formats::is_inside;
 
 const INDEX: &str = "model.safetensors.index.json";
 const SINGLE: &str = "model.safetensors";
-
-/// What a model folder may hold beside configuration and weights: what is read, and what is
-/// copied beside a result.
-const BESIDE: [&str; 11] = [
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-];
 
 /// The names, of those that a repository has, to fetch; of a sharded model the index alone, the
 /// rest is in [`shards`].
@@ -47,7 +33,8 @@ pub(super) fn wanted(want: Want, names: &[String]) -> Result<Vec<String>, String
                 INDEX
             };
             let mut files: Vec<String> = all(&["config.json", weights])?;
-            let beside = BESIDE.iter().filter(|name| has(name));
+            let beside = TOKENIZER_FILES.iter().chain(&["generation_config.json"]);
+            let beside = beside.filter(|name| has(name));
             files.extend(beside.map(|&name| name.to_owned()));
             Ok(files)
         }
@@ -83,17 +70,6 @@ fn saes(layer: Option<usize>, names: &[String]) -> Result<Vec<String>, String> {
             None => "expected layers.N/cfg.json in it, found none".to_owned(),
         }),
     }
-}
-
-/// Whether a file holds data, by the end of its name.
-pub(super) fn is_data(name: &str) -> bool {
-    let end = name
-        .rsplit_once('.')
-        .map(|(_, end)| end.to_ascii_lowercase());
-    matches!(
-        end.as_deref(),
-        Some("parquet" | "jsonl" | "ndjson" | "json")
-    )
 }
 
 /// The data files that have `train` in their name or folder, or all where none names any split.

@@ -17,6 +17,7 @@ use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, CacheRepo, Repo, RepoType};
 use serde_json::Value;
 
+use crate::data::records::is_data;
 use crate::error::{Error, Result};
 pub use environment::Hub;
 pub use id::Id;
@@ -78,7 +79,7 @@ pub fn folder(given: &Path, want: Want, listener: Listener) -> Result<PathBuf> {
 /// As [`folder`].
 pub fn data(given: &Path, listener: Listener) -> Result<Vec<PathBuf>> {
     // A mistyped file is not worth asking the hub for.
-    let is_file_name = given.to_str().is_some_and(files::is_data);
+    let is_file_name = given.to_str().is_some_and(is_data);
     if given.exists() || is_file_name {
         return Ok(vec![given.to_owned()]);
     }

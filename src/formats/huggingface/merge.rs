@@ -1,16 +1,14 @@
 //! Adapters merged into the weights they sit on: W + s B A.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::io::Write;
 use std::path::Path;
 
 use rayon::prelude::*;
 use serde_json::json;
 
 use super::checkpoint::Checkpoint;
+use super::copy::{copy_present, copy_tokenizer};
 use super::load::{EMBED_TOKENS, LM_HEAD, NORM, has_bias, load, module_tensor, norm_tensor};
-use crate::data::tokenizer::copy_files;
 use crate::error::{Error, Result};
 use crate::formats::atomic;
 use crate::formats::safetensors::{self, Entry};
@@ -60,24 +58,9 @@ fn save_merged_in_shards(
     }
     atomic::create_dir(out_dir, |dir| {
         copy_present(model_dir, dir, &["config.json", "generation_config.json"])?;
-        copy_files(model_dir, dir)?;
+        copy_tokenizer(model_dir, dir)?;
         write_weights(&files, &config, loras, dir, max_shard)
     })
-}
-
-/// Copies those of the named files that exist.
-fn copy_present(from: &Path, to: &Path, names: &[&str]) -> Result<()> {
-    for name in names {
-        let source = from.join(name);
-        if source.exists() {
-            let content = fs::read(&source).map_err(|e| Error::io(&source, e))?;
-            let target = to.join(name);
-            atomic::write(&target, |out| {
-                out.write_all(&content).map_err(|e| Error::io(&target, e))
-            })?;
-        }
-    }
-    Ok(())
 }
 
 /// A tensor of the model to be written, with its adapters and their scales.
@@ -244,6 +227,7 @@ fn merged(weight: &Tensor, pairs: &[(&LoraPair, f32)]) -> Result<Tensor> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::slice::from_ref;
 
     use super::*;

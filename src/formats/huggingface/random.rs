@@ -1,5 +1,4 @@
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::path::Path;
 
 use rayon::prelude::*;
@@ -32,10 +31,8 @@ pub fn save_random(dir: &Path, config: &Qwen2Config, seed: u64) -> Result<()> {
     // transformers wants to know which framework's layout the matrices have.
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
     safetensors::write(&dir.join("model.safetensors"), entries.collect(), &metadata)?;
-    let path = dir.join("config.json");
-    atomic::write(&path, |out| {
-        write!(out, "{:#}", config_json(config)).map_err(|e| Error::io(&path, e))
-    })
+    let text = format!("{:#}", config_json(config));
+    atomic::write_bytes(&dir.join("config.json"), text.as_bytes())
 }
 
 fn config_json(config: &Qwen2Config) -> serde_json::Value {
