@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use resa_engine::Error;
 use resa_engine::data::{Template, records};
+use resa_engine::device::Precision;
 use resa_engine::eval::pass::{self, Asking, Estimate, Solver, pass_at_k};
 use resa_engine::eval::perplexity::perplexity;
 use resa_engine::eval::results::{self, Results};
@@ -16,6 +17,7 @@ use serde_json::{Value, json};
 use super::Failure;
 use super::args::EvalArgs;
 use super::model::Loaded;
+use super::output::{note, print_line};
 
 pub fn run(args: &EvalArgs) -> Result<(), Failure> {
     if let Some(file) = &args.regrade {
@@ -64,11 +66,11 @@ fn measure_perplexity(
         progress.on_event(&Event::Progress { done: done as u64 });
     })?;
     match args.json {
-        true => println!("{}", serde_json::to_string(&result)?),
-        false => println!(
+        true => print_line(serde_json::to_string(&result)?)?,
+        false => print_line(format_args!(
             "perplexity {:.4}, {:.5} nats a token over {} tokens",
             result.perplexity, result.mean_nll, result.tokens
-        ),
+        ))?,
     }
     Ok(())
 }
@@ -93,7 +95,7 @@ fn measure_answers(
         .map_or(Asking::Template(template), Asking::Chat);
     let stop_tokens = loaded.tokenizer.end_ids(&loaded.dir)?;
     let options = args.sampling.options(stop_tokens, asking.stop_strings());
-    let settings = settings(args, &options, template);
+    let settings = settings(args, loaded, &options, template);
     let (mut results, mut all) = match &args.out {
         Some(path) if args.resume => {
             let (results, known) = Results::resume(path, settings, &records)?;
@@ -140,22 +142,32 @@ fn measure_answers(
         .filter(|g| g.finish == FinishReason::Length)
         .count();
     if cut > 0 {
-        eprintln!(
+        note(format_args!(
             "{cut} of {} completions ended at --max-new-tokens",
             all.len()
-        );
+        ));
     }
     report(args, &pass::counts(&all), json!({ "truncated": cut }))
 }
 
 /// What has a part in the completions, for the file that holds them.
-fn settings(args: &EvalArgs, options: &GenerateOptions, template: &Template) -> Value {
+fn settings(
+    args: &EvalArgs,
+    loaded: &Loaded,
+    options: &GenerateOptions,
+    template: &Template,
+) -> Value {
     let path = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
     json!({
         "model": args.model,
         "adapter": path(&args.with.adapter),
         "sae": path(&args.with.sae),
         "layer": args.with.layer,
+        "weights": loaded.model().lm_head.dtype().name(),
+        "products": match loaded.device.precision() {
+            Precision::F32 => "F32",
+            Precision::Bf16 => "BF16",
+        },
         "prompt": if args.chat { "the model's chat template" } else { template.source() },
         "temperature": options.sampling.temperature,
         "top_p": options.sampling.top_p,
@@ -205,21 +217,19 @@ fn report(args: &EvalArgs, counts: &[(u64, u64)], more: Value) -> Result<(), Fai
         if let (Value::Object(object), Value::Object(more)) = (&mut object, more) {
             object.extend(more);
         }
-        println!("{object}");
-        return Ok(());
+        return Ok(print_line(object)?);
     }
     for (k, e) in &estimates {
-        println!(
+        print_line(format_args!(
             "Pass@{k} {:.1} % (95 % interval {:.1} to {:.1} %)",
             100.0 * e.value,
             100.0 * e.low,
             100.0 * e.high
-        );
+        ))?;
     }
-    println!(
+    Ok(print_line(format_args!(
         "{correct} of {completions} completions right, {} problems; interval: {}",
         counts.len(),
         Estimate::interval_name(counts)
-    );
-    Ok(())
+    ))?)
 }

@@ -3,9 +3,11 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use resa_engine::{Error, report};
+use resa_engine::formats::atomic;
+use resa_engine::report;
 
 use super::Failure;
+use super::output::print_line;
 
 #[derive(Args)]
 pub struct ReportArgs {
@@ -19,7 +21,6 @@ pub struct ReportArgs {
 
 pub fn run(args: &ReportArgs) -> Result<(), Failure> {
     let page = report::html(&args.runs)?;
-    std::fs::write(&args.out, page).map_err(|e| Error::io(&args.out, e))?;
-    println!("{}", args.out.display());
-    Ok(())
+    atomic::write_bytes(&args.out, page.as_bytes())?;
+    Ok(print_line(args.out.display())?)
 }

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
-use std::io::{Seek, SeekFrom, Write};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -13,6 +13,10 @@ use crate::data::Record;
 use crate::error::{Error, Result};
 use crate::eval::pass::{Graded, grade};
 use crate::formats::atomic;
+use crate::formats::lock::Lock;
+
+/// How each line begins: an unfinished one that does not is of another program.
+const BEGINNING: &[u8] = b"{\"index\":";
 
 /// A line of the file: a graded completion and the settings that it was made with.
 #[derive(Serialize, Deserialize)]
@@ -22,10 +26,10 @@ struct Line {
     settings: Value,
 }
 
-/// The file while an evaluation writes it.
+/// The file while an evaluation writes it, and no other process does.
 pub struct Results {
     path: PathBuf,
-    file: File,
+    file: Lock,
     settings: Value,
 }
 
@@ -44,7 +48,7 @@ impl Results {
         })?;
         Ok(Self {
             path: path.to_owned(),
-            file,
+            file: lock(path, file)?,
             settings,
         })
     }
@@ -53,26 +57,33 @@ impl Results {
     /// finished is dropped; a file that is not there is created.
     ///
     /// # Errors
-    /// A damaged line; a completion for another problem than `records` has in its place, made with
-    /// other settings, or twice the same.
+    /// A file of another kind, a damaged line, or another process that writes to the file; a
+    /// completion for another problem than `records` has in its place, made with other settings,
+    /// or twice the same. The file stays as it was.
     pub fn resume(path: &Path, settings: Value, records: &[Record]) -> Result<(Self, Vec<Graded>)> {
-        let mut bytes = match std::fs::read(path) {
-            Ok(bytes) => bytes,
+        let file = match OpenOptions::new().read(true).write(true).open(path) {
+            Ok(file) => file,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
                 return Ok((Self::create(path, settings)?, Vec::new()));
             }
             Err(e) => return Err(Error::io(path, e)),
         };
-        let complete = bytes
-            .iter()
-            .rposition(|&b| b == b'\n')
-            .map_or(0, |at| at + 1);
-        bytes.truncate(complete);
+        let mut file = lock(path, file)?;
+        let mut bytes = Vec::new();
+        let read = file.file().read_to_end(&mut bytes);
+        read.map_err(|e| Error::io(path, e))?;
+        let end = bytes.iter().rposition(|&b| b == b'\n');
+        let complete = end.map_or(0, |at| at + 1);
+        let unfinished = bytes.split_off(complete);
+        if !unfinished.starts_with(BEGINNING) && !BEGINNING.starts_with(&unfinished) {
+            let what = "not a file of completions: its last line is not finished, nor begun as one";
+            return Err(Error::file(path, what));
+        }
         let mut graded = Vec::new();
         let mut seen = std::collections::HashSet::new();
         for (number, line) in lines(path, &bytes)? {
             let line: Line = serde_json::from_value(Value::Object(line))
-                .map_err(|e| Error::file(path, format!("line {number}: {e}")))?;
+                .map_err(|e| Error::json_line(path, number, &e))?;
             let one = line.graded;
             let wrong = |what: String| Err(Error::file(path, format!("line {number}: {what}")));
             if line.settings != settings {
@@ -89,11 +100,8 @@ impl Results {
             }
             graded.push(one);
         }
-        let opened = OpenOptions::new().write(true).open(path);
-        let mut file = opened.map_err(|e| Error::io(path, e))?;
-        let placed = file
-            .set_len(complete as u64)
-            .and_then(|()| file.seek(SeekFrom::End(0)));
+        let cut = file.file().set_len(complete as u64);
+        let placed = cut.and_then(|()| file.file().seek(SeekFrom::End(0)));
         placed.map_err(|e| Error::io(path, e))?;
         let results = Self {
             path: path.to_owned(),
@@ -111,9 +119,15 @@ impl Results {
         };
         let text =
             serde_json::to_string(&line).map_err(|e| Error::file(&self.path, e.to_string()))?;
-        let written = self.file.write_all(format!("{text}\n").as_bytes());
+        let written = self.file.file().write_all(format!("{text}\n").as_bytes());
         written.map_err(|e| Error::io(&self.path, e))
     }
+}
+
+/// Locks the file to write to.
+fn lock(path: &Path, file: File) -> Result<Lock> {
+    let lock = Lock::new(file).map_err(|e| Error::io(path, e))?;
+    lock.ok_or_else(|| Error::file(path, "another process is writing to it"))
 }
 
 /// Completions that were graded again.
@@ -137,8 +151,7 @@ pub fn regrade(path: &Path) -> Result<Regraded> {
     if lines.is_empty() {
         return Err(Error::file(path, "holds no completions"));
     }
-    let mut places: HashMap<String, usize> = HashMap::new();
-    let mut counts: Vec<(u64, u64)> = Vec::new();
+    let mut tally = Tally::default();
     let mut changed = 0;
     for (number, line) in &mut lines {
         let key = |key: &str| match line.get(key) {
@@ -150,23 +163,42 @@ pub fn regrade(path: &Path) -> Result<Regraded> {
             }
         };
         let (extracted, correct) = grade(&key("completion")?, &key("answer")?);
-        let problem = line.get("index").or(line.get("problem"));
-        let problem = problem.map_or_else(|| format!("line {number}"), Value::to_string);
-        let place = *places.entry(problem).or_insert(counts.len());
-        if place == counts.len() {
-            counts.push((0, 0));
-        }
-        counts[place].0 += 1;
-        counts[place].1 += u64::from(correct);
+        tally.add(line, correct);
         changed += usize::from(line.get("correct") != Some(&json!(correct)));
         line.insert("extracted".to_owned(), json!(extracted));
         line.insert("correct".to_owned(), json!(correct));
     }
     Ok(Regraded {
-        counts,
+        counts: tally.counts,
         changed,
         lines: lines.into_iter().map(|(_, line)| line).collect(),
     })
+}
+
+/// Graded completions of any tool, counted.
+#[derive(Default)]
+pub(crate) struct Tally {
+    /// Completions and right ones of each problem.
+    pub counts: Vec<(u64, u64)>,
+    places: HashMap<String, usize>,
+}
+
+impl Tally {
+    /// Counts a line, whose problem is that of others with the same `index`, else the same
+    /// `problem`, else one of its own.
+    pub fn add(&mut self, line: &Map<String, Value>, correct: bool) {
+        let next = self.counts.len();
+        let problem = line.get("index").or(line.get("problem"));
+        let place = match problem {
+            Some(problem) => *self.places.entry(problem.to_string()).or_insert(next),
+            None => next,
+        };
+        if place == next {
+            self.counts.push((0, 0));
+        }
+        self.counts[place].0 += 1;
+        self.counts[place].1 += u64::from(correct);
+    }
 }
 
 impl Regraded {
@@ -190,8 +222,7 @@ fn lines(path: &Path, bytes: &[u8]) -> Result<Vec<(usize, Map<String, Value>)>> 
             continue;
         }
         let object = serde_json::from_slice(line);
-        let object = object
-            .map_err(|e| Error::file(path, format!("line {}: not a JSON object: {e}", i + 1)))?;
+        let object = object.map_err(|e| Error::json_line(path, i + 1, &e))?;
         objects.push((i + 1, object));
     }
     Ok(objects)

@@ -135,6 +135,33 @@ fn an_evaluation_cut_off_in_a_line_goes_on_to_the_same_completions() {
 }
 
 #[test]
+fn resuming_leaves_alone_what_is_not_its_own() {
+    let workshop = Workshop::new(1);
+    let one = ["--limit", "1", "--samples", "1", "--out", "out.jsonl"];
+    workshop.prints(&eval_args(&one));
+    let out = workshop.path("out.jsonl");
+    fs::write(workshop.path("other.json"), "[1, 2]").unwrap();
+    let refused = |args: &[&str], what: &str, file: &Path| {
+        let before = fs::read(file).unwrap();
+        let output = workshop.resa(&eval_args(&[args, &["--resume"]].concat()));
+        assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+        assert!(stderr(&output).contains(what), "{}", stderr(&output));
+        assert!(fs::read(file).unwrap() == before, "{what}");
+    };
+    let other = workshop.path("other.json");
+    refused(
+        &["--out", "other.json"],
+        "not a file of completions",
+        &other,
+    );
+    // Completions of another precision would be mixed with these.
+    refused(&[&one[..], &["--dtype", "f32"]].concat(), "settings", &out);
+    let file = fs::File::open(&out).unwrap();
+    file.lock().unwrap();
+    refused(&one, "another process", &out);
+}
+
+#[test]
 fn completions_of_any_tool_are_graded_again_without_a_model() {
     let workshop = Workshop::new(1);
     let rows = [

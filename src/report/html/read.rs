@@ -4,10 +4,13 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::eval::pass::pass_at_k;
+use crate::eval::results::Tally;
 use crate::train::{RunDir, StepMetrics};
 
 #[derive(Serialize)]
@@ -38,19 +41,19 @@ struct Evaluation {
     name: String,
     problems: usize,
     /// Completions in all: several a problem where they were sampled.
-    completions: usize,
-    correct: usize,
-    /// Mean over problems of the share of correct completions.
+    completions: u64,
+    correct: u64,
+    /// Pass@1 and its 95 % interval, as [`pass_at_k`] has them.
     pass_at_1: f64,
-    /// 95 % interval of that mean over problems, from its standard error.
     interval: [f64; 2],
 }
 
-/// A line of an evaluation's file; what else stands in it is not needed here.
+/// A line of an evaluation's file.
 #[derive(Deserialize)]
 struct Graded {
-    problem: String,
     correct: bool,
+    #[serde(flatten)]
+    rest: Map<String, Value>,
 }
 
 impl Run {
@@ -107,19 +110,29 @@ fn files(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-fn text(path: &Path) -> Result<String> {
-    fs::read_to_string(path).map_err(|e| Error::io(path, e))
+fn json(path: &Path) -> Result<Value> {
+    let bytes = fs::read(path).map_err(|e| Error::io(path, e))?;
+    serde_json::from_slice(&bytes).map_err(|e| Error::file(path, e.to_string()))
 }
 
-fn json(path: &Path) -> Result<Value> {
-    serde_json::from_str(&text(path)?).map_err(|e| Error::file(path, e.to_string()))
+/// What the lines of a JSON Lines file hold. A last line that was cut off, as a full disk leaves
+/// it, is passed over.
+fn lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<Result<T>>> {
+    let bytes = fs::read(path).map_err(|e| Error::io(path, e))?;
+    let mut values = Vec::new();
+    for (i, line) in bytes.split_inclusive(|&b| b == b'\n').enumerate() {
+        match serde_json::from_slice(line.trim_ascii_end()) {
+            Err(_) if !line.ends_with(b"\n") => {}
+            result => values.push(result.map_err(|e| Error::json_line(path, i + 1, &e))),
+        }
+    }
+    Ok(values)
 }
 
 fn curves(path: &Path) -> Result<Vec<Curve>> {
     let mut curves: Vec<Curve> = Vec::new();
-    for (number, line) in text(path)?.lines().enumerate() {
-        let metrics: StepMetrics = serde_json::from_str(line)
-            .map_err(|e| Error::file(path, format!("line {}: {e}", number + 1)))?;
+    for metrics in lines::<StepMetrics>(path)? {
+        let metrics = metrics?;
         for (metric, value) in metrics.scalars() {
             let is_it = |c: &Curve| {
                 c.stage == metrics.stage.name()
@@ -151,36 +164,22 @@ fn curves(path: &Path) -> Result<Vec<Curve>> {
 
 /// The grades in a file, where it is one of graded completions.
 fn evaluation(dir: &Path, path: &Path) -> Result<Option<Evaluation>> {
-    let mut problems: BTreeMap<String, (usize, usize)> = BTreeMap::new();
-    for (number, line) in text(path)?.lines().enumerate() {
-        let graded: Graded = match serde_json::from_str(line) {
-            Ok(graded) => graded,
+    let mut tally = Tally::default();
+    for graded in lines::<Graded>(path)? {
+        match graded {
+            Ok(graded) => tally.add(&graded.rest, graded.correct),
             // Some other file of JSON lines, such as the example's problems.
-            Err(_) if number == 0 => return Ok(None),
-            Err(e) => return Err(Error::file(path, format!("line {}: {e}", number + 1))),
-        };
-        let (all, correct) = problems.entry(graded.problem).or_default();
-        *all += 1;
-        *correct += usize::from(graded.correct);
+            Err(_) if tally.counts.is_empty() => return Ok(None),
+            Err(e) => return Err(e),
+        }
     }
-    if problems.is_empty() {
-        return Ok(None);
-    }
-    let n = problems.len() as f64;
-    let shares = || {
-        problems
-            .values()
-            .map(|&(all, correct)| correct as f64 / all as f64)
-    };
-    let mean = shares().sum::<f64>() / n;
-    let variance = shares().map(|s| (s - mean).powi(2)).sum::<f64>() / (n - 1.0).max(1.0);
-    let margin = 1.96 * (variance / n).sqrt();
-    Ok(Some(Evaluation {
+    let counts = &tally.counts;
+    Ok(pass_at_k(counts, 1).map(|estimate| Evaluation {
         name: path.strip_prefix(dir).unwrap_or(path).display().to_string(),
-        problems: problems.len(),
-        completions: problems.values().map(|p| p.0).sum(),
-        correct: problems.values().map(|p| p.1).sum(),
-        pass_at_1: mean,
-        interval: [(mean - margin).max(0.0), (mean + margin).min(1.0)],
+        problems: counts.len(),
+        completions: counts.iter().map(|&(n, _)| n).sum(),
+        correct: counts.iter().map(|&(_, c)| c).sum(),
+        pass_at_1: estimate.value,
+        interval: [estimate.low, estimate.high],
     }))
 }
