@@ -96,11 +96,8 @@ fn no_source_file_is_too_long_to_read() {
 }
 
 #[test]
-fn only_the_command_line_prints() {
+fn nothing_prints_by_a_macro_that_panics_where_nobody_reads() {
     for path in sources("src") {
-        if path.starts_with("src/cli") {
-            continue;
-        }
         let text = text(&path);
         for print in ["print!(", "println!(", "dbg!("] {
             assert!(!text.contains(print), "{} has {print}", path.display());

@@ -7,11 +7,11 @@ use resa_engine::report::Progress;
 
 use super::Failure;
 use super::args::BenchArgs;
+use super::output::{print, print_json};
 
 pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     if args.static_table {
-        print!("{}", bench::STATIC);
-        return Ok(());
+        return Ok(print(bench::STATIC)?);
     }
     let options = Options {
         device: args.device,
@@ -23,8 +23,8 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     };
     let report = bench::run(&options, &mut Progress::stderr(1))?;
     match args.json {
-        true => println!("{}", serde_json::to_string_pretty(&report)?),
-        false => print!("{report}"),
+        true => print_json(&report)?,
+        false => print(report)?,
     }
     Ok(())
 }

@@ -2,10 +2,10 @@
 
 use super::Failure;
 use super::args::{self, CompletionsArgs};
+use super::output::print;
 
 pub fn run(args: &CompletionsArgs) -> Result<(), Failure> {
     let mut script = Vec::new();
     clap_complete::generate(args.shell, &mut args::command(), "resa-engine", &mut script);
-    std::io::Write::write_all(&mut std::io::stdout(), &script)?;
-    Ok(())
+    Ok(print(String::from_utf8_lossy(&script))?)
 }

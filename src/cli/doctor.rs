@@ -5,6 +5,7 @@ use resa_engine::doctor::examine;
 
 use super::Failure;
 use super::args::threads;
+use super::output::{print, print_json};
 
 #[derive(Args)]
 pub struct DoctorArgs {
@@ -19,8 +20,8 @@ pub struct DoctorArgs {
 pub fn run(args: &DoctorArgs) -> Result<(), Failure> {
     let report = examine(args.threads)?;
     match args.json {
-        true => println!("{}", serde_json::to_string_pretty(&report)?),
-        false => print!("{report}"),
+        true => print_json(&report)?,
+        false => print(&report)?,
     }
     match report.is_sound() {
         true => Ok(()),

@@ -9,7 +9,7 @@ use resa_engine::analysis::{Features, MarkedText, Options, analyse, distance, pl
 use resa_engine::data::{Template, Tokenizer, records};
 use resa_engine::eval::Inference;
 use resa_engine::formats::hub::Want;
-use resa_engine::formats::{huggingface, peft, sparsify};
+use resa_engine::formats::{atomic, huggingface, peft, sparsify};
 use resa_engine::model::{Lora, Qwen2, Sae};
 use resa_engine::report::Progress;
 use resa_engine::train::inputs::prepare;
@@ -19,6 +19,7 @@ use serde::Serialize;
 
 use super::Failure;
 use super::args::{at_least, dtype, threads};
+use super::output::{print, print_json};
 
 /// Contexts and reasoning features that the table shows; the JSON has them all.
 const SHOWN: usize = 3;
@@ -152,8 +153,8 @@ pub fn run(args: &FeaturesArgs) -> std::result::Result<(), Failure> {
         write(out, &result)?;
     }
     match args.json {
-        true => println!("{}", serde_json::to_string_pretty(&result)?),
-        false => print!("{}", table(&result)),
+        true => print_json(&result)?,
+        false => print(table(&result))?,
     }
     Ok(())
 }
@@ -302,7 +303,6 @@ fn texts(
 }
 
 fn write(out: &Path, result: &Result) -> std::result::Result<(), Failure> {
-    fs::create_dir_all(out).map_err(|e| Error::io(out, e))?;
     let mut models = vec![(result.model.clone(), &result.features)];
     if let Some(other) = &result.compare {
         models.push((other.model.clone(), &other.features));
@@ -312,8 +312,7 @@ fn write(out: &Path, result: &Result) -> std::result::Result<(), Failure> {
         ("features.svg", plot::svg(&models)?),
     ];
     for (name, text) in files {
-        let path = out.join(name);
-        fs::write(&path, text).map_err(|e| Error::io(&path, e))?;
+        atomic::write_bytes(&out.join(name), text.as_bytes())?;
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! `generate`: a model writes.
 
-use std::io::{Read, Write, stdin, stdout};
+use std::io::{Read, stdin};
 use std::time::{Duration, Instant};
 
 use resa_engine::data::Message;
@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use super::Failure;
 use super::args::GenerateArgs;
 use super::model::Loaded;
+use super::output::{note, print, print_line};
 
 pub fn run(args: &GenerateArgs) -> std::result::Result<(), Failure> {
     let options = args.sampling.options(Vec::new(), args.stop.clone());
@@ -36,13 +37,12 @@ pub fn run(args: &GenerateArgs) -> std::result::Result<(), Failure> {
     };
     let mut clock = Clock::new();
     let is_streamed = requests.len() == 1 && !args.json;
-    let mut out = stdout().lock();
     let completions = generator.run(&requests, |progress| {
         match progress {
             Progress::Token(_, text) => {
                 clock.token();
                 if is_streamed {
-                    show(&mut out, text)?;
+                    print(text)?;
                 }
             }
             Progress::Done(_, completion) => clock.done(completion),
@@ -53,27 +53,17 @@ pub fn run(args: &GenerateArgs) -> std::result::Result<(), Failure> {
     for (i, (completion, request)) in texts {
         let prompt = i / args.sampling.samples as usize;
         if args.json {
-            writeln!(out, "{}", as_json(prompt, request, completion, &clock))?;
+            print_line(as_json(prompt, request, completion, &clock))?;
         } else if is_streamed {
-            writeln!(out)?;
+            print_line("")?;
         } else {
-            writeln!(
-                out,
-                "--- prompt {}, sample {}",
-                prompt + 1,
-                request.sample + 1
-            )?;
-            writeln!(out, "{}", completion.text)?;
+            let (prompt, sample) = (prompt + 1, request.sample + 1);
+            print_line(format_args!("--- prompt {prompt}, sample {sample}"))?;
+            print_line(&completion.text)?;
         }
     }
-    eprintln!("{}", clock.summary(&completions));
+    note(clock.summary(&completions));
     Ok(())
-}
-
-/// Shows new text at once.
-fn show(out: &mut impl Write, text: &str) -> Result<()> {
-    let written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
-    written.map_err(|e| Error::io("standard output", e))
 }
 
 /// The prompts as token ids, each so many times as samples are asked for.
@@ -87,7 +77,7 @@ fn requests(args: &GenerateArgs, loaded: &Loaded) -> Result<Vec<Request>> {
             let what = "the model has no chat template that could hold it";
             return Err(Error::setting("--system", what));
         }
-        eprintln!("note: the model has no chat template, the prompt is given as it is");
+        note("note: the model has no chat template, the prompt is given as it is");
     }
     let mut requests = Vec::new();
     for (sequence, prompt) in args.prompt.iter().enumerate() {

@@ -2,6 +2,8 @@
 
 use resa_engine::train::CancelFlag;
 
+use super::output;
+
 /// The exit code of an interrupted program.
 pub const EXIT_CODE: u8 = 130;
 
@@ -14,7 +16,7 @@ pub fn cancel_flag() -> anyhow::Result<CancelFlag> {
         if set.cancel() {
             std::process::exit(i32::from(EXIT_CODE));
         }
-        eprintln!("stopping after a checkpoint; interrupt again to stop at once");
+        output::note("stopping after a checkpoint; interrupt again to stop at once");
     })?;
     Ok(flag)
 }

@@ -11,6 +11,7 @@ use resa_engine::train::fetch;
 
 use super::Failure;
 use super::args::MergeArgs;
+use super::output::print_line;
 
 pub fn run(args: &MergeArgs) -> Result<(), Failure> {
     let mut progress = Progress::stderr(1);
@@ -24,8 +25,7 @@ pub fn run(args: &MergeArgs) -> Result<(), Failure> {
         loras.push(lora.weighted(weight));
     }
     huggingface::save_merged(model, &loras, &args.out)?;
-    println!("{}", args.out.display());
-    Ok(())
+    Ok(print_line(args.out.display())?)
 }
 
 /// Folder and weight in DIR or DIR=WEIGHT. A folder that exists under the whole name is meant.

@@ -11,6 +11,7 @@ mod generate;
 mod interrupt;
 mod merge;
 mod model;
+mod output;
 mod report;
 mod show;
 mod train;
@@ -37,7 +38,9 @@ impl<E: Into<anyhow::Error>> From<E> for Failure {
     }
 }
 
-/// Runs the program: 0 is success, 1 an error, 2 a usage error, 130 an interruption.
+/// Runs the program: 0 is success, 1 an error, 2 a usage error, 130 an interruption. Where the
+/// reader of standard output has gone, the program ends quietly and with 0, as ripgrep does:
+/// `| head` under `set -o pipefail` is no failure.
 pub fn main() -> ExitCode {
     let matches = args::command().get_matches();
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
@@ -55,10 +58,11 @@ pub fn main() -> ExitCode {
     let (error, code) = match result {
         Ok(()) => return ExitCode::SUCCESS,
         Err(Failure::Usage(error)) => (error, 2),
+        Err(Failure::Failed(error)) if output::is_closed(&error) => return ExitCode::SUCCESS,
         Err(Failure::Failed(error)) if is_cancelled(&error) => (error, interrupt::EXIT_CODE),
         Err(Failure::Failed(error)) => (error, 1),
     };
-    eprintln!("error: {}", chain(&error));
+    output::note(format_args!("error: {}", chain(&error)));
     ExitCode::from(code)
 }
 

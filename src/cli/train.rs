@@ -5,6 +5,7 @@ use std::fmt::Write;
 use resa_engine::report::Progress;
 use resa_engine::train::{self, PassAt1, RunOptions, Summary, TrainConfig};
 
+use super::output::{print, print_json};
 use super::show::Show;
 use super::train_args::TrainArgs;
 use super::{Failure, config_file, interrupt};
@@ -17,8 +18,8 @@ pub fn run(args: &TrainArgs) -> Result<(), Failure> {
     if args.dry_run {
         let plan = train::dry_run(&config, options, &mut Progress::stderr(config.log_every))?;
         match args.json {
-            true => println!("{}", serde_json::to_string_pretty(&plan)?),
-            false => print!("{plan}"),
+            true => print_json(&plan)?,
+            false => print(plan)?,
         }
         return Ok(());
     }
@@ -26,8 +27,8 @@ pub fn run(args: &TrainArgs) -> Result<(), Failure> {
     let mut show = Show::new(&config);
     let summary = train::run(&config, options, &mut show, &cancel)?;
     match args.json {
-        true => println!("{}", serde_json::to_string_pretty(&summary)?),
-        false => print!("{}", table(&config, &summary)),
+        true => print_json(&summary)?,
+        false => print(table(&config, &summary))?,
     }
     Ok(())
 }

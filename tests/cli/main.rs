@@ -15,6 +15,7 @@ mod folder;
 mod generation;
 mod hub;
 mod outputs;
+mod pipes;
 mod plan;
 mod report;
 mod resume;
