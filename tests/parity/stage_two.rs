@@ -1,5 +1,6 @@
 //! Stage II: the KL divergence, every adapter's gradient, and three optimizer steps. The golden
-//! adapter acts in all layers, so the student's layers up to the SAE differ from the teacher's.
+//! adapter acts in all layers, so the student's layers up to the SAE differ from the teacher's. Both
+//! with the gradient ending at the SAE's reconstruction and with one that goes through the SAE.
 
 use resa_engine::device::Device;
 use resa_engine::eval::Inference;
@@ -67,20 +68,38 @@ impl Golden {
     }
 }
 
-#[test]
-fn kl_and_every_adapter_gradient_match_pytorch() {
+/// Where the gradient of the golden loss goes.
+#[derive(Clone, Copy)]
+enum Way {
+    /// To the SAE's reconstruction, so to the adapters after it.
+    ToTheSae,
+    /// Through the SAE, so to the adapters of all layers.
+    ThroughTheSae,
+}
+
+/// The loss and the adapters' gradients of the first batch are PyTorch's.
+fn matches_pytorch(way: Way) {
     let golden = Golden::new();
     let ids = &golden.ids()[0];
     let mut tape = Tape::new(&golden.device);
-    let layers = LAYER + 1..golden.model.layers.len();
-    let adapters = Adapters::trained(&mut tape, &golden.lora, layers.clone(), None);
-    let x = Var::constant(golden.reconstruction(ids));
-    let x = golden
-        .model
-        .decode(&mut tape, x, layers, &golden.layout, Some(&adapters))
-        .unwrap();
-    let hidden = golden.model.final_norm(&mut tape, &x).unwrap();
-    let (teacher, head) = (golden.teacher(ids), golden.model.lm_head.clone());
+    let late = LAYER + 1..golden.model.layers.len();
+    let trained = match way {
+        Way::ToTheSae => late.clone(),
+        Way::ThroughTheSae => 0..late.end,
+    };
+    let adapters = Adapters::trained(&mut tape, &golden.lora, trained.clone(), None);
+    let (model, layout) = (&golden.model, &golden.layout);
+    let x = match way {
+        Way::ToTheSae => Var::constant(golden.reconstruction(ids)),
+        Way::ThroughTheSae => {
+            let x = model.embed(&mut tape, ids.clone()).unwrap();
+            let x = model.decode(&mut tape, x, 0..LAYER + 1, layout, Some(&adapters));
+            golden_sae().pass_through(&mut tape, &x.unwrap()).unwrap()
+        }
+    };
+    let x = model.decode(&mut tape, x, late, layout, Some(&adapters));
+    let hidden = model.final_norm(&mut tape, &x.unwrap()).unwrap();
+    let (teacher, head) = (golden.teacher(ids), model.lm_head.clone());
     let kl = KlDiv { teacher, head };
     let loss = tape.apply(kl, &[&hidden]).unwrap();
     let want = json("golden.json")["stage2.kl_batchmean"].as_f64().unwrap();
@@ -90,21 +109,37 @@ fn kl_and_every_adapter_gradient_match_pytorch() {
     let mut grads = tape.backward(&loss, 1.0 / ROWS as f32).unwrap();
     let mut compared = 0;
     for ((layer, module), (a, b)) in adapters.parameters() {
+        // After the SAE both ways are one.
+        let kind = if *layer > LAYER {
+            "grad"
+        } else {
+            "through.grad"
+        };
         for (factor, letter) in [(a, 'A'), (b, 'B')] {
             let path = module.path();
-            let name = format!("stage2.grad.model.layers.{layer}.{path}.lora_{letter}.weight");
+            let name = format!("stage2.{kind}.model.layers.{layer}.{path}.lora_{letter}.weight");
             let got = grads.take(factor).unwrap();
             assert_close(&name, &got, &tensor(&golden.bytes, &name), 1e-4);
             compared += 1;
         }
     }
-    assert_eq!(compared, 2 * 7 * 2);
+    assert_eq!(compared, trained.len() * 7 * 2);
 }
 
 #[test]
-fn three_steps_of_stage_two_give_pytorchs_losses_and_norms() {
+fn kl_and_every_adapter_gradient_match_pytorch() {
+    matches_pytorch(Way::ToTheSae);
+}
+
+#[test]
+fn gradients_through_the_sae_match_pytorch_in_every_layer() {
+    matches_pytorch(Way::ThroughTheSae);
+}
+
+/// Losses and gradient norms of three optimizer steps are PyTorch's, and the loss after them.
+fn three_steps_match_pytorch(way: Way) {
     let golden = Golden::new();
-    let numbers = &json("golden.json")["stage2.steps"];
+    let (numbers, sae) = (json("golden.json"), golden_sae());
     let options = SftOptions {
         lr: 1e-3,
         weight_decay: 0.01,
@@ -112,12 +147,15 @@ fn three_steps_of_stage_two_give_pytorchs_losses_and_norms() {
         dropout: 0.0,
         seed: 0,
     };
-    let layers = LAYER + 1..golden.model.layers.len();
+    let (first, numbers) = match way {
+        Way::ToTheSae => (LAYER + 1, &numbers["stage2.steps"]),
+        Way::ThroughTheSae => (0, &numbers["stage2.through.steps"]),
+    };
     let mut trainer = SftTrainer::new(
         &golden.device,
         &golden.model,
         golden.lora.clone(),
-        layers,
+        first..golden.model.layers.len(),
         options,
     )
     .unwrap();
@@ -127,9 +165,16 @@ fn three_steps_of_stage_two_give_pytorchs_losses_and_norms() {
         let micro_batch = |_| {
             Ok(MicroBatch {
                 layout: golden.layout.clone(),
-                student: Student::Reconstruction {
-                    x: golden.reconstruction(ids),
-                    layer: LAYER,
+                student: match way {
+                    Way::ToTheSae => Student::Reconstruction {
+                        x: golden.reconstruction(ids),
+                        layer: LAYER,
+                    },
+                    Way::ThroughTheSae => Student::ThroughSae {
+                        ids: ids.clone(),
+                        sae: &sae,
+                        layer: LAYER,
+                    },
                 },
                 target: Target::Teacher {
                     hidden: golden.teacher(ids),
@@ -149,4 +194,14 @@ fn three_steps_of_stage_two_give_pytorchs_losses_and_norms() {
             assert!((got / want - 1.0).abs() < 1e-4, "step {step}: {got} {want}");
         }
     }
+}
+
+#[test]
+fn three_steps_of_stage_two_give_pytorchs_losses_and_norms() {
+    three_steps_match_pytorch(Way::ToTheSae);
+}
+
+#[test]
+fn three_steps_with_gradients_through_the_sae_give_pytorchs_losses_and_norms() {
+    three_steps_match_pytorch(Way::ThroughTheSae);
 }
