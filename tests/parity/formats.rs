@@ -7,11 +7,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
-use resa_engine::Tensor;
+use resa_engine::eval::Inference;
 use resa_engine::formats::safetensors::{Entry, SafeTensors, write};
 use resa_engine::formats::{huggingface, peft, sparsify};
-use resa_engine::model::{Lora, Module, Qwen2};
+use resa_engine::model::{Layout, Lora, Module, Qwen2};
 use resa_engine::tensor::DType;
+use resa_engine::{Device, Tensor};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
@@ -275,15 +276,44 @@ fn an_adapter_of_some_layers_lists_them_and_comes_back() {
     }
 }
 
-#[test]
-fn all_linear_means_the_seven_modules() {
+/// The golden adapter, read with other keys in its configuration.
+fn altered_lora(keys: &[(&str, Value)]) -> Lora {
     let dir = tempfile::tempdir().unwrap();
     let weights = "adapter_model.safetensors";
     fs::copy(golden("lora").join(weights), dir.path().join(weights)).unwrap();
     let mut config = json_of(&golden("lora/adapter_config.json"));
-    config["target_modules"] = json!("all-linear");
+    for (key, value) in keys {
+        config[key] = value.clone();
+    }
     fs::write(dir.path().join("adapter_config.json"), config.to_string()).unwrap();
-    let lora = peft::load(dir.path(), &golden_model().config).unwrap();
+    peft::load(dir.path(), &golden_model().config).unwrap()
+}
+
+#[test]
+fn rank_stabilised_adapters_act_as_with_an_alpha_greater_by_the_root_of_the_rank() {
+    let model = golden_model();
+    let device = Device::cpu(1).unwrap();
+    let output = |lora: Lora| {
+        let layout = Layout::new(&model.config, 1, 5).unwrap();
+        let ids = Tensor::from_u32(vec![3, 1, 4, 1, 5], [5]).unwrap();
+        let inference = Inference {
+            adapters: Some(&lora),
+            ..Inference::new(&model)
+        };
+        values(&inference.hidden(&device, ids, &layout).unwrap())
+    };
+    let stabilised = output(altered_lora(&[("use_rslora", json!(true))]));
+    // r is 4, alpha 16.
+    assert_eq!(
+        stabilised,
+        output(altered_lora(&[("lora_alpha", json!(32))]))
+    );
+    assert_ne!(stabilised, output(altered_lora(&[])));
+}
+
+#[test]
+fn all_linear_means_the_seven_modules() {
+    let lora = altered_lora(&[("target_modules", json!("all-linear"))]);
     assert_eq!(lora.config.targets, Module::ALL);
     assert_eq!(lora.pairs.len(), 28);
 }
