@@ -259,8 +259,48 @@ fn a_resumed_run_refuses_other_settings_by_their_option() {
     );
 }
 
+/// The arguments that a command's help lists, each with what it says of them.
+fn explained(help: &str) -> Vec<(String, String)> {
+    let mut found: Vec<(String, String)> = Vec::new();
+    for line in help.lines() {
+        let text = line.trim_start();
+        // Text that goes on is further in than any argument.
+        match (line.len() - text.len(), found.last_mut()) {
+            (2..=6, _) => {
+                let (name, help) = text.split_once("  ").unwrap_or((text, ""));
+                found.push((name.to_owned(), help.trim().to_owned()));
+            }
+            (7.., Some((_, help))) => help.push_str(text),
+            _ => {}
+        }
+    }
+    found
+}
+
 #[test]
-fn help_explains_every_option_with_its_default() {
+fn help_explains_every_command_and_every_option() {
+    let temp = tempfile::tempdir().unwrap();
+    let help = |args: &[&str]| {
+        let output = resa(temp.path(), &[args, &["--help"]].concat());
+        assert!(output.status.success(), "{args:?}");
+        explained(&String::from_utf8(output.stdout).unwrap())
+    };
+    let named = |(name, _): &&(String, String)| !name.starts_with('-') && name != "help";
+    let all = help(&[]);
+    let commands: Vec<&str> = all.iter().filter(named).map(|(name, _)| &**name).collect();
+    assert_eq!(commands.len(), 9, "{commands:?}");
+    let mut options = 0;
+    for command in commands {
+        for (name, help) in all.iter().chain(&help(&[command])) {
+            assert!(!help.is_empty(), "{command} {name}");
+            options += usize::from(name.starts_with("--"));
+        }
+    }
+    assert!(options > 100, "{options}");
+}
+
+#[test]
+fn help_of_train_states_defaults() {
     let temp = tempfile::tempdir().unwrap();
     let output = resa(temp.path(), &["train", "--help"]);
     assert!(output.status.success());
