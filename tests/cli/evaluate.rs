@@ -3,8 +3,12 @@
 use std::fs;
 use std::path::Path;
 
+use resa_engine::data::{Template, Tokenizer, records};
+use resa_engine::eval::Inference;
+use resa_engine::formats::{huggingface, sparsify};
 use serde_json::{Value, json};
 
+use super::generate::greedy;
 use super::support::{Workshop, copy_dir, fixture, stderr};
 
 fn text(path: &Path) -> String {
@@ -215,6 +219,19 @@ fn completions_of_any_tool_are_graded_again_without_a_model() {
     }
 }
 
+/// What a model writes greedily for the first problem of [`eval_args`].
+fn first_answer(inference: &Inference) -> String {
+    let tokenizer = Tokenizer::from_dir(fixture("example/source")).unwrap();
+    let template = Template::from_file(fixture("example/template.jinja")).unwrap();
+    let records = records::read(fixture("example/eval.jsonl")).unwrap();
+    let prompt = template.prompt(&records[0]).unwrap();
+    let prompt = format!("{}{prompt}", tokenizer.eos_token());
+    let ids = tokenizer.encode(&prompt, false).unwrap();
+    tokenizer
+        .decode(&greedy(inference, &ids, 24), false)
+        .unwrap()
+}
+
 #[test]
 fn an_sae_inserted_changes_the_answers() {
     let workshop = Workshop::new(22);
@@ -224,14 +241,25 @@ fn an_sae_inserted_changes_the_answers() {
     let run = |out: &str, more: &[&str]| {
         let options = [&greedy[..], &[out], more].concat();
         workshop.prints(&eval_args(&options));
-        lines(&workshop.path(out))
+        sorted(lines(&workshop.path(out)))
             .into_iter()
-            .map(|line| line["completion"].clone())
+            .map(|line| line["completion"].as_str().unwrap().to_owned())
             .collect::<Vec<_>>()
     };
     let alone = run("alone.jsonl", &[]);
     let inserted = run("inserted.jsonl", &["--sae", "run/sae", "--layer", "2"]);
     assert_ne!(alone, inserted);
+    let model = huggingface::load(&fixture("example/source")).unwrap();
+    let sae = sparsify::load(&workshop.path("run/sae/model.layers.2")).unwrap();
+    let mut inference = Inference::new(&model);
+    for (sae, answers) in [(None, alone), (Some((&sae, 2)), inserted)] {
+        inference.sae = sae;
+        let (want, found) = (first_answer(&inference), &answers[0]);
+        assert!(
+            !found.is_empty() && want.starts_with(found),
+            "{found:?} {want:?}"
+        );
+    }
 }
 
 #[test]

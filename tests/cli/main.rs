@@ -12,6 +12,7 @@ mod examples;
 mod faults;
 mod features;
 mod folder;
+mod generate;
 mod generation;
 mod hub;
 mod outputs;

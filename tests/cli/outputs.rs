@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::support::{Left, Workshop, copy_dir, fixture, metrics};
 
@@ -99,6 +99,26 @@ fn each_step_is_a_line_with_the_fields_of_its_stage() {
             if stage == "sae" { 1.0 } else { 2.0 }
         );
     }
+}
+
+#[test]
+fn what_a_run_measured_is_printed_as_json() {
+    let workshop = Workshop::new(60);
+    let printed = workshop.train("run", &["--json"]);
+    let printed: Value = serde_json::from_str(&printed).unwrap();
+    let lines = metrics(&workshop.path("run"));
+    let of = |field: &str| -> Vec<f64> {
+        let found = lines.iter().filter_map(|line| line[field].as_f64());
+        found.collect()
+    };
+    let (fvu, kl) = (of("fvu"), of("kl_per_token"));
+    assert!(fvu.len() > 1 && kl.len() > 10);
+    assert_eq!(printed["fvu"], json!([[2, fvu[0], fvu[fvu.len() - 1]]]));
+    let mean = |ten: &[f64]| ten.iter().sum::<f64>() / 10.0;
+    let loss = [mean(&kl[..10]), mean(&kl[kl.len() - 10..])];
+    assert_eq!(printed["loss"], json!(loss));
+    assert_eq!(printed["out"], "run");
+    assert_eq!(printed["pass_at_1"], Value::Null);
 }
 
 #[test]
