@@ -39,8 +39,32 @@ fn with_saes() -> (Workshop, Vec<String>) {
     (workshop, args)
 }
 
-/// The reasoning features counted anew, a token's text deciding whether it is a mark.
-fn recount(workshop: &Workshop, layer: usize) -> BTreeSet<u64> {
+/// What is measured of an SAE, found anew.
+struct Recount {
+    /// The latents that fire on marks alone, a token's text deciding whether it is one.
+    reasoning: BTreeSet<u64>,
+    fvu: f64,
+    l0: f64,
+    silent: f64,
+}
+
+/// The sum of squared distances of rows from others, or from their own mean.
+fn squares(x: &[f32], d: usize, from: Option<&[f32]>) -> f64 {
+    let rows = x.len() / d;
+    let mean = |c: usize| {
+        x.iter()
+            .skip(c)
+            .step_by(d)
+            .map(|&v| f64::from(v))
+            .sum::<f64>()
+    };
+    let means: Vec<f64> = (0..d).map(|c| mean(c) / rows as f64).collect();
+    let origin = |i: usize| from.map_or(means[i % d], |from| from[i].into());
+    let differences = x.iter().enumerate().map(|(i, &v)| f64::from(v) - origin(i));
+    differences.map(|v| v * v).sum()
+}
+
+fn recount(workshop: &Workshop, layer: usize) -> Recount {
     let dir = fixture("example/target");
     let model = huggingface::load(&dir).unwrap();
     let sae = sparsify::load_at(&workshop.path("run/sae"), layer, &model.config).unwrap();
@@ -48,6 +72,7 @@ fn recount(workshop: &Workshop, layer: usize) -> BTreeSet<u64> {
     let template = Template::from_file(fixture("example/template.jinja")).unwrap();
     let device = Device::cpu(1).unwrap();
     let (mut on_mark, mut elsewhere) = (BTreeSet::new(), BTreeSet::new());
+    let (mut error, mut variance, mut fired, mut tokens) = (0.0, 0.0, 0, 0);
     for record in records::read(workshop.path("data.jsonl"))
         .unwrap()
         .iter()
@@ -65,6 +90,12 @@ fn recount(workshop: &Workshop, layer: usize) -> BTreeSet<u64> {
             .layer_output(&device, tensor, layer, &layout)
             .unwrap();
         let (acts, indices) = sae.encode(&device, &x).unwrap();
+        let x_hat = sae.reconstruct(&device, &x).unwrap();
+        let (d, x) = (sae.config.d_in, x.f32s().unwrap());
+        error += squares(x, d, Some(x_hat.f32s().unwrap()));
+        variance += squares(x, d, None);
+        fired += acts.f32s().unwrap().iter().filter(|&&a| a > 0.0).count();
+        tokens += ids.len();
         let rows = acts
             .f32s()
             .unwrap()
@@ -83,7 +114,13 @@ fn recount(workshop: &Workshop, layer: usize) -> BTreeSet<u64> {
             place.extend(fired.map(|(_, &latent)| u64::from(latent)));
         }
     }
-    on_mark.difference(&elsewhere).copied().collect()
+    let active = on_mark.union(&elsewhere).count() as f64;
+    Recount {
+        reasoning: on_mark.difference(&elsewhere).copied().collect(),
+        fvu: error / variance,
+        l0: fired as f64 / tokens as f64,
+        silent: 1.0 - active / sae.config.num_latents as f64,
+    }
 }
 
 #[test]
@@ -102,7 +139,8 @@ fn reasoning_features_are_the_latents_that_fire_on_marks_alone() {
             .iter()
             .map(|f| f["latent"].as_u64().unwrap())
             .collect();
-        assert_eq!(found, recount(&workshop, layer), "layer {layer}");
+        let want = recount(&workshop, layer);
+        assert_eq!(found, want.reasoning, "layer {layer}");
         assert_eq!(hookpoint["reasoning_features"], found.len());
         all += found.len();
         for context in features
@@ -115,7 +153,15 @@ fn reasoning_features_are_the_latents_that_fire_on_marks_alone() {
             );
         }
         let number = |name: &str| hookpoint[name].as_f64().unwrap();
-        assert!((0.0..1.0).contains(&number("fvu")) && number("l0") <= 8.0);
+        for (name, want) in [
+            ("fvu", want.fvu),
+            ("l0", want.l0),
+            ("silent_fraction", want.silent),
+        ] {
+            let found = number(name);
+            let near = (found - want).abs() <= 1e-5 * want.abs();
+            assert!(near, "layer {layer}, {name}: {found}, recounted {want}");
+        }
         assert!(number("loss_with_sae") < number("loss_with_zeros"));
         assert!(number("loss_recovered") < 1.05);
     }
