@@ -32,7 +32,7 @@ fn stage_two_from_the_activations_of_stage_one_is_stage_two_alone() {
 }
 
 #[test]
-fn activations_in_memory_on_disk_or_computed_again_give_the_same_bits() {
+fn activations_in_memory_or_on_disk_give_the_same_bits() {
     let workshop = Workshop::new(22);
     let settings = ["--epochs", "2", "--sae-epochs", "2"];
     workshop.train("memory", &settings);
