@@ -197,7 +197,7 @@ fn a_row_that_is_being_stored_is_waited_for() {
 }
 
 #[test]
-fn an_error_beside_is_told_by_a_later_call() {
+fn a_background_store_error_is_returned_by_a_later_call() {
     let dir = tempfile::tempdir().unwrap();
     let Some((cuda, mut cache)) = on_gpu(dir.path()) else {
         return;
