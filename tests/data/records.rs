@@ -97,7 +97,7 @@ fn a_bad_record_is_named_by_file_place_and_key() {
         (
             "cut.jsonl",
             format!("{good}\n{{\"problem\":").into(),
-            &["line 2", "JSON"],
+            &["line 2", "EOF while parsing", "at column 11"],
         ),
         ("cut.json", format!("[{good},").into(), &["JSON array"]),
         (
