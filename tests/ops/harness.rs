@@ -1,6 +1,7 @@
 //! One test body for every operator and device: outputs against a float64 reference, gradients
 //! against finite differences of that reference, equal bits on repetition.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::sync::{Arc, OnceLock};
 
@@ -277,9 +278,10 @@ fn check_all<O: Operator>(
             compare(format!("output {i}"), &from_bits(got), want, plain);
         }
         for (i, grad) in grads.iter().enumerate() {
-            let want = differences(i, &inputs64, &upstream64, reference);
-            let plain = plain.as_ref().map(|(_, grads)| sample(&grads[i]));
-            let got = sample(&from_bits(grad));
+            let shape = inputs[i].shape();
+            let want = differences(i, shape, &inputs64, &upstream64, reference);
+            let plain = plain.as_ref().map(|(_, grads)| sample(&grads[i], shape));
+            let got = sample(&from_bits(grad), shape);
             compare(format!("gradient of input {i}"), &got, &want, plain);
         }
     }
@@ -294,18 +296,45 @@ fn from_bits(bits: &[u32]) -> Vec<f64> {
     bits.iter().map(|&b| f32::from_bits(b).into()).collect()
 }
 
-/// Positions of at most 200 entries, spread over a tensor of `len`.
-fn positions(len: usize) -> impl Iterator<Item = usize> {
-    (0..len).step_by(len.div_ceil(200).max(1))
+/// Positions of at most 200 entries, spread over a tensor of that shape. Their stride has no factor
+/// in common with a row's length, so that they lie in as many columns as there are, or as they are.
+fn positions(shape: &[usize]) -> impl Iterator<Item = usize> {
+    fn common_factor(a: usize, b: usize) -> usize {
+        if b == 0 { a } else { common_factor(b, a % b) }
+    }
+    let len = shape.iter().product::<usize>();
+    let fits = |&stride: &usize| shape.iter().all(|&n| common_factor(stride, n) <= 1);
+    let stride = (len.div_ceil(200).max(1)..).find(fits);
+    (0..len).step_by(stride.expect("a prime above the shape fits"))
 }
 
-fn sample(values: &[f64]) -> Vec<f64> {
-    positions(values.len()).map(|i| values[i]).collect()
+fn sample(values: &[f64], shape: &[usize]) -> Vec<f64> {
+    positions(shape).map(|i| values[i]).collect()
 }
 
-/// Finite differences of the reference at a sample of the entries of input number `input`.
+#[test]
+fn gradients_are_compared_in_every_column() {
+    for (shape, fewest) in [
+        (&[7, 13][..], 91),
+        (&[24, 40], 130),
+        (&[40, 160], 190),
+        (&[131, 160], 190),
+        (&[3, 40, 512], 190),
+        (&[6400], 190),
+    ] {
+        let cols = *shape.last().unwrap();
+        let found: Vec<usize> = positions(shape).collect();
+        assert!((fewest..=200).contains(&found.len()), "{shape:?}");
+        let columns: BTreeSet<usize> = found.iter().map(|i| i % cols).collect();
+        assert_eq!(columns.len(), cols.min(found.len()), "{shape:?}");
+    }
+}
+
+/// Finite differences of the reference at a sample of the entries of input number `input`, which
+/// has that shape.
 fn differences(
     input: usize,
+    shape: &[usize],
     inputs: &[Vec<f64>],
     upstream: &[Vec<f64>],
     reference: &Reference,
@@ -325,7 +354,7 @@ fn differences(
         moved[input][i] -= 2.0 * h;
         (up - loss(&moved)) / (2.0 * h)
     };
-    positions(inputs[input].len()).map(at).collect()
+    positions(shape).map(at).collect()
 }
 
 pub type Bits = Vec<Vec<u32>>;

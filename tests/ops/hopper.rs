@@ -18,8 +18,12 @@ use crate::topk::encoder_inputs;
 /// What sets the emulated device.
 const DEVICE: &str = "CUDA_EMU_DEVICE";
 
-/// The output of this binary's tests `tests` on an emulated Hopper, which must pass; `None` where
-/// a real GPU, or one that the caller has chosen, runs them as it is.
+/// What sets the order of its warps.
+const SCHEDULE: &str = "CUDA_EMU_SCHEDULE";
+
+/// The output of this binary's tests `tests` on an emulated Hopper whose warps run in order or, with
+/// a seed as `schedule`, at random; they must pass. `None` where a real GPU, or one that the caller
+/// has chosen, runs them as it is.
 fn on_hopper(tests: &[&str], schedule: Option<&str>) -> Option<String> {
     let emulated = cuda().is_some() && cuda_emulator::install() == Ok(Backend::Emulator);
     if !emulated || std::env::var_os(DEVICE).is_some() {
@@ -27,7 +31,8 @@ fn on_hopper(tests: &[&str], schedule: Option<&str>) -> Option<String> {
     }
     let mut child = Command::new(std::env::current_exe().unwrap());
     child.args(tests).arg("--nocapture").env(DEVICE, "h100");
-    child.envs(schedule.map(|seed| ("CUDA_EMU_SCHEDULE", seed)));
+    child.env_remove(SCHEDULE);
+    child.envs(schedule.map(|seed| (SCHEDULE, seed)));
     let output = child.output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let errors = String::from_utf8_lossy(&output.stderr);
@@ -38,7 +43,8 @@ fn on_hopper(tests: &[&str], schedule: Option<&str>) -> Option<String> {
 
 #[test]
 fn operators_with_kernels_for_hopper_pass_their_tests_on_it() {
-    on_hopper(&["gemm::", "lora::", "flash_attention::", "topk::"], None);
+    let tests = ["gemm::", "lora::", "flash_attention::", "topk::"];
+    on_hopper(&tests, std::env::var(SCHEDULE).ok().as_deref());
 }
 
 /// A hash (FNV-1a) of the bits of the outputs and gradients of a linear layer, an adapted one,

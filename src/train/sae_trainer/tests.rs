@@ -268,6 +268,38 @@ fn a_batch_that_cannot_be_trained_on_is_an_error() {
 }
 
 #[test]
+fn adam_warms_up_from_nothing_and_falls_to_nothing_in_lines() {
+    // 2e-4 / √(latents / 2^14), after a warm-up of 1000 steps, or of a fifth of them if fewer.
+    let full = 2e-4 / (LATENTS as f64 / 16_384.0).sqrt();
+    let device = Device::cpu(1).unwrap();
+    for (total_steps, shares) in [
+        (20, [(0, 0.0), (1, 0.25), (4, 1.0), (12, 0.5), (19, 0.0625)]),
+        (
+            10_000,
+            [
+                (0, 0.0),
+                (1, 0.001),
+                (1000, 1.0),
+                (5500, 0.5),
+                (9999, 1.0 / 9000.0),
+            ],
+        ),
+    ] {
+        let options = SaeTrainOptions {
+            optimizer: SaeOptimizer::Adam,
+            total_steps,
+            ..SaeTrainOptions::default()
+        };
+        let mut trainer = SaeTrainer::new(sae(&device, false), options).unwrap();
+        for (steps, share) in shares {
+            trainer.steps = steps;
+            let off = (trainer.current_lr() - share * full).abs();
+            assert!(off < 1e-12 * full, "step {steps} of {total_steps}: {off:e}");
+        }
+    }
+}
+
+#[test]
 fn settings_out_of_range_are_errors_that_name_the_option() {
     let device = Device::cpu(1).unwrap();
     let error = |sae: Sae, options: SaeTrainOptions| {
@@ -277,7 +309,7 @@ fn settings_out_of_range_are_errors_that_name_the_option() {
         lr: Some(-1.0),
         ..SaeTrainOptions::default()
     };
-    assert!(error(sae(&device, false), lr).contains("--lr"));
+    assert!(error(sae(&device, false), lr).contains("--sae-lr"));
     let endless = SaeTrainOptions {
         optimizer: SaeOptimizer::Adam,
         ..SaeTrainOptions::default()
