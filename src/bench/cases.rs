@@ -38,10 +38,7 @@ impl Setup {
     pub fn bytes(&self, precision: Precision) -> Bytes {
         Bytes {
             activation: self.activation,
-            weight: match precision {
-                Precision::F32 => 4,
-                Precision::Bf16 => 2,
-            },
+            weight: precision.dtype().size(),
         }
     }
 }
@@ -53,7 +50,7 @@ impl Case {
         let part = self.part.map_or(String::new(), |part| format!(" {part}"));
         let pass = self.pass;
         let weight = match self.work.has_products() {
-            true => format!(" {}", short(self.precision)),
+            true => format!(" {}", self.precision.name()),
             false => String::new(),
         };
         format!("{operator} {pass} {}{part}{weight}", self.model)
@@ -62,14 +59,6 @@ impl Case {
     /// What was made smaller: `2048 x 1536 x 151936`, the model's own size, if anything was.
     pub fn reduced_from(&self) -> Option<String> {
         (self.work != self.whole).then(|| self.whole.to_string())
-    }
-}
-
-/// `f32` or `bf16`.
-pub fn short(precision: Precision) -> &'static str {
-    match precision {
-        Precision::F32 => "f32",
-        Precision::Bf16 => "bf16",
     }
 }
 

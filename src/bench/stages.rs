@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::cases;
 use super::shapes::ModelShape;
 use crate::data::Tokenizer;
 use crate::device::Precision;
@@ -128,7 +127,7 @@ pub(super) fn measure(
         DeviceSetting::Cuda(_) => Precision::Bf16,
         _ => sae.dtype.precision(),
     };
-    let precision = cases::short(precision);
+    let precision = precision.name();
     let mut rates = Vec::new();
     let parts = flop::sae_stage(&sae, &model.config)?;
     rates.extend(rate(model.name, "sae", &one, &parts, false, precision));

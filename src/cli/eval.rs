@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 
 use resa_engine::Error;
 use resa_engine::data::{Template, records};
-use resa_engine::device::Precision;
 use resa_engine::eval::pass::{self, Asking, Estimate, Solver, pass_at_k};
 use resa_engine::eval::perplexity::perplexity;
 use resa_engine::eval::results::{self, Results};
@@ -164,10 +163,7 @@ fn settings(
         "sae": path(&args.with.sae),
         "layer": args.with.layer,
         "weights": loaded.model().lm_head.dtype().name(),
-        "products": match loaded.device.precision() {
-            Precision::F32 => "F32",
-            Precision::Bf16 => "BF16",
-        },
+        "products": loaded.device.precision().dtype().name(),
         "prompt": if args.chat { "the model's chat template" } else { template.source() },
         "temperature": options.sampling.temperature,
         "top_p": options.sampling.top_p,

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::{amx, simd};
 use crate::error::{Error, Result};
-use crate::tensor::{Buffer, Pool};
+use crate::tensor::{Buffer, DType, Pool};
 
 /// The host's cores: a thread pool and a pool of reusable memory.
 #[derive(Clone, Debug)]
@@ -34,6 +34,22 @@ impl Precision {
         match amx::available() || simd::multiplies_bf16_faster() {
             true => Self::Bf16,
             false => Self::F32,
+        }
+    }
+
+    /// `f32` or `bf16`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        }
+    }
+
+    /// The type of the operands.
+    pub fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::Bf16,
         }
     }
 }

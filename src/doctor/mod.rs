@@ -210,10 +210,7 @@ fn self_tests(device: &Device, name: &str) -> Vec<Test> {
         Test {
             operator,
             device: name.to_owned(),
-            precision: match precision {
-                Precision::F32 => "f32",
-                Precision::Bf16 => "bf16",
-            },
+            precision: precision.name(),
             error: result.as_ref().ok().copied().filter(|e| e.is_finite()),
             limit,
             outcome,

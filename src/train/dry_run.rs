@@ -4,7 +4,7 @@ use super::inputs::{self, Sources};
 use super::plan::{self, Plan, PlanInput};
 use super::run::{Shapes, Texts, start_adapter};
 use super::{Observer, RunOptions, SaeInit, TrainConfig, run_dir};
-use crate::device::{Device, Precision};
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::formats::{huggingface, peft, sparsify};
 use crate::model::Lora;
@@ -41,10 +41,7 @@ pub fn dry_run(
             target: &shapes.target,
             source_rows: texts.trigger.rows() as u64,
             target_rows: texts.elicitation().rows() as u64,
-            weight_bytes: match device.precision() {
-                Precision::Bf16 => 2,
-                Precision::F32 => 4,
-            },
+            weight_bytes: device.precision().dtype().size(),
             activation_bytes: match device {
                 Device::Cpu(_) => 4,
                 Device::Cuda(_) => 2,

@@ -63,30 +63,37 @@ fn outputs_and_gradients_agree_with_float64() {
     }
 }
 
+/// The gradient of the activations for a random one of the outputs, with the decoder frozen or not.
+fn gradient_of_acts(
+    device: &Device,
+    inputs: &[Tensor; 3],
+    indices: &Tensor,
+    frozen: bool,
+) -> Vec<f64> {
+    let mut tape = Tape::new(device);
+    let acts = tape.parameter(inputs[0].clone());
+    let mut weight = |i: usize| match frozen {
+        true => Var::constant(inputs[i].clone()),
+        false => tape.parameter(inputs[i].clone()),
+    };
+    let (w, b) = (weight(1), weight(2));
+    let op = SparseDecode {
+        indices: indices.clone(),
+        groups: SharedGroups::default(),
+    };
+    let out = tape.apply(op, &[&acts, &w, &b]).unwrap();
+    let upstream = random(5, out.value().shape(), 1.0);
+    let loss = tape.apply(Dot(vec![upstream]), &[&out]).unwrap();
+    to_f64(&tape.backward(&loss, 1.0).unwrap().take(&acts).unwrap())
+}
+
 #[test]
 fn a_frozen_decoder_passes_the_same_gradient_to_the_activations() {
     let (t, d, m, k) = (19, 33, 70, 4);
-    let inputs = inputs(t, d, m, k);
-    let indices = random_indices(9, t, m, k);
-    let gradient = |device: &Device, frozen: bool| {
-        let mut tape = Tape::new(device);
-        let acts = tape.parameter(inputs[0].clone());
-        let mut weight = |i: usize| match frozen {
-            true => Var::constant(inputs[i].clone()),
-            false => tape.parameter(inputs[i].clone()),
-        };
-        let (w, b) = (weight(1), weight(2));
-        let op = SparseDecode {
-            indices: indices.clone(),
-            groups: SharedGroups::default(),
-        };
-        let out = tape.apply(op, &[&acts, &w, &b]).unwrap();
-        let upstream = random(5, &[t, d], 1.0);
-        let loss = tape.apply(Dot(vec![upstream]), &[&out]).unwrap();
-        to_f64(&tape.backward(&loss, 1.0).unwrap().take(&acts).unwrap())
-    };
+    let (inputs, indices) = (inputs(t, d, m, k), random_indices(9, t, m, k));
     for device in devices("sparse_decode") {
-        let (frozen, trained) = (gradient(&device, true), gradient(&device, false));
+        let [frozen, trained] =
+            [true, false].map(|frozen| gradient_of_acts(&device, &inputs, &indices, frozen));
         assert!(relative_error(&frozen, &trained) < 1e-6);
     }
 }
@@ -111,22 +118,9 @@ fn an_index_on_the_gpu_that_is_of_no_latent_has_no_gradient() {
     let Device::Cuda(gpu) = device else { return };
     let inputs = inputs(1, 8, 4, 2);
     let indices = Tensor::from_u32(vec![0, 4], [1, 2]).unwrap();
+    let indices = gpu.resident(&indices, DType::U32).unwrap();
     for frozen in [true, false] {
-        let mut tape = Tape::new(device);
-        let acts = tape.parameter(inputs[0].clone());
-        let mut weight = |i: usize| match frozen {
-            true => Var::constant(inputs[i].clone()),
-            false => tape.parameter(inputs[i].clone()),
-        };
-        let (w, b) = (weight(1), weight(2));
-        let op = SparseDecode {
-            indices: gpu.resident(&indices, DType::U32).unwrap(),
-            groups: SharedGroups::default(),
-        };
-        let out = tape.apply(op, &[&acts, &w, &b]).unwrap();
-        let upstream = random(5, &[1, 8], 1.0);
-        let loss = tape.apply(Dot(vec![upstream]), &[&out]).unwrap();
-        let grad = to_f64(&tape.backward(&loss, 1.0).unwrap().take(&acts).unwrap());
+        let grad = gradient_of_acts(device, &inputs, &indices, frozen);
         assert!(grad[0] != 0.0 && grad[1] == 0.0, "{grad:?}");
     }
 }

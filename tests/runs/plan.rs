@@ -32,6 +32,11 @@ fn weights_alone() -> TrainConfig {
 }
 
 fn plan(config: &TrainConfig) -> Plan {
+    plan_with_activations(config, 4)
+}
+
+/// The same with values of activations of that size.
+fn plan_with_activations(config: &TrainConfig, activation_bytes: usize) -> Plan {
     let model = qwen();
     let input = PlanInput {
         source: &model,
@@ -39,7 +44,7 @@ fn plan(config: &TrainConfig) -> Plan {
         source_rows: 1000,
         target_rows: 1000,
         weight_bytes: 2,
-        activation_bytes: 4,
+        activation_bytes,
         flop_per_s: Some(1e12),
     };
     Plan::new(config, &input).unwrap()
@@ -160,18 +165,8 @@ fn only_the_stages_that_run_are_planned() {
 
 #[test]
 fn activations_take_the_bytes_of_their_type() {
-    let model = qwen();
     let activations = |activation_bytes| {
-        let input = PlanInput {
-            source: &model,
-            target: &model,
-            source_rows: 1000,
-            target_rows: 1000,
-            weight_bytes: 2,
-            activation_bytes,
-            flop_per_s: None,
-        };
-        let plan = Plan::new(&weights_alone(), &input).unwrap();
+        let plan = plan_with_activations(&weights_alone(), activation_bytes);
         let of = |(stage, what): (usize, &str)| {
             let mut parts = plan.stages[stage].memory.iter();
             parts.find(|part| part.what == what).unwrap().bytes as f64

@@ -67,6 +67,24 @@ pub(crate) enum Start<'a> {
     Row(&'a [f32]),
 }
 
+impl Start<'_> {
+    /// Makes it what is in the output, whose rows of `n` values are `stride` apart.
+    fn write(self, out: &mut [f32], n: usize, stride: usize) {
+        if n == 0 {
+            return;
+        }
+        let rows = out.par_chunks_mut(stride).map(|row| &mut row[..n]);
+        match self {
+            Self::Zero => rows.for_each(|row| row.fill(0.0)),
+            Self::Output => {}
+            Self::Matrix(start) => rows
+                .zip(start.par_chunks(stride))
+                .for_each(|(row, start)| row.copy_from_slice(&start[..n])),
+            Self::Row(start) => rows.for_each(|row| row.copy_from_slice(start)),
+        }
+    }
+}
+
 /// start + alpha · (X · W + U · B): X \[M, K\], U \[M, r\], in f32 or bf16 as the device has it.
 pub(crate) struct Product<'a> {
     /// X
@@ -167,17 +185,8 @@ impl<'a> Product<'a> {
         let (n, _) = layout.extents(self.right);
         let accum = match self.start {
             Start::Zero => Accum::Replace,
-            Start::Output => Accum::Add,
-            Start::Matrix(start) => {
-                let starts = start.par_chunks(n.max(1));
-                out.par_chunks_mut(n.max(1))
-                    .zip(starts)
-                    .for_each(|(out, start)| out.copy_from_slice(start));
-                Accum::Add
-            }
-            Start::Row(start) => {
-                out.par_chunks_mut(n.max(1))
-                    .for_each(|out| out.copy_from_slice(start));
+            start => {
+                start.write(out, n, n);
                 Accum::Add
             }
         };

@@ -97,7 +97,8 @@ impl Product<'_> {
             return;
         }
         if k == 0 {
-            return self.set_start(out, stride);
+            // The sums have no terms.
+            return self.start.write(out, n, stride);
         }
         let pack = |operand: &Operand, side, outer, block| {
             Panels::in_parallel(device, self.level, (operand, side), outer, block)
@@ -135,19 +136,6 @@ impl Product<'_> {
                     .par_iter()
                     .with_max_len(1)
                     .for_each(|task| self.tiles(task, &block, col, &out));
-            }
-        }
-    }
-
-    /// A product whose sums have no terms.
-    fn set_start(&self, out: &mut [f32], stride: usize) {
-        let n = self.dims[1];
-        for (i, row) in out.chunks_mut(stride).enumerate() {
-            match self.start {
-                Start::Zero => row[..n].fill(0.0),
-                Start::Output => {}
-                Start::Matrix(start) => row[..n].copy_from_slice(&start[i * stride..][..n]),
-                Start::Row(start) => row[..n].copy_from_slice(&start[..n]),
             }
         }
     }
