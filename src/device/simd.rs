@@ -76,18 +76,35 @@ fn is_intel() -> bool {
         == b"GenuineIntel"
 }
 
+/// Where a cache line is wanted.
+#[derive(Clone, Copy)]
+pub(crate) enum Fetch {
+    /// In the first-level cache, soon.
+    L1,
+    /// In the second-level cache, in a while.
+    L2,
+    /// In the first-level cache, and in no other: it is used once.
+    Once,
+}
+
 /// Asks for the cache line at an address, of which it may be known soon that it is needed; any
 /// address will do. On other processors than x86-64 nothing is asked for.
 #[inline(always)]
-pub(crate) fn prefetch(address: *const u8) {
+pub(crate) fn prefetch<T>(address: *const T, wanted: Fetch) {
     #[cfg(target_arch = "x86_64")]
     {
-        use std::arch::x86_64::{_MM_HINT_NTA, _mm_prefetch};
+        use std::arch::x86_64::{_MM_HINT_NTA, _MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
         // SAFETY: an instruction of every such processor, which never faults.
-        unsafe { _mm_prefetch::<_MM_HINT_NTA>(address.cast()) }
+        unsafe {
+            match wanted {
+                Fetch::L1 => _mm_prefetch::<_MM_HINT_T0>(address.cast()),
+                Fetch::L2 => _mm_prefetch::<_MM_HINT_T1>(address.cast()),
+                Fetch::Once => _mm_prefetch::<_MM_HINT_NTA>(address.cast()),
+            }
+        }
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = address;
+    let _ = (address, wanted);
 }
 
 /// Evaluates an expression compiled for every level of [`Simd`], in the version for this machine.

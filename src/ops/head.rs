@@ -1,21 +1,38 @@
 //! What kl_div and cross_entropy share: chunks of tokens, so that logits exist for one chunk at
 //! a time, and the softmax statistics of a row.
 
+use half::bf16;
+
 use crate::device::CudaDevice;
 use crate::device::cuda::Arg;
 use crate::device::simd::vectorized;
 use crate::error::Result;
+use crate::ops::gemm::bf16::COLS;
 use crate::ops::gemm::cuda::{Layout, Matrix, Product};
 use crate::ops::math::{LANES, add_up, exp};
 use crate::tensor::{CudaBuffer, DType, Tensor};
 
-/// Tokens in a chunk: as many as keep `copies` rows of logits a token within 64 MiB, in chunks of
+/// Bytes of logits and of their gradients at a time.
+const BUDGET: usize = 64 << 20;
+
+/// Tokens in a chunk: as many as keep `copies` rows of f32 a token within the budget, in chunks of
 /// nearly equal size. Each chunk reads, and in bf16 packs, the whole head, which chunks that fit a
 /// last-level cache would do too often.
 pub(super) fn chunk_tokens(tokens: usize, vocab: usize, copies: usize) -> usize {
-    const BUDGET: usize = (64 << 20) / size_of::<f32>();
-    let fitting = (BUDGET / (vocab * copies).max(1)).max(1);
+    let row = vocab * copies * size_of::<f32>();
+    let fitting = (BUDGET / row.max(1)).max(1);
     tokens.div_ceil(tokens.div_ceil(fitting).max(1)).max(1)
+}
+
+/// Tokens in a chunk with two rows of logits each, and in a group of chunks whose gradients, in
+/// bf16, are kept: that product alone packs the head. A chunk takes a quarter of the budget, its
+/// rows whole panels.
+pub(super) fn chunk_and_group(tokens: usize, vocab: usize) -> [usize; 2] {
+    const PANEL: usize = COLS / 2;
+    let fitting = |bytes: usize, row: usize| bytes / (vocab * row).max(1) / PANEL * PANEL;
+    let chunk = fitting(BUDGET / 4, 2 * size_of::<f32>()).max(PANEL);
+    let group = fitting(BUDGET / 4 * 3, size_of::<bf16>()).max(chunk);
+    [chunk, group].map(|most| most.min(tokens).max(1))
 }
 
 /// The same for a GPU: at most 1024 rows of logits, in whole tiles of 128 where there are several

@@ -7,17 +7,19 @@
 //! rows stacked in one), one for the gradient. On CUDA hidden states, W and the gradient are bf16,
 //! logits, statistics, losses and the gradient that is saved f32.
 
+use half::bf16;
 use rayon::prelude::*;
 
 use crate::device::cuda::{Arg, Grid, Kernel};
 use crate::device::simd::vectorized;
-use crate::device::{CudaDevice, Device};
+use crate::device::{CudaDevice, Device, Precision};
 use crate::error::Result;
 use crate::ops::gemm::{Left, Product, Values};
 use crate::ops::head::CudaHead;
 use crate::ops::math::{LANES, add_up, exp};
+use crate::ops::stored::Stored;
 use crate::ops::{Operator, expect_cols, expect_inputs, expect_shape, head, only_grad};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{Buffer, DType, Tensor};
 
 /// Input: the student's hidden states \[T, d\]. Output: the divergence of each token \[T\].
 pub struct KlDiv {
@@ -46,29 +48,17 @@ impl Operator for KlDiv {
         if let Device::Cuda(cuda) = device {
             return self.forward_cuda(cuda, student, needed[0]);
         }
-        let chunk = head::chunk_tokens(tokens, vocab, 2);
-        let mut logits = device.buffer(2 * chunk * vocab);
-        let mut stacked = device.buffer(2 * chunk * d);
-        let mut grad = needed[0].then(|| device.buffer(tokens * d));
-        let mut losses = Vec::with_capacity(tokens);
-        for first in (0..tokens).step_by(chunk) {
-            let n = chunk.min(tokens - first);
-            let stacked = &mut stacked[..2 * n * d];
-            let (of_teacher, of_student) = stacked.split_at_mut(n * d);
-            self.teacher.read_f32(first * d, of_teacher)?;
-            student.read_f32(first * d, of_student)?;
-            let logits = &mut logits[..2 * n * vocab];
-            let left = Left::new(Values::F32(stacked), d)?;
-            Product::new(&left, &self.head).nt(device, logits)?;
-            let (p, q) = logits.split_at_mut(n * vocab);
-            let rows = p.par_chunks(vocab).zip(q.par_chunks_mut(vocab));
-            losses.par_extend(rows.map(|(p, q)| divergence(p, q)));
-            if let Some(grad) = &mut grad {
-                let grad = &mut grad[first * d..][..n * d];
-                let left = Left::new(Values::F32(q), vocab)?;
-                Product::new(&left, &self.head).nn(device, grad)?;
+        let grad = needed[0].then(|| device.buffer(tokens * d));
+        let (losses, grad) = match device.precision() {
+            Precision::F32 => {
+                let chunk = head::chunk_tokens(tokens, vocab, 3);
+                self.forward_host::<f32>(device, student, grad, [chunk, chunk])?
             }
-        }
+            Precision::Bf16 => {
+                let sizes = head::chunk_and_group(tokens, vocab);
+                self.forward_host::<bf16>(device, student, grad, sizes)?
+            }
+        };
         let grad = grad
             .map(|g| Tensor::from_buffer(g, student.shape()))
             .transpose()?;
@@ -98,21 +88,71 @@ impl Operator for KlDiv {
     }
 }
 
-/// KL(softmax(p) ‖ softmax(q)) of two rows of logits; q becomes softmax(q) − softmax(p).
-fn divergence(p: &[f32], q: &mut [f32]) -> f32 {
-    let (log_p_sum, log_q_sum) = (head::log_sum_exp(p), head::log_sum_exp(q));
-    vectorized!(divergence_and_gradient(p, q, log_p_sum, log_q_sum))
+impl KlDiv {
+    /// The divergence of each token of the `student`, and `grad` filled. Logits exist for a chunk
+    /// of tokens at a time, their gradients, of type T, for a group of chunks.
+    fn forward_host<T: Stored>(
+        &self,
+        device: &Device,
+        student: &Tensor,
+        mut grad: Option<Buffer>,
+        [chunk, group]: [usize; 2],
+    ) -> Result<(Vec<f32>, Option<Buffer>)>
+    where
+        for<'a> Values<'a>: From<&'a [T]>,
+    {
+        let ((tokens, d), (vocab, _)) = (student.matrix_dims(), self.head.matrix_dims());
+        let mut logits = device.buffer(2 * chunk * vocab);
+        let mut stacked = device.buffer(2 * chunk * d);
+        let mut of_logits = device.buffer::<T>(group * vocab);
+        let mut losses = Vec::with_capacity(tokens);
+        for from in (0..tokens).step_by(group) {
+            let of_logits = &mut of_logits[..group.min(tokens - from) * vocab];
+            for (i, of_logits) in of_logits.chunks_mut(chunk * vocab).enumerate() {
+                let (n, first) = (of_logits.len() / vocab, from + i * chunk);
+                let stacked = &mut stacked[..2 * n * d];
+                let (of_teacher, of_student) = stacked.split_at_mut(n * d);
+                self.teacher.read_f32(first * d, of_teacher)?;
+                student.read_f32(first * d, of_student)?;
+                let logits = &mut logits[..2 * n * vocab];
+                let left = Left::new(Values::F32(stacked), d)?;
+                Product::new(&left, &self.head).nt(device, logits)?;
+                let (p, q) = logits.split_at(n * vocab);
+                let rows = p.par_chunks(vocab).zip(q.par_chunks(vocab));
+                let rows = rows.zip(of_logits.par_chunks_mut(vocab));
+                losses.par_extend(rows.map(|((p, q), grad)| divergence(p, q, grad)));
+            }
+            if let Some(grad) = &mut grad {
+                let grad = &mut grad[from * d..][..of_logits.len() / vocab * d];
+                let left = Left::new(Values::from(&*of_logits), vocab)?;
+                Product::new(&left, &self.head).nn(device, grad)?;
+            }
+        }
+        Ok((losses, grad))
+    }
+}
+
+/// KL(softmax(p) ‖ softmax(q)) of two rows of logits; `grad` becomes softmax(q) − softmax(p).
+fn divergence<T: Stored>(p: &[f32], q: &[f32], grad: &mut [T]) -> f32 {
+    let sums = [p, q].map(head::log_sum_exp);
+    vectorized!(divergence_and_gradient(p, q, grad, sums))
 }
 
 #[inline(always)]
-fn divergence_and_gradient(p: &[f32], q: &mut [f32], log_p_sum: f32, log_q_sum: f32) -> f32 {
+fn divergence_and_gradient<T: Stored>(
+    p: &[f32],
+    q: &[f32],
+    grad: &mut [T],
+    [log_p_sum, log_q_sum]: [f32; 2],
+) -> f32 {
     let mut lanes = [0.0; LANES];
-    for (p, q) in p.chunks(LANES).zip(q.chunks_mut(LANES)) {
-        for ((lane, p), q) in lanes.iter_mut().zip(p).zip(q) {
-            let (log_p, log_q) = (p - log_p_sum, *q - log_q_sum);
+    let rows = p.chunks(LANES).zip(q.chunks(LANES));
+    for ((p, q), grad) in rows.zip(grad.chunks_mut(LANES)) {
+        for (((lane, p), q), grad) in lanes.iter_mut().zip(p).zip(q).zip(grad) {
+            let (log_p, log_q) = (p - log_p_sum, q - log_q_sum);
             let p = exp(log_p);
             *lane += p * (log_p - log_q);
-            *q = exp(log_q) - p;
+            *grad = T::of(exp(log_q) - p);
         }
     }
     add_up(lanes)

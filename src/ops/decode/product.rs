@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use super::Map;
 use crate::device::Device;
-use crate::device::simd::{Simd, level, prefetch, vectorized};
+use crate::device::simd::{Fetch, Simd, level, prefetch, vectorized};
 use crate::error::Result;
 use crate::tensor::{Buffer, DType, Tensor};
 
@@ -173,7 +173,7 @@ fn widened(weights: &[bf16], cols: usize) -> Vec<f32> {
     for row in weights.chunks_exact(cols) {
         let (chunks, rest) = row.as_chunks::<CHUNK>();
         for chunk in chunks {
-            prefetch(chunk.as_ptr().cast::<u8>().wrapping_add(AHEAD));
+            prefetch(chunk.as_ptr().cast::<u8>().wrapping_add(AHEAD), Fetch::Once);
             wide.extend(bf16::widen(chunk, 0));
             wide.extend(bf16::widen(chunk, 1));
         }
@@ -199,7 +199,10 @@ fn dot<W: Weight>(w: &[W], x: &[f32]) -> f32 {
     let mut sums = [0.0f32; LANES];
     for (w, x) in w_chunks.iter().zip(x_chunks) {
         for line in (0..size_of_val(w)).step_by(CACHE_LINE) {
-            prefetch(w.as_ptr().cast::<u8>().wrapping_add(AHEAD + line));
+            prefetch(
+                w.as_ptr().cast::<u8>().wrapping_add(AHEAD + line),
+                Fetch::Once,
+            );
         }
         for half in 0..2 {
             let w = W::widen(w, half);

@@ -82,8 +82,8 @@ impl Operator for LoraLinear {
         }
         let (mut outputs, mut saved) = (Vec::new(), Vec::new());
         let mut left = Left::new(Values::of(x)?, x.matrix_dims().1)?;
-        if self.modules.len() > 1 {
-            left = left.shared(device);
+        if self.modules.len() > 1 || self.modules[0].dropout.is_none() {
+            left = left.shared_by_nt(device);
         }
         for (module, [a, b]) in self.modules.iter().zip(adapters) {
             let (y, adapter) = module.forward(device, (x, &left), [a, b], residual, self.scale)?;
@@ -200,11 +200,17 @@ impl Frozen {
         let ((rows, cols), (r, _)) = (x.matrix_dims(), a.matrix_dims());
         let mut u = device.buffer(rows * r);
         let mask = self.dropout.as_ref().map(|dropout| dropout.draw(x.len()));
-        let dropped = dropped(device, x, mask.as_ref())?;
-        let dropped = Left::new(Values::of(&dropped)?, cols)?;
+        let dropped = mask
+            .as_ref()
+            .map(|mask| mask.apply(device, x))
+            .transpose()?;
+        let of_dropped = match &dropped {
+            Some(dropped) => Some(Left::new(Values::of(dropped)?, cols)?),
+            None => None,
+        };
         let product = Product {
             alpha: scale,
-            ..Product::new(&dropped, a)
+            ..Product::new(of_dropped.as_ref().unwrap_or(left), a)
         };
         product.nt(device, &mut u)?;
         let u = Tensor::from_buffer(u, [rows, r])?;
@@ -234,7 +240,7 @@ impl Frozen {
         let ((rows, out), (r, _)) = (dy.matrix_dims(), a.matrix_dims());
         let mut left = Left::new(Values::of(dy)?, out)?;
         if dx.is_some() {
-            left = left.shared(device);
+            left = left.shared_by_nn(device);
         }
         let mut du = device.buffer(rows * r);
         let product = Product {

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use crate::device::{Device, Precision};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor};
-use bf16::{Level, Operand, Panels, Values};
+use bf16::{Level, Operand, Packed, Side, Values};
 pub(crate) use kept::Kept;
 
 /// The left operand of products, \[M, K\].
@@ -19,7 +19,7 @@ pub(crate) struct Left<'a> {
     rows: usize,
     cols: usize,
     /// The same for products in bf16, where more than one reads it.
-    packed: Option<Vec<Panels>>,
+    packed: Option<Packed>,
 }
 
 impl<'a> Left<'a> {
@@ -41,13 +41,30 @@ impl<'a> Left<'a> {
         self.rows
     }
 
-    /// The same to be read by several products: what is packed for one serves them all.
-    pub(crate) fn shared(self, device: &Device) -> Self {
+    /// The same to be read by several [`Product::nt`]: what is packed for one serves them all.
+    pub(crate) fn shared_by_nt(self, device: &Device) -> Self {
+        self.shared(device, Layout::Nt)
+    }
+
+    /// The same for several [`Product::nn`].
+    pub(crate) fn shared_by_nn(self, device: &Device) -> Self {
+        self.shared(device, Layout::Nn)
+    }
+
+    fn shared(self, device: &Device, layout: Layout) -> Self {
         let packed = match device.precision() {
             Precision::F32 => None,
             Precision::Bf16 => {
                 let operand = Operand::rows(self.values, self.cols);
-                Some(bf16::packed(device, &operand, [self.rows, self.cols]))
+                let side = match layout {
+                    Layout::Nt => Side::Right,
+                    Layout::Nn => Side::Left,
+                };
+                Some(Packed::new(
+                    device,
+                    (&operand, side),
+                    [self.rows, self.cols],
+                ))
             }
         };
         Self { packed, ..self }
@@ -212,6 +229,9 @@ impl<'a> Product<'a> {
         layout: Layout,
         dims: [usize; 3],
     ) -> Result<()> {
+        // So that a weight's rows are read where they lie; what dropout kept is known the other way.
+        let kept = self.low_rank.as_ref().and_then(|low_rank| low_rank.kept);
+        let turned = layout == Layout::Nt && kept.is_none();
         with_values(self.right, |w| {
             let low_rank = self.low_rank.as_ref().map(|low_rank| {
                 let (_, rank) = layout.extents(low_rank.right);
@@ -224,12 +244,13 @@ impl<'a> Product<'a> {
             });
             let product = bf16::Product {
                 a: Operand::rows(self.left.values, self.left.cols),
-                packed: self.left.packed.as_deref(),
+                packed: self.left.packed.as_ref(),
                 b: layout.operand(w, self.right),
                 low_rank: low_rank.transpose()?,
                 dims,
                 alpha: self.alpha,
                 start: self.start,
+                turned,
                 level: Level::best(),
             };
             product.run(device, out, dims[1]);
@@ -254,6 +275,7 @@ pub(crate) fn product_tn(device: &Device, out: &mut [f32], dy: &Tensor, x: &Tens
         dims: [n, k, m],
         alpha: 1.0,
         start: Start::Zero,
+        turned: false,
         level: Level::best(),
     };
     product.run(device, out, k);

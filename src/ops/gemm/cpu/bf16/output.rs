@@ -3,15 +3,16 @@
 use std::marker::PhantomData;
 
 use super::super::Start;
+#[cfg(target_arch = "x86_64")]
+use super::pack::x86::transposed;
 use super::tile::{COLS, Level, ROWS, Tile};
-use crate::device::simd::vectorized;
+use crate::device::simd::{Fetch, prefetch, vectorized};
 
 /// Outputs from this size on, which a core's L2 cache does not hold, are written past the caches:
 /// a line that is written in a cache is read from memory first. It saved a tenth to a half of the
 /// time of a product.
 const STREAMED_BYTES: usize = 2 << 20;
 /// Values of a vector of 512 bits, which is a cache line.
-#[cfg(target_arch = "x86_64")]
 const VECTOR: usize = 16;
 
 /// A matrix that tasks write disjoint blocks of.
@@ -23,6 +24,8 @@ pub(super) struct Output<'a> {
     cols: usize,
     stride: usize,
     alpha: f32,
+    /// Whether tiles are those of the transpose.
+    turned: bool,
     #[cfg(target_arch = "x86_64")]
     avx512: bool,
     /// Whether blocks are written past the caches.
@@ -44,6 +47,7 @@ impl<'a> Output<'a> {
         start: Start<'a>,
         [rows, cols, stride]: [usize; 3],
         alpha: f32,
+        turned: bool,
         level: Level,
     ) -> Self {
         let least = (rows - 1) * stride + cols;
@@ -65,6 +69,7 @@ impl<'a> Output<'a> {
             cols,
             stride,
             alpha,
+            turned,
             #[cfg(target_arch = "x86_64")]
             avx512: level.has_avx512(),
             streamed: large && aligned && !is_read && level.has_avx512(),
@@ -94,12 +99,17 @@ impl<'a> Output<'a> {
         unsafe {
             #[cfg(target_arch = "x86_64")]
             if self.avx512 && block.cols == COLS {
-                return match self.streamed {
-                    true => block.write_avx512::<true>(tile, self.alpha),
-                    false => block.write_avx512::<false>(tile, self.alpha),
+                return match (self.turned, self.streamed) {
+                    (false, false) => block.write_avx512::<false, false>(tile, self.alpha),
+                    (false, true) => block.write_avx512::<false, true>(tile, self.alpha),
+                    (true, false) => block.write_avx512::<true, false>(tile, self.alpha),
+                    (true, true) => block.write_avx512::<true, true>(tile, self.alpha),
                 };
             }
-            vectorized!(block.write(tile, self.alpha));
+            match self.turned {
+                false => vectorized!(block.write(tile, self.alpha)),
+                true => vectorized!(block.write(&tile.transposed(), self.alpha)),
+            }
         }
     }
 
@@ -133,13 +143,9 @@ struct Block {
 impl Block {
     #[inline(always)]
     fn prefetch(&self, first: *const f32, stride: usize) {
-        #[cfg(target_arch = "x86_64")]
         for r in 0..self.rows {
             for col in (0..self.cols).step_by(VECTOR) {
-                use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-                let address = first.wrapping_add(r * stride + col);
-                // SAFETY: a prefetch reads nothing, whatever the address.
-                unsafe { _mm_prefetch::<_MM_HINT_T0>(address as *const i8) };
+                prefetch(first.wrapping_add(r * stride + col), Fetch::L1);
             }
         }
     }
@@ -170,32 +176,42 @@ impl Block {
         }
     }
 
-    /// The same for a block of all columns, `STREAM`ed past the caches: then [`finish_streams`]
-    /// comes before anybody reads.
+    /// The same for a block of all columns, of the tile or its transpose, `STREAM`ed past the
+    /// caches: then [`finish_streams`] comes before anybody reads.
     ///
     /// # Safety
     /// As above; the machine has AVX-512, and rows that are streamed begin cache lines.
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f")]
-    unsafe fn write_avx512<const STREAM: bool>(&self, tile: &Tile, alpha: f32) {
+    unsafe fn write_avx512<const TURNED: bool, const STREAM: bool>(&self, tile: &Tile, alpha: f32) {
         use std::arch::x86_64::{
-            _mm512_add_ps, _mm512_loadu_ps, _mm512_mul_ps, _mm512_set1_ps, _mm512_storeu_ps,
-            _mm512_stream_ps,
+            _mm512_add_ps, _mm512_castsi512_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mul_ps,
+            _mm512_set1_ps, _mm512_setzero_si512, _mm512_storeu_ps, _mm512_stream_ps,
         };
         let alpha = _mm512_set1_ps(alpha);
-        for (r, sums) in tile.0.iter().enumerate().take(self.rows) {
-            for (part, sums) in sums.as_chunks::<VECTOR>().0.iter().enumerate() {
-                // SAFETY: the caller's promise.
-                unsafe {
-                    let mut sum = _mm512_mul_ps(alpha, _mm512_loadu_ps(sums.as_ptr()));
-                    if let Some((start, stride)) = self.start {
-                        let before = start.add(r * stride + part * VECTOR);
-                        sum = _mm512_add_ps(_mm512_loadu_ps(before), sum);
-                    }
-                    let place = self.first.add(r * self.stride + part * VECTOR);
-                    match STREAM {
-                        true => _mm512_stream_ps(place, sum),
-                        false => _mm512_storeu_ps(place, sum),
+        for row in (0..self.rows).step_by(VECTOR) {
+            for col in (0..COLS).step_by(VECTOR) {
+                let (first, second) = if TURNED { (col, row) } else { (row, col) };
+                let mut square = [_mm512_setzero_si512(); VECTOR];
+                for (line, sums) in square.iter_mut().zip(&tile.0[first..][..VECTOR]) {
+                    // SAFETY: a vector of the sums.
+                    *line = unsafe { _mm512_loadu_si512(sums[second..][..VECTOR].as_ptr().cast()) };
+                }
+                if TURNED {
+                    square = transposed(square);
+                }
+                for (r, line) in (row..self.rows).zip(square) {
+                    // SAFETY: the caller's promise.
+                    unsafe {
+                        let mut sum = _mm512_mul_ps(alpha, _mm512_castsi512_ps(line));
+                        if let Some((start, stride)) = self.start {
+                            sum = _mm512_add_ps(_mm512_loadu_ps(start.add(r * stride + col)), sum);
+                        }
+                        let place = self.first.add(r * self.stride + col);
+                        match STREAM {
+                            true => _mm512_stream_ps(place, sum),
+                            false => _mm512_storeu_ps(place, sum),
+                        }
                     }
                 }
             }

@@ -3,10 +3,13 @@
 //! Squares of 16 outer indices by 16 pairs are read as the operand is stored, turned where the
 //! panel wants them the other way round, and written.
 
+use std::ops::Range;
+
 use half::bf16;
 
+use super::left::LeftPanels;
 use super::tile::{COLS, Level, PAIRS, Step};
-use crate::device::simd::{multiplies_bf16, vectorized};
+use crate::device::simd::{Fetch, multiplies_bf16, prefetch, vectorized};
 use crate::error::{Error, Result};
 use crate::ops::math::rounded_to_bf16;
 use crate::tensor::{DType, Tensor};
@@ -63,6 +66,18 @@ impl<'a> Values<'a> {
     }
 }
 
+impl<'a> From<&'a [f32]> for Values<'a> {
+    fn from(values: &'a [f32]) -> Self {
+        Self::F32(values)
+    }
+}
+
+impl<'a> From<&'a [bf16]> for Values<'a> {
+    fn from(values: &'a [bf16]) -> Self {
+        Self::Bf16(values)
+    }
+}
+
 impl<'a> Operand<'a> {
     /// A matrix whose rows of `cols` values run along the reduction.
     pub(crate) fn rows(values: Values<'a>, cols: usize) -> Self {
@@ -84,16 +99,27 @@ impl<'a> Operand<'a> {
         }
     }
 
-    /// Packs outer indices from `outer` on and the steps of the reduction from index `from` on,
-    /// up to the ends `outer_end` and `end`; what is beyond them is zero.
+    /// As left panels, where it lies so: whole panels of pairs.
+    pub(super) fn in_place(&self, outer: usize, block: Range<usize>) -> Option<LeftPanels<'a>> {
+        match self.values {
+            Values::Bf16(values) if self.along => {
+                LeftPanels::in_place(values, self.stride, outer, block)
+            }
+            _ => None,
+        }
+    }
+
+    /// Packs panels of `steps` steps each: outer indices from `outer` on and the reduction from
+    /// index `from` on, up to the ends `outer_end` and `end`; what is beyond them is zero.
     pub(super) fn pack(
         &self,
         level: Level,
         side: Side,
-        out: &mut [Step],
+        (out, steps): (&mut [Step], usize),
         outer: (usize, usize),
         reduction: (usize, usize),
     ) {
+        let out = (out, steps);
         match self.values {
             Values::F32(values) => self.pack_values(values, level, side, out, outer, reduction),
             Values::Bf16(values) => self.pack_values(values, level, side, out, outer, reduction),
@@ -105,7 +131,7 @@ impl<'a> Operand<'a> {
         values: &[T],
         level: Level,
         side: Side,
-        out: &mut [Step],
+        out: (&mut [Step], usize),
         (outer, outer_end): (usize, usize),
         (from, end): (usize, usize),
     ) {
@@ -166,32 +192,62 @@ trait Line: Copy {
     unsafe fn zipped<T: Value>(low: &[T; PAIRS], high: &[T; PAIRS]) -> Self;
     unsafe fn transposed(square: [Self; PAIRS]) -> [Self; PAIRS];
     unsafe fn pairs(self) -> [u32; PAIRS];
-    /// Asks for the cache line at `index`, which may be beyond the values.
-    unsafe fn prefetch<T>(values: &[T], index: usize);
+}
+
+/// Packs stored rows in the order in which they lie: panel by panel where they run along the
+/// reduction, else step by step.
+///
+/// # Safety
+/// The machine has the instructions of `L`.
+#[inline(always)]
+unsafe fn pack<L: Line, T: Value>(
+    matrix: Matrix<T>,
+    along: bool,
+    side: Side,
+    (out, steps): (&mut [Step], usize),
+) {
+    let panels = out.len().checked_div(steps).unwrap_or(0);
+    for i in 0..out.len() {
+        let (panel, step) = match along {
+            true => (i / steps, i % steps),
+            false => (i % panels, i / panels),
+        };
+        let out = &mut out[panel * steps + step];
+        let (outer, from) = (panel * COLS, 2 * PAIRS * step);
+        // SAFETY: the caller's promise.
+        unsafe {
+            pack_step::<L, T>(matrix, along, side, out, (outer, from));
+        }
+    }
 }
 
 /// # Safety
 /// The machine has the instructions of `L`.
 #[inline(always)]
-unsafe fn pack<L: Line, T: Value>(matrix: Matrix<T>, along: bool, side: Side, out: &mut [Step]) {
-    for (s, step) in out.iter_mut().enumerate() {
-        for first in (0..COLS).step_by(PAIRS) {
-            // SAFETY: the caller's promise, for all of these.
-            unsafe {
-                let mut square = match along {
-                    true => read_along::<L, T>(matrix, first, 2 * PAIRS * s),
-                    false => read_across::<L, T>(matrix, first, 2 * PAIRS * s),
-                };
-                if along == (side == Side::Right) {
-                    square = L::transposed(square);
-                }
-                let (place, stride) = match side {
-                    Side::Left => (first * PAIRS, PAIRS),
-                    Side::Right => (first, COLS),
-                };
-                for (i, line) in square.into_iter().enumerate() {
-                    step[place + i * stride..][..PAIRS].copy_from_slice(&line.pairs());
-                }
+unsafe fn pack_step<L: Line, T: Value>(
+    matrix: Matrix<T>,
+    along: bool,
+    side: Side,
+    out: &mut Step,
+    (outer, from): (usize, usize),
+) {
+    for half in [0, PAIRS] {
+        let place = (outer + half, from);
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut square = match along {
+                true => read_along::<L, T>(matrix, place),
+                false => read_across::<L, T>(matrix, place),
+            };
+            if along == (side == Side::Right) {
+                square = L::transposed(square);
+            }
+            let (first, stride) = match side {
+                Side::Left => (half * PAIRS, PAIRS),
+                Side::Right => (half, COLS),
+            };
+            for (i, line) in square.into_iter().enumerate() {
+                out[first + i * stride..][..PAIRS].copy_from_slice(&line.pairs());
             }
         }
     }
@@ -206,50 +262,74 @@ unsafe fn pack<L: Line, T: Value>(matrix: Matrix<T>, along: bool, side: Side, ou
 #[inline(always)]
 unsafe fn read_along<L: Line, T: Value>(
     matrix: Matrix<T>,
-    first: usize,
-    from: usize,
+    (outer, from): (usize, usize),
 ) -> [L; PAIRS] {
     let mut square = [L::ZERO; PAIRS];
-    let width = PAIRS.min(matrix.outer.saturating_sub(first));
-    for (i, line) in square.iter_mut().enumerate().take(width) {
-        let row = &matrix.values[(first + i) * matrix.stride..][..matrix.len];
-        let next = (first + COLS + i) * matrix.stride + from;
-        // SAFETY: the caller's promise.
-        unsafe {
-            L::prefetch(matrix.values, next);
-            L::prefetch(matrix.values, next + PAIRS);
-            *line = L::neighbours(chunk(row, from, &mut [T::default(); _]));
+    let row = |i: usize| &matrix.values[(outer + i) * matrix.stride..];
+    if outer + PAIRS <= matrix.outer && from + 2 * PAIRS <= matrix.len {
+        let last = &row(PAIRS - 1)[from..][..2 * PAIRS];
+        let first = row(0)[from..].as_ptr();
+        debug_assert!(last.as_ptr() == first.wrapping_add((PAIRS - 1) * matrix.stride));
+        for (i, line) in square.iter_mut().enumerate() {
+            // SAFETY: the caller's promise; the last of these rows has so many values.
+            unsafe {
+                let row = first.add(i * matrix.stride);
+                let next = row.wrapping_add(COLS * matrix.stride);
+                prefetch(next, Fetch::L2);
+                prefetch(next.wrapping_add(PAIRS), Fetch::L2);
+                *line = L::neighbours::<T>(&*row.cast());
+            }
         }
+        return square;
+    }
+    let width = PAIRS.min(matrix.outer.saturating_sub(outer));
+    for (i, line) in square.iter_mut().enumerate().take(width) {
+        let row = &row(i)[..matrix.len];
+        // SAFETY: the caller's promise.
+        *line = unsafe { L::neighbours(chunk(row, from, &mut [T::default(); _])) };
     }
     square
 }
 
 /// A square from stored rows that run across the reduction: a line for each pair of rows. The same
-/// square of the next panel, which lies beside it, is asked for.
+/// square of the next step is asked for.
 ///
 /// # Safety
 /// The machine has the instructions of `L`.
 #[inline(always)]
 unsafe fn read_across<L: Line, T: Value>(
     matrix: Matrix<T>,
-    first: usize,
-    from: usize,
+    (outer, from): (usize, usize),
 ) -> [L; PAIRS] {
     let mut square = [L::ZERO; PAIRS];
+    if outer + PAIRS <= matrix.outer && from + 2 * PAIRS <= matrix.len {
+        let first = &matrix.values[from * matrix.stride + outer..];
+        let last = &first[(2 * PAIRS - 1) * matrix.stride..][..PAIRS];
+        let first = first.as_ptr();
+        debug_assert!(last.as_ptr() == first.wrapping_add((2 * PAIRS - 1) * matrix.stride));
+        for (p, line) in square.iter_mut().enumerate() {
+            // SAFETY: the caller's promise; the last of these rows has so many values.
+            unsafe {
+                let low = first.add(2 * p * matrix.stride);
+                let high = low.add(matrix.stride);
+                prefetch(low.wrapping_add(2 * PAIRS * matrix.stride), Fetch::L2);
+                prefetch(high.wrapping_add(2 * PAIRS * matrix.stride), Fetch::L2);
+                *line = L::zipped::<T>(&*low.cast(), &*high.cast());
+            }
+        }
+        return square;
+    }
     let row = |i: usize| match i < matrix.len {
         true => &matrix.values[i * matrix.stride..][..matrix.outer],
         false => &[],
     };
     for (p, line) in square.iter_mut().enumerate() {
-        let low = row(from + 2 * p);
-        let high = row(from + 2 * p + 1);
+        let [low, high] = [0, 1].map(|i| row(from + 2 * p + i));
         // SAFETY: the caller's promise.
         *line = unsafe {
-            L::prefetch(low, first + COLS);
-            L::prefetch(high, first + COLS);
             L::zipped(
-                chunk(low, first, &mut [T::default(); _]),
-                chunk(high, first, &mut [T::default(); _]),
+                chunk(low, outer, &mut [T::default(); _]),
+                chunk(high, outer, &mut [T::default(); _]),
             )
         };
     }
@@ -347,17 +427,14 @@ impl Line for Plain {
     unsafe fn pairs(self) -> [u32; PAIRS] {
         self.0
     }
-
-    #[inline(always)]
-    unsafe fn prefetch<T>(_: &[T], _: usize) {}
 }
 
 #[cfg(target_arch = "x86_64")]
-mod x86 {
+pub(super) mod x86 {
     use std::arch::x86_64::{
-        __m512, __m512bh, __m512i, _MM_HINT_T1, _mm_prefetch, _mm512_cvtne2ps_pbh,
-        _mm512_permutexvar_epi16, _mm512_shuffle_i32x4, _mm512_unpackhi_epi32,
-        _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+        __m512, __m512bh, __m512i, _mm512_cvtne2ps_pbh, _mm512_permutexvar_epi16,
+        _mm512_shuffle_i32x4, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32,
+        _mm512_unpacklo_epi64,
     };
 
     use super::{Line, Matrix, PAIRS, Side, Step, Value};
@@ -374,7 +451,7 @@ mod x86 {
         matrix: Matrix<T>,
         along: bool,
         side: Side,
-        out: &mut [Step],
+        out: (&mut [Step], usize),
     ) {
         // SAFETY: the caller's promise.
         unsafe { super::pack::<Vector, T>(matrix, along, side, out) }
@@ -406,13 +483,6 @@ mod x86 {
         unsafe fn pairs(self) -> [u32; PAIRS] {
             // SAFETY: both are 64 bytes, of which every pattern is a value.
             unsafe { std::mem::transmute(self) }
-        }
-
-        #[inline(always)]
-        unsafe fn prefetch<T>(values: &[T], index: usize) {
-            let line = values.as_ptr().wrapping_add(index);
-            // SAFETY: a prefetch has no effect but on caches, wherever it points.
-            unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) };
         }
     }
 
@@ -450,7 +520,7 @@ mod x86 {
     /// Exchanges pairs of rows, then pairs of those, within 128 bits, then whole lanes.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    fn transposed(rows: Square) -> Square {
+    pub(in super::super) fn transposed(rows: Square) -> Square {
         let mut pairs = rows;
         for i in (0..PAIRS).step_by(2) {
             pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);

@@ -31,12 +31,13 @@ fn product<'a>(level: Level, (a, b): (Operand<'a>, Operand<'a>), dims: [usize; 3
         dims,
         alpha: 1.0,
         start: Start::Zero,
+        turned: false,
         level,
     }
 }
 
-/// A product at every level of this machine, with each operand both ways round and in both
-/// types, beside its value in float64.
+/// A product and its transpose at every level of this machine, with each operand both ways round
+/// and in both types, beside its value in float64.
 fn check([m, n, k]: [usize; 3], alpha: f32, add: bool, threads: usize) {
     let device = Device::cpu(threads).unwrap();
     let (a, b, before) = (values(1, m * k), values(2, n * k), values(3, m * n));
@@ -55,11 +56,12 @@ fn check([m, n, k]: [usize; 3], alpha: f32, add: bool, threads: usize) {
     ];
     for level in Level::available() {
         let mut first: Option<Vec<f32>> = None;
-        for (a_operand, b_operand) in lefts
+        let operands = lefts
             .iter()
-            .flat_map(|a| rights.iter().map(move |b| (a, b)))
+            .flat_map(|a| rights.iter().map(move |b| (a, b)));
+        for ((&a_operand, &b_operand), turned) in
+            operands.flat_map(|operands| [false, true].map(|turned| (operands, turned)))
         {
-            let (a_operand, b_operand) = (*a_operand, *b_operand);
             // Rows further apart than they are long: what lies between must stay as it is.
             let stride = n + 3;
             let mut out = vec![7.0; m * stride];
@@ -69,6 +71,7 @@ fn check([m, n, k]: [usize; 3], alpha: f32, add: bool, threads: usize) {
             let product = Product {
                 alpha,
                 start: if add { Start::Output } else { Start::Zero },
+                turned,
                 ..product(level, (a_operand, b_operand), [m, n, k])
             };
             device.run(|| product.run(&device, &mut out, stride));
@@ -95,7 +98,7 @@ fn check([m, n, k]: [usize; 3], alpha: f32, add: bool, threads: usize) {
             let first = first.get_or_insert_with(|| out.clone());
             assert_eq!(
                 first, &out,
-                "{level:?}: bits depend on how an operand is stored"
+                "{level:?}: bits depend on how an operand is stored or read"
             );
         }
     }
@@ -109,6 +112,8 @@ fn products_across_tiles_and_blocks_match_float64() {
         [13, 33, 65],
         [25, 70, 1700],
         [200, 130, 31],
+        // Whole panels and steps, of which a weight in bf16 is not packed.
+        [70, 96, 1600],
     ] {
         check(dims, 1.0, false, 2);
         check(dims, -1.5, true, 1);
@@ -205,9 +210,13 @@ fn check_low_rank([m, n, k, rank]: [usize; 4], masked: bool) {
         Start::Row(&row),
     ];
     let operand = |values, cols| Operand::rows(Values::F32(values), cols);
-    for (level, start) in Level::available().flat_map(|level| starts.map(|start| (level, start))) {
+    let cases = Level::available().flat_map(|level| starts.map(|start| (level, start)));
+    for ((level, start), turned) in
+        cases.flat_map(|case| [false, true].map(|turned| (case, turned && !masked)))
+    {
         let product = Product {
             start,
+            turned,
             low_rank: Some(LowRank {
                 a: operand(&u, rank),
                 b: operand(&v, rank),
@@ -249,22 +258,25 @@ fn a_low_rank_product_with_dropout_is_added_to_every_start() {
 }
 
 #[test]
-fn a_packed_left_operand_gives_the_bits_of_one_that_is_not() {
+fn a_packed_operand_gives_the_bits_of_one_that_is_not() {
     let device = Device::cpu(2).unwrap();
     let (m, n, k) = (70, 40, 1700);
     let (a, b) = (values(17, m * k), values(18, n * k));
     let operands = [&a, &b].map(|values| Operand::rows(Values::F32(values), k));
-    let packed = packed(&device, &operands[0], [m, k]);
-    let [with, without] = [Some(&packed[..]), None].map(|packed| {
-        let product = Product {
-            packed,
-            ..product(Level::best(), operands.into(), [m, n, k])
-        };
-        let mut out = vec![0.0; m * n];
-        device.run(|| product.run(&device, &mut out, n));
-        out
-    });
-    assert_eq!(with, without);
+    for (side, turned) in [(Side::Left, false), (Side::Right, true)] {
+        let packed = Packed::new(&device, (&operands[0], side), [m, k]);
+        let [with, without] = [Some(&packed), None].map(|packed| {
+            let product = Product {
+                packed,
+                turned,
+                ..product(Level::best(), operands.into(), [m, n, k])
+            };
+            let mut out = vec![0.0; m * n];
+            device.run(|| product.run(&device, &mut out, n));
+            out
+        });
+        assert_eq!(with, without);
+    }
 }
 
 #[test]
@@ -286,7 +298,7 @@ fn rounding_to_bf16_is_to_nearest_with_ties_to_even() {
     for value in specials {
         let mut out = [[0u32; ROWS * PAIRS]];
         let operand = Operand::rows(Values::F32(std::slice::from_ref(&value)), 1);
-        operand.pack(level, Side::Left, &mut out, (0, 1), (0, 1));
+        operand.pack(level, Side::Left, (&mut out, 1), (0, 1), (0, 1));
         assert_eq!(
             out[0][0],
             u32::from(bf16::from_f32(value).to_bits()),

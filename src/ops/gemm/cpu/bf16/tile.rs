@@ -5,6 +5,7 @@
 //! tile, so that each operand that is loaded is used twice; with AVX-512 a strip of 8 rows is
 //! 16 accumulators of 16 sums, in flight together.
 
+use super::left::LeftPanel;
 use super::widened::Widened;
 use crate::device::simd::vectorized;
 #[cfg(target_arch = "x86_64")]
@@ -32,6 +33,18 @@ pub(crate) struct Tile(pub [[f32; COLS]; ROWS]);
 
 impl Tile {
     pub(super) const ZERO: Self = Self([[0.0; COLS]; ROWS]);
+
+    /// Rows and columns exchanged.
+    #[inline(always)]
+    pub(super) fn transposed(&self) -> Self {
+        let mut turned = Self::ZERO;
+        for (row, sums) in self.0.iter().enumerate() {
+            for (col, &sum) in sums.iter().enumerate() {
+                turned.0[col][row] = sum;
+            }
+        }
+        turned
+    }
 }
 
 /// The instructions that a tile is computed with.
@@ -138,8 +151,8 @@ impl<'r> Multiplier<'r> {
     ///
     /// # Panics
     /// Where the right panel has other steps than `left`.
-    pub(super) fn multiply(&mut self, left: &[Step], tile: &mut Tile, rows: usize, add: bool) {
-        assert_eq!(left.len(), self.right.len());
+    pub(super) fn multiply(&mut self, left: LeftPanel, tile: &mut Tile, rows: usize, add: bool) {
+        assert_eq!(left.steps(), self.right.len());
         let wide = &mut self.wide;
         match self.level {
             // SAFETY: the tiles are configured for as long as `self` lives, and there are as many
@@ -170,7 +183,9 @@ mod x86 {
         __m512, __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_set1_epi32, _mm512_setzero_ps,
     };
 
-    use super::{COLS, PAIRS, Step, Tile, Widened};
+    use half::bf16;
+
+    use super::{COLS, LeftPanel, ROWS, Step, Tile, Widened};
 
     const VECTOR: usize = 16;
 
@@ -178,15 +193,17 @@ mod x86 {
     ///
     /// # Safety
     /// This thread's tiles are configured, and there are as many steps in `b` as in `a`.
-    pub(super) unsafe fn multiply_amx(a: &[Step], b: &[Step], tile: &mut Tile, add: bool) {
-        if a.is_empty() {
+    pub(super) unsafe fn multiply_amx(a: LeftPanel, b: &[Step], tile: &mut Tile, add: bool) {
+        if b.is_empty() {
             if !add {
                 *tile = Tile::ZERO;
             }
             return;
         }
-        // SAFETY: reads as many steps as `a` and `b` hold, 2 KiB each, and reads and writes the
-        // 4 KiB of `tile`. No other code uses the registers between the first line and the last.
+        let [row, step] = a.distances().map(|values| values * size_of::<bf16>());
+        // SAFETY: reads as many steps as `a` and `b` hold, 32 rows of 64 bytes and 2 KiB each, and
+        // reads and writes the 4 KiB of `tile`. No other code uses the registers between the first
+        // line and the last.
         unsafe {
             asm!(
                 "test {add}, {add}",
@@ -202,15 +219,16 @@ mod x86 {
                 "tilezero tmm2",
                 "tilezero tmm3",
                 "2:",
-                "tileloadd tmm4, [{a} + {narrow}]",
+                "tileloadd tmm4, [{upper} + {row}]",
                 "tileloadd tmm6, [{b} + {wide}]",
                 "tileloadd tmm7, [{b} + {wide} + 64]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
                 "tdpbf16ps tmm1, tmm4, tmm7",
-                "tileloadd tmm5, [{a} + {narrow} + 1024]",
+                "tileloadd tmm5, [{lower} + {row}]",
                 "tdpbf16ps tmm2, tmm5, tmm6",
                 "tdpbf16ps tmm3, tmm5, tmm7",
-                "add {a}, 2048",
+                "add {upper}, {step}",
+                "add {lower}, {step}",
                 "add {b}, 2048",
                 "dec {steps}",
                 "jnz 2b",
@@ -218,12 +236,15 @@ mod x86 {
                 "tilestored [{sums} + {wide} + 64], tmm1",
                 "tilestored [{sums} + {wide} + 2048], tmm2",
                 "tilestored [{sums} + {wide} + 2112], tmm3",
-                a = inout(reg) a.as_ptr() => _,
+                // The upper and the lower half of the rows.
+                upper = inout(reg) a.as_ptr() => _,
+                lower = inout(reg) a.as_ptr().byte_add(ROWS / 2 * row) => _,
                 b = inout(reg) b.as_ptr() => _,
-                steps = inout(reg) a.len() => _,
+                steps = inout(reg) b.len() => _,
                 sums = in(reg) tile,
-                // Bytes of a row of 16 pairs, and of 32 pairs or sums.
-                narrow = in(reg) PAIRS * size_of::<u32>(),
+                row = in(reg) row,
+                step = in(reg) step,
+                // Bytes of a row of 32 pairs or sums.
                 wide = in(reg) COLS * size_of::<u32>(),
                 add = in(reg) usize::from(add),
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
@@ -233,15 +254,18 @@ mod x86 {
         }
     }
 
+    /// # Safety
+    /// The machine has the instructions, and there are as many steps in `b` as in `a`.
     #[target_feature(enable = "avx512f,avx512bf16")]
-    pub(super) fn multiply_avx512_bf16(
-        a: &[Step],
+    pub(super) unsafe fn multiply_avx512_bf16(
+        a: LeftPanel,
         b: &[Step],
         tile: &mut Tile,
         rows: usize,
         add: bool,
     ) {
         const STRIP: usize = 8;
+        let [row, step] = a.distances();
         let strips = tile.0.as_chunks_mut::<STRIP>().0.iter_mut();
         for (s, strip) in strips.enumerate().take(rows.div_ceil(STRIP)) {
             let mut sums = [[_mm512_setzero_ps(); COLS / VECTOR]; STRIP];
@@ -253,14 +277,18 @@ mod x86 {
                     )
                 };
             }
-            for (a, b) in a.iter().zip(b) {
-                let a = &a.as_chunks::<{ STRIP * PAIRS }>().0[s];
+            for (i, b) in b.iter().enumerate() {
                 for (p, b) in b.as_chunks::<COLS>().0.iter().enumerate() {
                     // SAFETY: arrays of 32 u32 and of two vectors of 512 bits have the same
                     // size, and every bit pattern is a value of both.
                     let b: [__m512bh; COLS / VECTOR] = unsafe { std::mem::transmute(*b) };
-                    for (row, sums) in sums.iter_mut().enumerate() {
-                        let a = pairs(_mm512_set1_epi32(a[row * PAIRS + p] as i32));
+                    for (r, sums) in sums.iter_mut().enumerate() {
+                        // SAFETY: a pair of one of the panel's rows and steps.
+                        let a = unsafe {
+                            let first = a.as_ptr().add((s * STRIP + r) * row + i * step);
+                            first.cast::<i32>().add(p).read_unaligned()
+                        };
+                        let a = pairs(_mm512_set1_epi32(a));
                         for (sum, &b) in sums.iter_mut().zip(&b) {
                             *sum = _mm512_dpbf16_ps(*sum, a, b);
                         }
@@ -283,7 +311,7 @@ mod x86 {
     #[target_feature(enable = "avx2,fma")]
     pub(super) fn multiply_avx2(
         wide: &mut Widened,
-        a: &[Step],
+        a: LeftPanel,
         tile: &mut Tile,
         rows: usize,
         add: bool,

@@ -1,6 +1,7 @@
 //! Tiles on machines without fast instructions for bf16: panels are widened to f32, the right one
 //! once for all left ones, and strips of the tile stay in registers.
 
+use super::left::LeftPanel;
 use super::tile::{COLS, PAIRS, ROWS, Step, Tile};
 
 /// Rows and columns of a strip: with AVX2 twelve accumulators, which hide the latency of a fused
@@ -37,12 +38,13 @@ impl Widened {
     }
 
     #[inline(always)]
-    fn set_left(&mut self, steps: &[Step]) {
+    fn set_left(&mut self, left: LeftPanel) {
         self.left
-            .resize(steps.len(), Aligned([[[0.0; PAIRS]; 2]; ROWS]));
-        for (Aligned(wide), step) in self.left.iter_mut().zip(steps) {
-            for (row, pairs) in wide.iter_mut().zip(step.as_chunks::<PAIRS>().0) {
-                *row = [pairs.map(low), pairs.map(high)];
+            .resize(left.steps(), Aligned([[[0.0; PAIRS]; 2]; ROWS]));
+        for (step, Aligned(wide)) in self.left.iter_mut().enumerate() {
+            for (row, wide) in wide.iter_mut().enumerate() {
+                let pairs = left.pairs(row, step);
+                *wide = [pairs.map(low), pairs.map(high)];
             }
         }
     }
@@ -52,7 +54,7 @@ impl Widened {
     #[inline(always)]
     pub(super) fn multiply<const FUSED: bool>(
         &mut self,
-        left: &[Step],
+        left: LeftPanel,
         tile: &mut Tile,
         rows: usize,
         add: bool,
@@ -73,7 +75,7 @@ impl Widened {
     #[target_feature(enable = "avx512f")]
     pub(super) fn multiply_avx512(
         &mut self,
-        left: &[Step],
+        left: LeftPanel,
         tile: &mut Tile,
         rows: usize,
         add: bool,
@@ -86,15 +88,15 @@ impl Widened {
         type Vectors = [__m512; COLS / 16];
         // As `set_left`, of which the compiler makes gathers and scatters across the rows.
         self.left
-            .resize(left.len(), Aligned([[[0.0; PAIRS]; 2]; ROWS]));
-        for (Aligned(wide), step) in self.left.iter_mut().zip(left) {
-            for (row, pairs) in wide.iter_mut().zip(step.as_chunks::<PAIRS>().0) {
+            .resize(left.steps(), Aligned([[[0.0; PAIRS]; 2]; ROWS]));
+        for (step, Aligned(wide)) in self.left.iter_mut().enumerate() {
+            for (row, wide) in wide.iter_mut().enumerate() {
                 // SAFETY: 16 words or f32 on either side, of which every bit pattern is a value.
                 unsafe {
-                    let pairs = std::mem::transmute::<[u32; PAIRS], __m512i>(*pairs);
+                    let pairs = std::mem::transmute::<[u32; PAIRS], __m512i>(left.pairs(row, step));
                     let highs = _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000_u32 as i32));
                     let halves = [_mm512_slli_epi32::<16>(pairs), highs];
-                    *row = std::mem::transmute::<[__m512i; 2], [[f32; PAIRS]; 2]>(halves);
+                    *wide = std::mem::transmute::<[__m512i; 2], [[f32; PAIRS]; 2]>(halves);
                 }
             }
         }
