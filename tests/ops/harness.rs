@@ -231,6 +231,7 @@ fn check_all<O: Operator>(
         O::NAME
     );
     let mut on_cpu: [Option<(Bits, Bits)>; 2] = [None, None];
+    let mut expected: [Option<Expected>; 2] = [None, None];
     let in_bf16 = [1, 3].map(|n| Device::cpu(n).unwrap().with_precision(Precision::Bf16));
     for device in devices(O::NAME).into_iter().chain(in_bf16) {
         let narrow = device.precision() == Precision::Bf16;
@@ -241,29 +242,23 @@ fn check_all<O: Operator>(
             device.threads(),
             device.precision()
         );
-        let held = |t: &Tensor| if narrow { round_bf16(t) } else { t.clone() };
-        let inputs: Vec<Tensor> = inputs.iter().map(held).collect();
-        let inputs64: Vec<Vec<f64>> = inputs.iter().map(to_f64).collect();
-        let want = reference(&inputs64);
-        let upstream: Vec<Tensor> = want
-            .iter()
-            .enumerate()
-            .map(|(i, w)| held(&random(1000 + i as u64, &[w.len()], 1.0)))
-            .collect();
-        let first = run(&device, make(), &inputs, &upstream);
-        let again = run(&device, make(), &inputs, &upstream);
+        let expected = expected[usize::from(narrow)]
+            .get_or_insert_with(|| Expected::new(inputs, reference, plain, narrow));
+        let (inputs, upstream) = (&expected.inputs, &expected.upstream);
+        let first = run(&device, make(), inputs, upstream);
+        let again = run(&device, make(), inputs, upstream);
         assert_eq!(first, again, "{label}: two runs differ in bits");
         if device.name() == "cpu" {
             let other = on_cpu[usize::from(narrow)].get_or_insert_with(|| first.clone());
             assert_eq!(&first, other, "{label}: bits depend on the thread count");
         }
-        let upstream64: Vec<Vec<f64>> = upstream.iter().map(to_f64).collect();
-        let plain = plain.filter(|_| narrow);
-        let plain = plain.map(|plain| plain(&inputs64, &upstream64));
-        let compare = |what: String, got: &[f64], want: &[f64], plain: Option<Vec<f64>>| {
+        let compare = |what: String, got: &[f64], want: &[f64], plain: Option<&Vec<f64>>| {
             let limit = match narrow {
                 // Finite differences themselves are this far from the gradient.
-                true => 2.0 * relative_error(&plain.unwrap_or_else(|| rounded(want)), want) + 1e-6,
+                true => {
+                    let plain = plain.map_or_else(|| rounded(want), Vec::clone);
+                    2.0 * relative_error(&plain, want) + 1e-6
+                }
                 false => tolerance,
             };
             let error = relative_error(got, want);
@@ -272,17 +267,62 @@ fn check_all<O: Operator>(
                 "{label}: {what} is off by {error:e}, allowed is {limit:e}"
             );
         };
+        let plain = expected.plain.as_ref();
         let (outputs, grads) = first;
-        for (i, (got, want)) in outputs.iter().zip(&want).enumerate() {
-            let plain = plain.as_ref().map(|(outputs, _)| outputs[i].clone());
+        for (i, (got, want)) in outputs.iter().zip(&expected.outputs).enumerate() {
+            let plain = plain.map(|(outputs, _)| &outputs[i]);
             compare(format!("output {i}"), &from_bits(got), want, plain);
         }
-        for (i, grad) in grads.iter().enumerate() {
-            let shape = inputs[i].shape();
-            let want = differences(i, shape, &inputs64, &upstream64, reference);
-            let plain = plain.as_ref().map(|(_, grads)| sample(&grads[i], shape));
-            let got = sample(&from_bits(grad), shape);
-            compare(format!("gradient of input {i}"), &got, &want, plain);
+        for (i, (grad, want)) in grads.iter().zip(&expected.gradients).enumerate() {
+            let plain = plain.map(|(_, gradients)| &gradients[i]);
+            let got = sample(&from_bits(grad), inputs[i].shape());
+            compare(format!("gradient of input {i}"), &got, want, plain);
+        }
+    }
+}
+
+/// What an operator is given and must return in one precision, the same for all devices.
+struct Expected {
+    inputs: Vec<Tensor>,
+    /// The outputs' gradients.
+    upstream: Vec<Tensor>,
+    outputs: Vec<Vec<f64>>,
+    /// A sample of each input's.
+    gradients: Vec<Vec<f64>>,
+    /// The same of [`Plain`], in bf16.
+    plain: Option<(Vec<Vec<f64>>, Vec<Vec<f64>>)>,
+}
+
+impl Expected {
+    fn new(inputs: &[Tensor], reference: &Reference, plain: Option<&Plain>, narrow: bool) -> Self {
+        let held = |t: &Tensor| if narrow { round_bf16(t) } else { t.clone() };
+        let inputs: Vec<Tensor> = inputs.iter().map(held).collect();
+        let inputs64: Vec<Vec<f64>> = inputs.iter().map(to_f64).collect();
+        let outputs = reference(&inputs64);
+        let upstream: Vec<Tensor> = outputs
+            .iter()
+            .enumerate()
+            .map(|(i, w)| held(&random(1000 + i as u64, &[w.len()], 1.0)))
+            .collect();
+        let upstream64: Vec<Vec<f64>> = upstream.iter().map(to_f64).collect();
+        let gradients = inputs
+            .iter()
+            .enumerate()
+            .map(|(i, input)| differences(i, input.shape(), &inputs64, &upstream64, reference))
+            .collect();
+        let plain = plain.filter(|_| narrow).map(|plain| {
+            let (outputs, mut gradients) = plain(&inputs64, &upstream64);
+            for (gradient, input) in gradients.iter_mut().zip(&inputs) {
+                *gradient = sample(gradient, input.shape());
+            }
+            (outputs, gradients)
+        });
+        Self {
+            inputs,
+            upstream,
+            outputs,
+            gradients,
+            plain,
         }
     }
 }
