@@ -207,7 +207,7 @@ pub fn check_in_steps<O: Operator>(
     inputs: &[Tensor],
     reference: impl Fn(&[Vec<f64>]) -> Vec<Vec<f64>>,
     tolerance: f64,
-    plain: impl Fn(&[Vec<f64>], &[Vec<f64>]) -> (Vec<Vec<f64>>, Vec<Vec<f64>>),
+    plain: impl Fn(&[Vec<f64>], &[Vec<f64>]) -> Returned,
 ) {
     check_all(make, inputs, &reference, tolerance, Some(&plain));
 }
@@ -215,7 +215,10 @@ pub fn check_in_steps<O: Operator>(
 type Reference<'a> = dyn Fn(&[Vec<f64>]) -> Vec<Vec<f64>> + 'a;
 
 /// Maps inputs and the outputs' gradients to outputs and the inputs' gradients.
-type Plain<'a> = dyn Fn(&[Vec<f64>], &[Vec<f64>]) -> (Vec<Vec<f64>>, Vec<Vec<f64>>) + 'a;
+type Plain<'a> = dyn Fn(&[Vec<f64>], &[Vec<f64>]) -> Returned + 'a;
+
+/// Outputs and gradients.
+type Returned = (Vec<Vec<f64>>, Vec<Vec<f64>>);
 
 fn check_all<O: Operator>(
     make: impl Fn() -> O,
@@ -290,7 +293,7 @@ struct Expected {
     /// A sample of each input's.
     gradients: Vec<Vec<f64>>,
     /// The same of [`Plain`], in bf16.
-    plain: Option<(Vec<Vec<f64>>, Vec<Vec<f64>>)>,
+    plain: Option<Returned>,
 }
 
 impl Expected {

@@ -1,11 +1,12 @@
 //! Products of bf16 values with sums in f32.
 //!
-//! Operands are packed by all threads: the left one (activations) once for a product, the right
-//! one (a weight, stored as its file has it) some columns at a time. Packing costs a few
-//! hundredths of a nanosecond a value, which some hundred rows of the other side pay for, and so
-//! a weight exists once in memory whatever way round it is used. A sum runs over the reduction in
-//! order, block by block, whatever the tasks are: results do not depend on the number of threads,
-//! nor on how many other rows are computed along.
+//! Operands are packed by all threads: the activations once for a product or for several, the
+//! weights, stored as their file has them, some columns at a time, and so a weight exists once in
+//! memory whatever way round it is used. Where a weight's rows run along the reduction (X Wᵀ) they
+//! already lie as a left operand is read, and nothing of it is packed: the product is made as that
+//! of the transpose, W Xᵀ. A sum runs over the reduction in order, block by block, whatever the
+//! tasks are and whichever side is left: results do not depend on the number of threads, nor on how
+//! many other rows are computed along.
 
 mod left;
 mod output;
@@ -30,8 +31,6 @@ use tile::{Multiplier, PAIRS, Step};
 
 /// Most steps of the reduction that are packed at a time.
 const STEPS: usize = 48;
-/// Most steps of a right panel that all left panels of a task go by in turn: 20 KiB.
-const PART: usize = 10;
 /// Bytes of the left panels of a task, which stay in a core's L2 cache while the right ones go by.
 const LEFT_BYTES: usize = 768 << 10;
 /// Bytes of the right operand's panels that are packed at a time: they are used from the caches.
@@ -227,7 +226,8 @@ fn multiply<'r>(
     ahead: bool,
     before_last: impl Fn(usize),
 ) {
-    let len = right.len().div_ceil(right.len().div_ceil(PART));
+    let most = multiplier.part_steps();
+    let len = right.len().div_ceil(right.len().div_ceil(most));
     let part = |from: usize| from..right.len().min(from + len);
     for from in (0..right.len()).step_by(len) {
         let last = from + len >= right.len();
