@@ -3,9 +3,10 @@
 //!
 //! h' (teacher) and h (student) \[T, d\] f32 or bf16 after the final norm, W \[V, d\]. The gradient
 //! (q − p) W with respect to h is computed in the same sweep over the chunks and is all that is
-//! saved, so that no T x V matrix ever exists. Two products a chunk forward (teacher and student
-//! rows stacked in one), one for the gradient, which in bf16 serves several chunks. On CUDA hidden states, W and the gradient are bf16,
-//! logits, statistics, losses and the gradient that is saved f32.
+//! saved, so that logits never exist for all tokens. Two products a chunk forward (teacher and
+//! student rows stacked in one), one for the gradient, which in bf16 on the CPU serves a group of
+//! chunks. On CUDA hidden states, W and the gradient are bf16, logits, statistics, losses and the
+//! gradient that is saved f32.
 
 use half::bf16;
 use rayon::prelude::*;

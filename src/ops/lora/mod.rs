@@ -200,17 +200,18 @@ impl Frozen {
         let ((rows, cols), (r, _)) = (x.matrix_dims(), a.matrix_dims());
         let mut u = device.buffer(rows * r);
         let mask = self.dropout.as_ref().map(|dropout| dropout.draw(x.len()));
-        let dropped = mask
-            .as_ref()
-            .map(|mask| mask.apply(device, x))
-            .transpose()?;
-        let of_dropped = match &dropped {
-            Some(dropped) => Some(Left::new(Values::of(dropped)?, cols)?),
-            None => None,
+        let (dropped, own);
+        let input = match &mask {
+            None => left,
+            Some(mask) => {
+                dropped = mask.apply(device, x)?;
+                own = Left::new(Values::of(&dropped)?, cols)?;
+                &own
+            }
         };
         let product = Product {
             alpha: scale,
-            ..Product::new(of_dropped.as_ref().unwrap_or(left), a)
+            ..Product::new(input, a)
         };
         product.nt(device, &mut u)?;
         let u = Tensor::from_buffer(u, [rows, r])?;

@@ -33,7 +33,7 @@ use tile::{Multiplier, PAIRS, Step};
 const STEPS: usize = 48;
 /// Bytes of the left panels of a task, which stay in a core's L2 cache while the right ones go by.
 const LEFT_BYTES: usize = 768 << 10;
-/// Bytes of the right operand's panels that are packed at a time: they are used from the caches.
+/// Bytes of the second operand's panels that are packed at a time: they are used from the caches.
 const PACKED_BYTES: usize = 4 << 20;
 
 /// out \[m, n\] = start + alpha · (a · bᵀ + low rank) with sums over k values: `a` has m outer
@@ -107,12 +107,13 @@ impl Product<'_> {
             Panels::in_parallel(device, self.level, (operand, side), outer, block)
         };
         for (i, block) in blocks(k).enumerate() {
-            let packed = self.packed.and_then(|packed| packed.block(side_a, i));
-            let own = packed
-                .is_none()
-                .then(|| pack(&self.a, side_a, 0..m, block.clone()));
-            let Some(a) = packed.or(own.as_ref()) else {
-                unreachable!("packed before or now")
+            let own;
+            let a = match self.packed.and_then(|packed| packed.block(side_a, i)) {
+                Some(packed) => packed,
+                None => {
+                    own = pack(&self.a, side_a, 0..m, block.clone());
+                    &own
+                }
             };
             let low_rank = self.low_rank.as_ref().filter(|l| i == 0 && l.rank > 0);
             let low_rank = low_rank.map(|l| (l, pack(&l.a, side_a, 0..m, 0..l.rank)));
@@ -126,10 +127,10 @@ impl Product<'_> {
                 self.turned,
                 self.level,
             );
-            let in_place = self
-                .turned
-                .then(|| self.b.in_place(n, block.clone()))
-                .flatten();
+            let in_place = match self.turned {
+                false => None,
+                true => self.b.in_place(n, block.clone()),
+            };
             let at_a_time = match in_place {
                 Some(_) => n,
                 None => (PACKED_BYTES / a.panel_bytes()).max(1) * COLS,
@@ -137,21 +138,19 @@ impl Product<'_> {
             for from in (0..n).step_by(at_a_time) {
                 let outer = from..n.min(from + at_a_time);
                 let pack = |operand: &Operand, block| pack(operand, side_b, outer.clone(), block);
-                let b = in_place.is_none().then(|| pack(&self.b, block.clone()));
                 let low_rank = low_rank.as_ref().map(|(l, a)| (a, pack(&l.b, 0..l.rank)));
-                let Some((left, right)) = (match self.turned {
-                    false => b.as_ref().map(|b| (a.lefts(), b)),
-                    true => in_place.or(b.as_ref().map(Panels::lefts)).map(|b| (b, a)),
-                }) else {
-                    unreachable!("the right operand of one that is not turned is packed")
+                let own;
+                let (left, right) = match in_place {
+                    Some(left) => (left, a),
+                    None => {
+                        own = pack(&self.b, block.clone());
+                        self.sides(a, &own)
+                    }
                 };
                 let block = Block {
                     left,
                     right,
-                    low_rank: low_rank.as_ref().map(|(a, b)| match self.turned {
-                        false => (a.lefts(), b),
-                        true => (b.lefts(), *a),
-                    }),
+                    low_rank: low_rank.as_ref().map(|(a, b)| self.sides(a, b)),
                     kept,
                     in_place: in_place.is_some(),
                     first: if self.turned { (from, 0) } else { (0, from) },
@@ -166,6 +165,14 @@ impl Product<'_> {
                     .with_max_len(1)
                     .for_each(|task| self.tiles(task, &block, &out));
             }
+        }
+    }
+
+    /// The left and the right one of an `a` and a `b` that are packed.
+    fn sides<'p>(&self, a: &'p Panels, b: &'p Panels) -> (LeftPanels<'p>, &'p Panels) {
+        match self.turned {
+            false => (a.lefts(), b),
+            true => (b.lefts(), a),
         }
     }
 
@@ -184,14 +191,8 @@ impl Product<'_> {
             };
             if let Some((left, right)) = &block.low_rank {
                 let panels = (left.range(task.left.clone()), right.panel(j));
-                multiply(
-                    &mut multiplier,
-                    panels,
-                    rows,
-                    (&mut tiles, false),
-                    false,
-                    |_| (),
-                );
+                let sums = (&mut tiles[..], false);
+                multiply(&mut multiplier, panels, rows, sums, false, |_| ());
             }
             if let Some(kept) = &block.kept {
                 assert!(!self.turned);

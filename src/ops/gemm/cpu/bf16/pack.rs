@@ -165,6 +165,19 @@ struct Matrix<'a, T> {
     len: usize,
 }
 
+impl<T> Matrix<'_, T> {
+    /// The first value of a block of stored rows, all of whose values may be read.
+    ///
+    /// # Panics
+    /// When it goes beyond the values.
+    #[inline(always)]
+    fn block(&self, (row, col): (usize, usize), [rows, cols]: [usize; 2]) -> *const T {
+        let first = &self.values[row * self.stride + col..];
+        assert!((rows - 1) * self.stride + cols <= first.len());
+        first.as_ptr()
+    }
+}
+
 /// Values that are read as pairs of bf16.
 trait Value: Copy + Default {
     fn pair(low: Self, high: Self) -> u32;
@@ -265,13 +278,10 @@ unsafe fn read_along<L: Line, T: Value>(
     (outer, from): (usize, usize),
 ) -> [L; PAIRS] {
     let mut square = [L::ZERO; PAIRS];
-    let row = |i: usize| &matrix.values[(outer + i) * matrix.stride..];
     if outer + PAIRS <= matrix.outer && from + 2 * PAIRS <= matrix.len {
-        let last = &row(PAIRS - 1)[from..][..2 * PAIRS];
-        let first = row(0)[from..].as_ptr();
-        debug_assert!(last.as_ptr() == first.wrapping_add((PAIRS - 1) * matrix.stride));
+        let first = matrix.block((outer, from), [PAIRS, 2 * PAIRS]);
         for (i, line) in square.iter_mut().enumerate() {
-            // SAFETY: the caller's promise; the last of these rows has so many values.
+            // SAFETY: the caller's promise, and the block's.
             unsafe {
                 let row = first.add(i * matrix.stride);
                 let next = row.wrapping_add(COLS * matrix.stride);
@@ -284,7 +294,7 @@ unsafe fn read_along<L: Line, T: Value>(
     }
     let width = PAIRS.min(matrix.outer.saturating_sub(outer));
     for (i, line) in square.iter_mut().enumerate().take(width) {
-        let row = &row(i)[..matrix.len];
+        let row = &matrix.values[(outer + i) * matrix.stride..][..matrix.len];
         // SAFETY: the caller's promise.
         *line = unsafe { L::neighbours(chunk(row, from, &mut [T::default(); _])) };
     }
@@ -303,12 +313,9 @@ unsafe fn read_across<L: Line, T: Value>(
 ) -> [L; PAIRS] {
     let mut square = [L::ZERO; PAIRS];
     if outer + PAIRS <= matrix.outer && from + 2 * PAIRS <= matrix.len {
-        let first = &matrix.values[from * matrix.stride + outer..];
-        let last = &first[(2 * PAIRS - 1) * matrix.stride..][..PAIRS];
-        let first = first.as_ptr();
-        debug_assert!(last.as_ptr() == first.wrapping_add((2 * PAIRS - 1) * matrix.stride));
+        let first = matrix.block((from, outer), [2 * PAIRS, PAIRS]);
         for (p, line) in square.iter_mut().enumerate() {
-            // SAFETY: the caller's promise; the last of these rows has so many values.
+            // SAFETY: the caller's promise, and the block's.
             unsafe {
                 let low = first.add(2 * p * matrix.stride);
                 let high = low.add(matrix.stride);
