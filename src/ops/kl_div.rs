@@ -44,22 +44,13 @@ impl Operator for KlDiv {
     ) -> Result<(Vec<Tensor>, Self::Saved)> {
         let [student] = expect_inputs(Self::NAME, inputs)?;
         expect_shape(Self::NAME, &self.teacher, student.shape())?;
-        let ((tokens, d), (vocab, _)) = (student.matrix_dims(), self.head.matrix_dims());
+        let (tokens, d) = student.matrix_dims();
         expect_cols(Self::NAME, &self.head, d)?;
         if let Device::Cuda(cuda) = device {
             return self.forward_cuda(cuda, student, needed[0]);
         }
         let grad = needed[0].then(|| device.buffer(tokens * d));
-        let (losses, grad) = match device.precision() {
-            Precision::F32 => {
-                let chunk = head::chunk_tokens(tokens, vocab, 3);
-                self.forward_host::<f32>(device, student, grad, [chunk, chunk])?
-            }
-            Precision::Bf16 => {
-                let sizes = head::chunk_and_group(tokens, vocab);
-                self.forward_host::<bf16>(device, student, grad, sizes)?
-            }
-        };
+        let (losses, grad) = self.forward_host(device, student, grad)?;
         let grad = grad
             .map(|g| Tensor::from_buffer(g, student.shape()))
             .transpose()?;
@@ -91,26 +82,28 @@ impl Operator for KlDiv {
 
 impl KlDiv {
     /// The divergence of each token of the `student`, and `grad` filled. Logits exist for a chunk
-    /// of tokens at a time, their gradients, of type T, for a group of chunks.
-    fn forward_host<T: Stored>(
+    /// of tokens at a time. Their gradients take their place, and in bf16 are kept, rounded as the
+    /// product would, for a group of chunks.
+    fn forward_host(
         &self,
         device: &Device,
         student: &Tensor,
         mut grad: Option<Buffer>,
-        [chunk, group]: [usize; 2],
-    ) -> Result<(Vec<f32>, Option<Buffer>)>
-    where
-        for<'a> Values<'a>: From<&'a [T]>,
-    {
+    ) -> Result<(Vec<f32>, Option<Buffer>)> {
         let ((tokens, d), (vocab, _)) = (student.matrix_dims(), self.head.matrix_dims());
+        let kept = device.precision() == Precision::Bf16 && grad.is_some();
+        let [chunk, group] = match kept {
+            true => head::chunk_and_group(tokens, vocab),
+            false => [head::chunk_tokens(tokens, vocab, 2); 2],
+        };
         let mut logits = device.buffer(2 * chunk * vocab);
         let mut stacked = device.buffer(2 * chunk * d);
-        let mut of_logits = device.buffer::<T>(group * vocab);
+        let mut rounded = device.buffer::<bf16>(if kept { group * vocab } else { 0 });
         let mut losses = Vec::with_capacity(tokens);
         for from in (0..tokens).step_by(group) {
-            let of_logits = &mut of_logits[..group.min(tokens - from) * vocab];
-            for (i, of_logits) in of_logits.chunks_mut(chunk * vocab).enumerate() {
-                let (n, first) = (of_logits.len() / vocab, from + i * chunk);
+            let end = tokens.min(from + group);
+            for first in (from..end).step_by(chunk) {
+                let n = chunk.min(end - first);
                 let stacked = &mut stacked[..2 * n * d];
                 let (of_teacher, of_student) = stacked.split_at_mut(n * d);
                 self.teacher.read_f32(first * d, of_teacher)?;
@@ -118,14 +111,27 @@ impl KlDiv {
                 let logits = &mut logits[..2 * n * vocab];
                 let left = Left::new(Values::F32(stacked), d)?;
                 Product::new(&left, &self.head).nt(device, logits)?;
-                let (p, q) = logits.split_at(n * vocab);
-                let rows = p.par_chunks(vocab).zip(q.par_chunks(vocab));
-                let rows = rows.zip(of_logits.par_chunks_mut(vocab));
-                losses.par_extend(rows.map(|((p, q), grad)| divergence(p, q, grad)));
+                let (p, q) = logits.split_at_mut(n * vocab);
+                let rows = p.par_chunks(vocab).zip(q.par_chunks_mut(vocab));
+                if kept {
+                    let rounded = rounded[(first - from) * vocab..].par_chunks_mut(vocab);
+                    losses.par_extend(rows.zip(rounded).map(|((p, q), rounded)| {
+                        let loss = divergence(p, q);
+                        vectorized!(round(q, rounded));
+                        loss
+                    }));
+                } else {
+                    losses.par_extend(rows.map(|(p, q)| divergence(p, q)));
+                }
             }
             if let Some(grad) = &mut grad {
-                let grad = &mut grad[from * d..][..of_logits.len() / vocab * d];
-                let left = Left::new(Values::from(&*of_logits), vocab)?;
+                let n = end - from;
+                let of_logits = match kept {
+                    true => Values::Bf16(&rounded[..n * vocab]),
+                    false => Values::F32(&logits[n * vocab..][..n * vocab]),
+                };
+                let left = Left::new(of_logits, vocab)?;
+                let grad = &mut grad[from * d..][..n * d];
                 Product::new(&left, &self.head).nn(device, grad)?;
             }
         }
@@ -133,30 +139,31 @@ impl KlDiv {
     }
 }
 
-/// KL(softmax(p) ‖ softmax(q)) of two rows of logits; `grad` becomes softmax(q) − softmax(p).
-fn divergence<T: Stored>(p: &[f32], q: &[f32], grad: &mut [T]) -> f32 {
-    let sums = [p, q].map(head::log_sum_exp);
-    vectorized!(divergence_and_gradient(p, q, grad, sums))
+/// KL(softmax(p) ‖ softmax(q)) of two rows of logits; q becomes softmax(q) − softmax(p).
+fn divergence(p: &[f32], q: &mut [f32]) -> f32 {
+    let (log_p_sum, log_q_sum) = (head::log_sum_exp(p), head::log_sum_exp(q));
+    vectorized!(divergence_and_gradient(p, q, log_p_sum, log_q_sum))
 }
 
 #[inline(always)]
-fn divergence_and_gradient<T: Stored>(
-    p: &[f32],
-    q: &[f32],
-    grad: &mut [T],
-    [log_p_sum, log_q_sum]: [f32; 2],
-) -> f32 {
+fn divergence_and_gradient(p: &[f32], q: &mut [f32], log_p_sum: f32, log_q_sum: f32) -> f32 {
     let mut lanes = [0.0; LANES];
-    let rows = p.chunks(LANES).zip(q.chunks(LANES));
-    for ((p, q), grad) in rows.zip(grad.chunks_mut(LANES)) {
-        for (((lane, p), q), grad) in lanes.iter_mut().zip(p).zip(q).zip(grad) {
-            let (log_p, log_q) = (p - log_p_sum, q - log_q_sum);
+    for (p, q) in p.chunks(LANES).zip(q.chunks_mut(LANES)) {
+        for ((lane, p), q) in lanes.iter_mut().zip(p).zip(q) {
+            let (log_p, log_q) = (p - log_p_sum, *q - log_q_sum);
             let p = exp(log_p);
             *lane += p * (log_p - log_q);
-            *grad = T::of(exp(log_q) - p);
+            *q = exp(log_q) - p;
         }
     }
     add_up(lanes)
+}
+
+#[inline(always)]
+fn round(values: &[f32], rounded: &mut [bf16]) {
+    for (rounded, &value) in rounded.iter_mut().zip(values) {
+        *rounded = bf16::of(value);
+    }
 }
 
 const FORWARD: Kernel = Kernel {

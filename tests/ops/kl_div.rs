@@ -147,8 +147,8 @@ pub fn loss_and_gradient(device: &Device, op: impl Operator, input: &Tensor) -> 
 
 #[test]
 fn tokens_of_several_chunks_the_last_one_smaller_match_float64_on_the_cpu() {
-    // 64 MiB hold 27 tokens' logits and gradients in f32 at this vocabulary: four chunks of 27 tokens
-    // and one of 23. In bf16 groups of 112 and 19 tokens, in chunks of 16 and a last one of 3.
+    // 64 MiB hold 41 tokens' pairs of rows at this vocabulary: three chunks of 33 tokens and one of
+    // 32. In bf16 groups of 112 and 19 tokens, in chunks of 16 and a last one of 3.
     let device = || Device::cpu(2).unwrap();
     let devices = [device(), device().with_precision(Precision::Bf16)];
     many_match_float64(&devices, 131, 3, 200_003);

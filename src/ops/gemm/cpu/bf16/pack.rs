@@ -66,18 +66,6 @@ impl<'a> Values<'a> {
     }
 }
 
-impl<'a> From<&'a [f32]> for Values<'a> {
-    fn from(values: &'a [f32]) -> Self {
-        Self::F32(values)
-    }
-}
-
-impl<'a> From<&'a [bf16]> for Values<'a> {
-    fn from(values: &'a [bf16]) -> Self {
-        Self::Bf16(values)
-    }
-}
-
 impl<'a> Operand<'a> {
     /// A matrix whose rows of `cols` values run along the reduction.
     pub(crate) fn rows(values: Values<'a>, cols: usize) -> Self {
