@@ -51,13 +51,12 @@ impl<'a> LeftPanel<'a> {
         pod_read_unaligned(cast_slice(&self.values[first..][..2 * PAIRS]))
     }
 
-    /// Asks for its cache lines.
-    pub(super) fn prefetch(&self) {
-        for row in 0..ROWS {
-            for step in 0..self.steps {
-                let first = row * self.row + step * self.step;
-                prefetch(self.values.as_ptr().wrapping_add(first), Fetch::L2);
-            }
+    /// Asks for the cache lines of some rows of a step.
+    #[inline(always)]
+    pub(super) fn prefetch(&self, rows: Range<usize>, step: usize) {
+        for row in rows {
+            let first = row * self.row + step * self.step;
+            prefetch(self.values.as_ptr().wrapping_add(first), Fetch::L2);
         }
     }
 

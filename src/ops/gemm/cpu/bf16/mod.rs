@@ -31,8 +31,8 @@ use tile::{Multiplier, PAIRS, Step};
 
 /// Most steps of the reduction that are packed at a time.
 const STEPS: usize = 48;
-/// Bytes of the left panels of a task, which stay in a core's L2 cache while the right ones go by.
-const LEFT_BYTES: usize = 768 << 10;
+/// Bytes of the panels of a task that stay in a core's L2 cache while those of the other side go by.
+const HELD_BYTES: usize = 768 << 10;
 /// Bytes of the second operand's panels that are packed at a time: they are used from the caches.
 const PACKED_BYTES: usize = 4 << 20;
 
@@ -155,12 +155,7 @@ impl Product<'_> {
                     in_place: in_place.is_some(),
                     first: if self.turned { (from, 0) } else { (0, from) },
                 };
-                let mut most = LEFT_BYTES / a.panel_bytes();
-                if in_place.is_some() {
-                    // Each thread reads rows of its own from memory.
-                    most = most.min(left.len() / (2 * device.threads()));
-                }
-                tasks(left.len(), right.len(), most.max(1), device.threads())
+                self.tasks([left.len(), right.len()], a.panel_bytes(), device.threads())
                     .par_iter()
                     .with_max_len(1)
                     .for_each(|task| self.tiles(task, &block, &out));
@@ -176,49 +171,78 @@ impl Product<'_> {
         }
     }
 
+    /// Cuts the panels of the two sides, of so many bytes each, into tasks.
+    fn tasks(&self, [left, right]: [usize; 2], bytes: usize, threads: usize) -> Vec<Task> {
+        let most = (HELD_BYTES / bytes).max(1);
+        let [left_step, right_step] = match self.level.streams_left() {
+            true => {
+                let [held, other] = task_sides([right, left], most, threads);
+                [other, held]
+            }
+            false => task_sides([left, right], most, threads),
+        };
+        let ranges = |n: usize, step: usize| (0..n).step_by(step).map(move |i| i..n.min(i + step));
+        // Those that share left panels are neighbours.
+        ranges(left, left_step)
+            .flat_map(|left| {
+                ranges(right, right_step).map(move |right| Task {
+                    left: left.clone(),
+                    right,
+                })
+            })
+            .collect()
+    }
+
     /// A task's tiles for one block of the reduction.
     fn tiles(&self, task: &Task, block: &Block, out: &Output) {
         let [m, n, _] = self.dims;
-        let first_row = block.first.0 + task.left.start * ROWS;
-        let rows = if self.turned { n } else { m } - first_row;
-        let left = block.left.range(task.left.clone());
-        let mut tiles = vec![Tile::ZERO; left.len()];
         let mut multiplier = Multiplier::new(self.level);
-        for j in task.right.clone() {
-            let place = |i| {
-                let (row, col) = (first_row + i * ROWS, block.first.1 + j * COLS);
-                if self.turned { (col, row) } else { (row, col) }
-            };
-            if let Some((left, right)) = &block.low_rank {
-                let panels = (left.range(task.left.clone()), right.panel(j));
-                let sums = (&mut tiles[..], false);
-                multiply(&mut multiplier, panels, rows, sums, false, |_| ());
-            }
-            if let Some(kept) = &block.kept {
-                assert!(!self.turned);
-                for (i, tile) in tiles.iter_mut().enumerate() {
-                    kept.drop_tile(tile, place(i), [m, n]);
+        let group = match self.level.streams_left() {
+            true => 1,
+            false => task.left.len(),
+        };
+        let mut tiles = vec![Tile::ZERO; group];
+        for from in task.left.clone().step_by(group) {
+            let lefts = from..task.left.end;
+            let tiles = &mut tiles[..group.min(lefts.len())];
+            let first_row = block.first.0 + from * ROWS;
+            let rows = if self.turned { n } else { m } - first_row;
+            for j in task.right.clone() {
+                let place = |i| {
+                    let (row, col) = (first_row + i * ROWS, block.first.1 + j * COLS);
+                    if self.turned { (col, row) } else { (row, col) }
+                };
+                if let Some((left, right)) = &block.low_rank {
+                    let panels = (left.range(lefts.clone()), right.panel(j));
+                    let sums = (&mut *tiles, false);
+                    multiply(&mut multiplier, panels, rows, sums, false, |_| ());
                 }
-            }
-            let panels = (left, block.right.panel(j));
-            let sums = (&mut tiles[..], block.low_rank.is_some());
-            let ahead = block.in_place && j == task.right.start;
-            multiply(&mut multiplier, panels, rows, sums, ahead, |i| {
-                out.prefetch(place(i))
-            });
-            for (i, tile) in tiles.iter().enumerate() {
-                // SAFETY: no other task has this tile.
-                unsafe { out.write(tile, place(i)) };
+                if let Some(kept) = &block.kept {
+                    assert!(!self.turned);
+                    for (i, tile) in tiles.iter_mut().enumerate() {
+                        kept.drop_tile(tile, place(i), [m, n]);
+                    }
+                }
+                let panels = (block.left.range(lefts.clone()), block.right.panel(j));
+                let sums = (&mut *tiles, block.low_rank.is_some());
+                let ahead = block.in_place && j == task.right.start;
+                multiply(&mut multiplier, panels, rows, sums, ahead, |i| {
+                    out.prefetch(place(i))
+                });
+                for (i, tile) in tiles.iter().enumerate() {
+                    // SAFETY: no other task has this tile.
+                    unsafe { out.write(tile, place(i)) };
+                }
             }
         }
         finish_streams();
     }
 }
 
-/// Sets the tiles to the products of left panels, of which `rows` rows are used, with a right one,
-/// or adds these: part by part of the reduction, so that the part of the right panel stays in the
-/// L1 cache, or widened in L2. Where left panels are read `ahead`, each is asked for while the one
-/// before it is used. `before_last` is called with the index of each tile before its last part.
+/// Sets the tiles to the products of the first left panels, of which `rows` rows are used, with a
+/// right one, or adds these: part by part of the reduction, so that the part of the right panel stays
+/// in the L1 cache, or widened in L2. Where left panels are read `ahead`, each is asked for while the
+/// one before it is used. `before_last` is called with the index of each tile before its last part.
 fn multiply<'r>(
     multiplier: &mut Multiplier<'r>,
     (left, right): (LeftPanels, &'r [Step]),
@@ -233,18 +257,18 @@ fn multiply<'r>(
     for from in (0..right.len()).step_by(len) {
         let last = from + len >= right.len();
         multiplier.set_right(&right[part(from)]);
+        let count = tiles.len();
         for (i, tile) in tiles.iter_mut().enumerate() {
-            if ahead && i + 1 < left.len() {
-                left.panel(i + 1).part(part(from)).prefetch();
-            } else if ahead && !last {
-                left.panel(0).part(part(from + len)).prefetch();
-            }
+            let next = match i + 1 < count || last {
+                true => (i + 1 < left.len()).then(|| left.panel(i + 1).part(part(from))),
+                false => Some(left.panel(0).part(part(from + len))),
+            };
             if last {
                 before_last(i);
             }
             let rows = ROWS.min(rows - i * ROWS);
             let left = left.panel(i).part(part(from));
-            multiplier.multiply(left, tile, rows, add || from > 0);
+            multiplier.multiply(left, (tile, add || from > 0), rows, next.filter(|_| ahead));
         }
     }
 }
@@ -255,23 +279,15 @@ struct Task {
     right: Range<usize>,
 }
 
-/// Cuts the panels into tasks of at most `most` left panels, so many for each thread that a core
-/// which other work slows down does not hold up the rest for long. Those that share left panels are
-/// neighbours.
-fn tasks(left: usize, right: usize, most: usize, threads: usize) -> Vec<Task> {
+/// How many panels of either side a task has: of the side that it holds in the cache `most` at most,
+/// of the other so many that there are enough tasks for each thread that a core which other work slows
+/// down does not hold up the rest for long. Where the other side has too few for that, less is held.
+fn task_sides([held, other]: [usize; 2], most: usize, threads: usize) -> [usize; 2] {
     let wanted = 12 * threads;
-    let rows = left.div_ceil(left.div_ceil(most));
-    let row_blocks = left.div_ceil(rows);
-    let cols = right.div_ceil(wanted.div_ceil(row_blocks).min(right));
-    let ranges = |n: usize, step: usize| (0..n).step_by(step).map(move |i| i..n.min(i + step));
-    ranges(left, rows)
-        .flat_map(|left| {
-            ranges(right, cols).map(move |right| Task {
-                left: left.clone(),
-                right,
-            })
-        })
-        .collect()
+    let blocks = held.div_ceil(most);
+    let others = wanted.div_ceil(blocks).min(other);
+    let blocks = blocks.max(wanted.div_ceil(others)).min(held);
+    [held.div_ceil(blocks), other.div_ceil(others)]
 }
 
 #[cfg(test)]

@@ -190,7 +190,7 @@ impl Panels {
             multiplier.set_right(&right.panels.panel(panel)[right.steps.clone()]);
             for i in 0..lefts.len() {
                 let place = (i * ROWS, j * COLS);
-                multiplier.multiply(lefts.panel(i), &mut tile, m - i * ROWS, false);
+                multiplier.multiply(lefts.panel(i), (&mut tile, false), m - i * ROWS, None);
                 // SAFETY: `out` is borrowed for this product, and this thread alone writes to it.
                 unsafe { out.write(&tile, place) };
             }

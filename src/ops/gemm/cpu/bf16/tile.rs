@@ -5,6 +5,7 @@
 //! tile, so that each operand that is loaded is used twice; with AVX-512 a strip of 8 rows is
 //! 16 accumulators of 16 sums, in flight together.
 
+use super::STEPS;
 use super::left::LeftPanel;
 use super::widened::Widened;
 use crate::device::simd::vectorized;
@@ -105,6 +106,17 @@ impl Level {
         })
     }
 
+    /// Whether left panels go by one at a time, right ones in L2, and each is asked for line by line
+    /// while the one before it is multiplied. Weights then come from memory as fast as they are used;
+    /// asked for at once, they hold up what is loaded meanwhile. Otherwise right panels go by, each
+    /// part of which, in L1 or widened in L2, serves many left ones in L2.
+    pub(super) fn streams_left(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self == Self::Avx512Bf16;
+        #[cfg(not(target_arch = "x86_64"))]
+        return false;
+    }
+
     /// Whether a machine of this level has AVX-512, whatever tiles are computed with.
     pub(super) fn has_avx512(self) -> bool {
         #[cfg(target_arch = "x86_64")]
@@ -135,14 +147,12 @@ impl<'r> Multiplier<'r> {
         }
     }
 
-    /// Most steps of a right panel that left ones go by in turn: half of an L1 cache, but all of it
-    /// with `vdpbf16ps`. That reads it slowly enough for L2 to keep up, and sums of longer parts
-    /// are read and written less often.
+    /// Most steps of a right panel that left ones go by in turn: half of an L1 cache. Where single
+    /// left panels go by, all of them.
     pub(super) fn part_steps(&self) -> usize {
-        match self.level {
-            #[cfg(target_arch = "x86_64")]
-            Level::Avx512Bf16 => 16,
-            _ => 10,
+        match self.level.streams_left() {
+            true => STEPS,
+            false => 10,
         }
     }
 
@@ -158,12 +168,21 @@ impl<'r> Multiplier<'r> {
 
     /// tile\[i\]\[j\] (+)= Σ_p left\[i\]\[p\] · right\[p\]\[j\], each product being that of
     /// two pairs of bf16 (the lower index of the reduction in the lower half) and the sum of its two
-    /// terms. Rows from `rows` on may stay as they are.
+    /// terms. Rows from `rows` on may stay as they are. The panel `ahead` is asked for.
     ///
     /// # Panics
     /// Where the right panel has other steps than `left`.
-    pub(super) fn multiply(&mut self, left: LeftPanel, tile: &mut Tile, rows: usize, add: bool) {
+    pub(super) fn multiply(
+        &mut self,
+        left: LeftPanel,
+        (tile, add): (&mut Tile, bool),
+        rows: usize,
+        ahead: Option<LeftPanel>,
+    ) {
         assert_eq!(left.steps(), self.right.len());
+        if let Some(ahead) = ahead.filter(|_| !self.level.streams_left()) {
+            (0..ahead.steps()).for_each(|step| ahead.prefetch(0..ROWS, step));
+        }
         let wide = &mut self.wide;
         match self.level {
             // SAFETY: the tiles are configured for as long as `self` lives, and there are as many
@@ -174,7 +193,7 @@ impl<'r> Multiplier<'r> {
             // other code makes this level.
             #[cfg(target_arch = "x86_64")]
             Level::Avx512Bf16 => unsafe {
-                x86::multiply_avx512_bf16(left, self.right, tile, rows, add);
+                x86::multiply_avx512_bf16(left, self.right, (tile, add), rows, ahead);
             },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
@@ -265,15 +284,17 @@ mod x86 {
         }
     }
 
+    /// The panel `ahead` is asked for as it will be read, some lines a step.
+    ///
     /// # Safety
     /// The machine has the instructions, and there are as many steps in `b` as in `a`.
     #[target_feature(enable = "avx512f,avx512bf16")]
     pub(super) unsafe fn multiply_avx512_bf16(
         a: LeftPanel,
         b: &[Step],
-        tile: &mut Tile,
+        (tile, add): (&mut Tile, bool),
         rows: usize,
-        add: bool,
+        ahead: Option<LeftPanel>,
     ) {
         const STRIP: usize = 8;
         let [row, step] = a.distances();
@@ -289,6 +310,9 @@ mod x86 {
                 };
             }
             for (i, b) in b.iter().enumerate() {
+                if let Some(ahead) = ahead {
+                    ahead.prefetch(s * STRIP..(s + 1) * STRIP, i);
+                }
                 for (p, b) in b.as_chunks::<COLS>().0.iter().enumerate() {
                     // SAFETY: arrays of 32 u32 and of two vectors of 512 bits have the same
                     // size, and every bit pattern is a value of both.
