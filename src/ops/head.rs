@@ -125,8 +125,9 @@ pub(super) fn log_sum_exp(row: &[f32]) -> f32 {
     max + vectorized!(sum_exp(row, max)).ln()
 }
 
+/// The largest of a row.
 #[inline(always)]
-fn max(row: &[f32]) -> f32 {
+pub(super) fn max(row: &[f32]) -> f32 {
     let (chunks, rest) = row.as_chunks::<LANES>();
     let mut lanes = [f32::NEG_INFINITY; LANES];
     for chunk in chunks {

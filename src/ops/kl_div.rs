@@ -112,16 +112,22 @@ impl KlDiv {
                 let left = Left::new(Values::F32(stacked), d)?;
                 Product::new(&left, &self.head).nt(device, logits)?;
                 let (p, q) = logits.split_at_mut(n * vocab);
-                let rows = p.par_chunks(vocab).zip(q.par_chunks_mut(vocab));
+                let rows = p.par_chunks_mut(vocab).zip(q.par_chunks_mut(vocab));
                 if kept {
                     let rounded = rounded[(first - from) * vocab..].par_chunks_mut(vocab);
                     losses.par_extend(rows.zip(rounded).map(|((p, q), rounded)| {
-                        let loss = divergence(p, q);
-                        vectorized!(round(q, rounded));
+                        let (loss, scales) = divergence(p, q);
+                        vectorized!(round_difference(rounded, p, q, scales));
                         loss
                     }));
                 } else {
-                    losses.par_extend(rows.map(|(p, q)| divergence(p, q)));
+                    losses.par_extend(rows.map(|(p, q)| {
+                        let (loss, scales) = divergence(p, q);
+                        if grad.is_some() {
+                            vectorized!(subtract(p, q, scales));
+                        }
+                        loss
+                    }));
                 }
             }
             if let Some(grad) = &mut grad {
@@ -139,30 +145,55 @@ impl KlDiv {
     }
 }
 
-/// KL(softmax(p) ‖ softmax(q)) of two rows of logits; q becomes softmax(q) − softmax(p).
-fn divergence(p: &[f32], q: &mut [f32]) -> f32 {
-    let (log_p_sum, log_q_sum) = (head::log_sum_exp(p), head::log_sum_exp(q));
-    vectorized!(divergence_and_gradient(p, q, log_p_sum, log_q_sum))
+/// KL(softmax(p) ‖ softmax(q)) of two rows of logits, which become their exponentials, and by what
+/// to multiply these to make them probabilities.
+fn divergence(p: &mut [f32], q: &mut [f32]) -> (f32, [f32; 2]) {
+    let shifts = [&*p, &*q].map(|row| vectorized!(head::max(row)));
+    let [of_p, of_q, weighted] = vectorized!(exponentials(p, q, shifts));
+    // Σ p (log p − log q), where log p = logit − shift − log of_p.
+    let loss = f64::from(weighted) / f64::from(of_p) + (f64::from(of_q) / f64::from(of_p)).ln();
+    (loss as f32, [of_p, of_q].map(f32::recip))
 }
 
+/// Replaces p by e^(p − its shift), q likewise. Sums of these, and of the new p times the difference
+/// of the shifted logits.
 #[inline(always)]
-fn divergence_and_gradient(p: &[f32], q: &mut [f32], log_p_sum: f32, log_q_sum: f32) -> f32 {
-    let mut lanes = [0.0; LANES];
-    for (p, q) in p.chunks(LANES).zip(q.chunks_mut(LANES)) {
-        for ((lane, p), q) in lanes.iter_mut().zip(p).zip(q) {
-            let (log_p, log_q) = (p - log_p_sum, *q - log_q_sum);
-            let p = exp(log_p);
-            *lane += p * (log_p - log_q);
-            *q = exp(log_q) - p;
+fn exponentials(p: &mut [f32], q: &mut [f32], [shift_p, shift_q]: [f32; 2]) -> [f32; 3] {
+    let (p, p_rest) = p.as_chunks_mut::<LANES>();
+    let (q, q_rest) = q.as_chunks_mut::<LANES>();
+    let mut sums = [[0.0; LANES]; 3];
+    let [of_p, of_q, weighted] = &mut sums;
+    let mut add = |lane: usize, p: &mut f32, q: &mut f32| {
+        let (log_p, log_q) = (*p - shift_p, *q - shift_q);
+        (*p, *q) = (exp(log_p), exp(log_q));
+        of_p[lane] += *p;
+        of_q[lane] += *q;
+        weighted[lane] += *p * (log_p - log_q);
+    };
+    for (p, q) in p.iter_mut().zip(q) {
+        for lane in 0..LANES {
+            add(lane, &mut p[lane], &mut q[lane]);
         }
     }
-    add_up(lanes)
+    for (lane, (p, q)) in p_rest.iter_mut().zip(q_rest).enumerate() {
+        add(lane, p, q);
+    }
+    sums.map(add_up)
 }
 
+/// q = softmax(q) − softmax(p) from exponentials.
 #[inline(always)]
-fn round(values: &[f32], rounded: &mut [bf16]) {
-    for (rounded, &value) in rounded.iter_mut().zip(values) {
-        *rounded = bf16::of(value);
+fn subtract(p: &[f32], q: &mut [f32], [by_p, by_q]: [f32; 2]) {
+    for (p, q) in p.iter().zip(q) {
+        *q = *q * by_q - p * by_p;
+    }
+}
+
+/// The same rounded.
+#[inline(always)]
+fn round_difference(rounded: &mut [bf16], p: &[f32], q: &[f32], [by_p, by_q]: [f32; 2]) {
+    for (rounded, (p, q)) in rounded.iter_mut().zip(p.iter().zip(q)) {
+        *rounded = bf16::of(q * by_q - p * by_p);
     }
 }
 
