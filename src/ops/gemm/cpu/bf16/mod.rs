@@ -174,23 +174,22 @@ impl Product<'_> {
     /// Cuts the panels of the two sides, of so many bytes each, into tasks.
     fn tasks(&self, [left, right]: [usize; 2], bytes: usize, threads: usize) -> Vec<Task> {
         let most = (HELD_BYTES / bytes).max(1);
-        let [left_step, right_step] = match self.level.streams_left() {
-            true => {
-                let [held, other] = task_sides([right, left], most, threads);
-                [other, held]
-            }
-            false => task_sides([left, right], most, threads),
-        };
         let ranges = |n: usize, step: usize| (0..n).step_by(step).map(move |i| i..n.min(i + step));
-        // Those that share left panels are neighbours.
-        ranges(left, left_step)
-            .flat_map(|left| {
-                ranges(right, right_step).map(move |right| Task {
-                    left: left.clone(),
-                    right,
-                })
+        let cut = |held, other| {
+            let [held_step, other_step] = task_sides([held, other], most, threads);
+            // Those that share what is held are neighbours.
+            ranges(held, held_step).flat_map(move |held| {
+                ranges(other, other_step).map(move |other| (held.clone(), other))
             })
-            .collect()
+        };
+        match self.level.streams_left() {
+            true => cut(right, left)
+                .map(|(right, left)| Task { left, right })
+                .collect(),
+            false => cut(left, right)
+                .map(|(left, right)| Task { left, right })
+                .collect(),
+        }
     }
 
     /// A task's tiles for one block of the reduction.
