@@ -18,9 +18,9 @@ mod cpu;
 mod cuda;
 mod softmax;
 
+use cpu::Arithmetic;
 use half::bf16;
 
-use super::stored::Stored;
 use super::{Operator, expect_inputs, expect_shape, only_grad};
 use crate::device::{Device, Precision};
 use crate::error::{Error, Result};
@@ -83,7 +83,7 @@ impl FlashAttention {
     }
 
     /// On the CPU, with an output of elements T.
-    fn forward_host<T: Stored>(
+    fn forward_host<T: Arithmetic>(
         &self,
         device: &Device,
         q: &Tensor,
@@ -168,7 +168,11 @@ impl Operator for FlashAttention {
             return self.backward_cuda(cuda, &saved, &grad, needed);
         }
         let operands = cpu::Operands::new(device, self, q, k, v)?;
-        let grads = cpu::backward(device, &operands, &saved.o, &grad, &saved.log_sum)?;
+        let backward = match device.precision() {
+            Precision::F32 => cpu::backward::<f32>,
+            Precision::Bf16 => cpu::backward::<bf16>,
+        };
+        let grads = backward(device, &operands, &saved.o, &grad, &saved.log_sum)?;
         let inputs = grads.into_iter().zip([q, k, v]).zip(needed);
         inputs
             .map(|((grad, input), &needed)| {

@@ -1,30 +1,28 @@
 //! Backward in one pass over the pairs of a block of queries and a block of keys that it may see.
-//! In step s the keys of block j meet the queries of block j + s: the pairs of a step add to
-//! different parts of dQ, dK and dV, so that threads share no sum, and every sum is added up in
-//! the order of the steps. That is all five products for each pair, where one pass for dQ and
-//! another for dK and dV computes the scores and dP twice.
+//! In step s of n, for n blocks, the keys of block j meet the queries of block i ≥ j with
+//! i + j = s modulo n: the pairs of a step add to different parts of dQ, dK and dV, so that threads
+//! share no sum, every sum is added up in the order of the steps, and all steps have about as much to
+//! do. That is all five products for each pair, where one pass for dQ and another for dK and dV
+//! computes the scores and dP twice.
 
 use std::ops::Range;
 
-use faer::Accum;
-use half::bf16;
 use rayon::prelude::*;
 
-use super::super::softmax::softmax_backward;
-use super::products::{Keys, Products, Shared, mat};
-use super::{FlashAttention, KEYS, Operands, TileOf, blocks, copy_scaled};
+use super::arithmetic::{Arithmetic, Grads, KeysAndValues, Upstream};
+use super::{Block, FlashAttention, KEYS, Operands, TileOf, blocks, copy_scaled};
 use crate::device::Device;
 use crate::device::simd::vectorized;
 use crate::error::Result;
 use crate::ops::math::dot;
 use crate::ops::stored::Stored;
-use crate::tensor::{Buffer, DType, Tensor};
+use crate::tensor::{Buffer, Tensor};
 
 /// Positions of a block of queries or keys.
 const BLOCK: usize = 128;
 
 /// dQ, dK and dV for the gradient of the output `o`. `log_sum` is forward's.
-pub(in super::super) fn backward(
+pub(in super::super) fn backward<T: Arithmetic>(
     device: &Device,
     x: &Operands<'_>,
     o: &Tensor,
@@ -33,67 +31,77 @@ pub(in super::super) fn backward(
 ) -> Result<[Buffer; 3]> {
     let op = x.op;
     let d = op.head_dim;
-    let pass = Pass {
+    let pass = Pass::<T> {
         device,
         x,
-        k: Keys::new(device, op, x.k, false),
-        k_t: Keys::new(device, op, x.k, true),
-        v_t: Keys::new(device, op, x.v, true),
+        keys: KeysAndValues {
+            k: T::keys(device, op, x.k, false),
+            k_t: T::keys(device, op, x.k, true),
+            v_t: T::keys(device, op, x.v, true),
+        },
     };
-    let delta = row_products(device, o, grad, d)?;
+    let delta = row_products(device, T::of_tensor(o)?, grad.f32s()?, d);
     let upstream = [grad.f32s()?, log_sum.f32s()?, &delta];
     // Blocks of each head. Heads follow one another, in sums as in tiles.
     let count = op.seq_len.div_ceil(BLOCK);
     let all = (0..op.batch * op.kv_heads * count).into_par_iter();
-    let tiles: Vec<Vec<Tile>> = all
+    let tiles: Vec<Vec<Tile<T>>> = all
         .map(|i| pass.tiles(i / count, i % count, upstream))
         .collect();
 
-    let mut dq = device.buffer(x.q.len());
-    let [mut dk, mut dv] = [x.k, x.v].map(|t| device.buffer(t.len()));
+    let [mut dq, mut dk, mut dv] = [x.q, x.k, x.v].map(|t| device.zeroed(t.len()));
     let mut sums_q = blocks(&mut dq, op, op.group() * d, BLOCK);
     let [mut sums_k, mut sums_v] = [&mut dk, &mut dv].map(|t| blocks(t, op, d, BLOCK));
     for step in 0..count {
+        let mut pairs = Vec::new();
         let of_queries = sums_q.chunks_mut(count).zip(tiles.chunks(count));
         let of_keys = sums_k.chunks_mut(count).zip(sums_v.chunks_mut(count));
-        let pairs = of_queries.zip(of_keys).flat_map(|((dq, tiles), (dk, dv))| {
-            let of_queries = dq[step..].iter_mut().zip(&tiles[step..]);
-            let pairs = of_queries.zip(dk.iter_mut().zip(dv));
-            pairs.map(|(((_, _, dq), tiles), ((_, keys, dk), (_, _, dv)))| Pair {
-                tiles,
-                keys: keys.clone(),
-                dq,
-                dk,
-                dv,
-            })
-        });
-        let pairs: Vec<_> = pairs.collect();
+        for ((dq, tiles), (dk, dv)) in of_queries.zip(of_keys) {
+            let mut of_keys: Vec<_> = dk.iter_mut().zip(dv).map(Some).collect();
+            for (i, ((_, _, dq), tiles)) in dq.iter_mut().zip(tiles).enumerate() {
+                let j = (step + count - i) % count;
+                if let Some(((_, keys, dk), (_, _, dv))) = of_keys[j].take_if(|_| j <= i) {
+                    let keys = keys.clone();
+                    pairs.push(Pair {
+                        tiles,
+                        keys,
+                        dq,
+                        dk,
+                        dv,
+                    });
+                }
+            }
+        }
         let pairs = pairs.into_par_iter().with_max_len(1);
-        pairs.for_each(|pair| pass.add(pair, step == 0));
+        pairs.for_each(|pair| pass.add(pair));
     }
+    let width = op.group() * d;
+    let of_queries = |from: &[f32], to: &mut [f32], cols| {
+        vectorized!(copy_scaled(from, width, to, cols, width, x.scales.dq));
+    };
+    let of_keys =
+        |scale| move |from: &[f32], to: &mut [f32], cols| copy_turned(from, d, to, cols, scale);
     Ok([
-        by_token(device, op, (&dq, op.group() * d), x.scales.dq),
-        by_token(device, op, (&dk, d), x.scales.dk),
-        by_token(device, op, (&dv, d), 1.0),
+        by_token(device, op, (&dq, width), of_queries),
+        by_token(device, op, (&dk, d), of_keys(x.scales.dk)),
+        by_token(device, op, (&dv, d), of_keys(1.0)),
     ])
 }
 
 /// What all tasks read.
-struct Pass<'a> {
+struct Pass<'a, T: Arithmetic> {
     device: &'a Device,
     x: &'a Operands<'a>,
-    k: Keys<'a>,
-    k_t: Keys<'a>,
-    v_t: Keys<'a>,
+    keys: KeysAndValues<T::Keys<'a>>,
 }
 
 /// A query tile with what flows into it.
-struct Tile {
+struct Tile<T: Arithmetic> {
     of: TileOf,
     /// \[rows, D\]: queries, scaled.
-    q: Shared,
+    q: T::Summed,
     /// \[rows, D\]: dO.
-    grad: Shared,
+    grad: T::Summed,
     /// \[rows\], base 2.
     log_sum: Buffer,
     /// \[rows\]: rowsum(dO O).
@@ -101,21 +109,26 @@ struct Tile {
 }
 
 /// A block of queries and one of keys, with the part of each sum that is theirs.
-struct Pair<'p> {
+struct Pair<'p, T: Arithmetic> {
     /// The tiles of the block of queries.
-    tiles: &'p [Tile],
+    tiles: &'p [Tile<T>],
     keys: Range<usize>,
     /// \[queries x group, D\]
     dq: &'p mut [f32],
-    /// \[keys, D\]
+    /// \[D, keys\]
     dk: &'p mut [f32],
-    /// \[keys, D\]
+    /// \[D, keys\]
     dv: &'p mut [f32],
 }
 
-impl Pass<'_> {
+impl<T: Arithmetic> Pass<'_, T> {
     /// The tiles of a block of queries, for one of sequences x key/value heads.
-    fn tiles(&self, head: usize, block: usize, [grad, log_sum, delta]: [&[f32]; 3]) -> Vec<Tile> {
+    fn tiles(
+        &self,
+        head: usize,
+        block: usize,
+        [grad, log_sum, delta]: [&[f32]; 3],
+    ) -> Vec<Tile<T>> {
         let (x, d) = (self.x, self.x.op.head_dim);
         let load = |queries: Range<usize>| {
             let rows = queries.len() * x.op.group();
@@ -130,7 +143,7 @@ impl Pass<'_> {
                 to
             };
             let [q, grad] = [stacked(x.q, d, x.scales.queries), stacked(grad, d, 1.0)]
-                .map(|values| Shared::new(self.device, values, [rows, d]));
+                .map(|values| T::summed(self.device, &values, d));
             Tile {
                 q,
                 grad,
@@ -145,69 +158,47 @@ impl Pass<'_> {
         tiles.map(|i| load(i..end.min(i + step))).collect()
     }
 
-    /// Adds what a pair contributes. In the first step nothing has been added yet.
-    fn add(&self, pair: Pair<'_>, is_first: bool) {
+    /// Adds what a pair contributes.
+    fn add(&self, pair: Pair<'_, T>) {
         let (x, d) = (self.x, self.x.op.head_dim);
-        let Pair { dq, dk, dv, .. } = pair;
-        if is_first {
-            dk.fill(0.0);
-            dv.fill(0.0);
-        }
-        let mut products = x.products(self.device);
-        let [mut p, mut ds] = [(); 2].map(|()| self.device.buffer(x.rows_of_tile() * KEYS));
-        let (p, ds): (&mut [f32], &mut [f32]) = (&mut p, &mut ds);
+        let mut scratch = T::scratch(self.device, [x.rows_of_tile(), BLOCK]);
         let mut first_row = 0;
         for tile in pair.tiles {
             let keys = pair.keys.start..pair.keys.end.min(tile.of.queries.end);
             let rows = tile.of.queries.len() * x.op.group();
-            let dq = &mut dq[first_row * d..][..rows * d];
+            let dq = &mut pair.dq[first_row * d..][..rows * d];
             first_row += rows;
             if x.first_visible(&tile.of) >= keys.end {
                 continue;
             }
-            self.score_grads(tile, &keys, &mut products, (p, ds));
-            let ds = mat(ds, rows, keys.len(), KEYS);
-            let k = self.k.of(tile.of.seq, tile.of.kv_head, &keys);
-            // The block that holds a query's own position comes first, and the query sees it.
-            let accum = if is_first { Accum::Replace } else { Accum::Add };
-            products.product((dq, d), accum, 1.0, ds, k);
-            let add = Accum::Add;
-            products.product((dk, d), add, 1.0, ds.transpose(), tile.q.right());
-            let p = mat(p, rows, keys.len(), KEYS);
-            products.product((dv, d), add, 1.0, p.transpose(), tile.grad.right());
+            let block = Block {
+                x,
+                tile: &tile.of,
+                keys: &keys,
+            };
+            let upstream = Upstream {
+                q: &tile.q,
+                grad: &tile.grad,
+                log_sum: &tile.log_sum,
+                delta: &tile.delta,
+            };
+            let grads = Grads {
+                dq,
+                dk: pair.dk,
+                dv: pair.dv,
+            };
+            T::add_grads(&block, &upstream, &self.keys, grads, &mut scratch);
         }
-    }
-
-    /// P and dS of a tile and a block of keys, rows [`KEYS`] long.
-    fn score_grads(
-        &self,
-        tile: &Tile,
-        keys: &Range<usize>,
-        products: &mut Products,
-        (p, ds): (&mut [f32], &mut [f32]),
-    ) {
-        let x = self.x;
-        let [k_t, v_t] = [&self.k_t, &self.v_t].map(|t| t.of(tile.of.seq, tile.of.kv_head, keys));
-        let (scale, replace) = (x.scales.scores, Accum::Replace);
-        products.product((p, KEYS), replace, scale, tile.q.left(), k_t);
-        products.product((ds, KEYS), replace, 1.0, tile.grad.left(), v_t);
-        let visible = x.visible(&tile.of, keys);
-        vectorized!(softmax_backward(
-            p,
-            ds,
-            &visible,
-            &tile.log_sum,
-            &tile.delta
-        ));
     }
 }
 
-/// A sum \[batch, kv_heads, seq_len, width\], times `scale`, as \[T, kv_heads * width\].
+/// A sum of blocks \[batch, kv_heads, seq_len, width\] as \[T, kv_heads * width\]. `copy` is given a
+/// block, what it becomes and the distance of two rows there.
 fn by_token(
     device: &Device,
     op: &FlashAttention,
     (sums, width): (&[f32], usize),
-    scale: f32,
+    copy: impl Fn(&[f32], &mut [f32], usize) + Sync,
 ) -> Buffer {
     let cols = op.kv_heads * width;
     let mut out = device.buffer(sums.len());
@@ -216,24 +207,25 @@ fn by_token(
         for kv_head in 0..op.kv_heads {
             let first = (seq * op.kv_heads + kv_head) * op.seq_len + positions.start;
             let from = &sums[first * width..][..positions.len() * width];
-            let to = &mut out[kv_head * width..];
-            vectorized!(copy_scaled(from, width, to, cols, width, scale));
+            copy(from, &mut out[kv_head * width..], cols);
         }
     });
     out
 }
 
-/// Σ a\[i\] b\[i\] over each row of `d`: rowsum(dO O) of each row and head, \[T, heads\].
-fn row_products(device: &Device, o: &Tensor, grad: &Tensor, d: usize) -> Result<Buffer> {
-    let mut out = device.buffer(o.len() / d);
-    match o.dtype() {
-        DType::Bf16 => set_row_products(&mut out, bf16::of_tensor(o)?, grad.f32s()?, d),
-        _ => set_row_products(&mut out, f32::of_tensor(o)?, grad.f32s()?, d),
+/// `scale` times the transpose of a matrix of so many rows, whose own rows are `stride` apart.
+fn copy_turned(from: &[f32], rows: usize, to: &mut [f32], stride: usize, scale: f32) {
+    let cols = from.len() / rows;
+    for (c, to) in to.chunks_mut(stride).enumerate() {
+        for (r, to) in to[..rows].iter_mut().enumerate() {
+            *to = scale * from[r * cols + c];
+        }
     }
-    Ok(out)
 }
 
-fn set_row_products<T: Stored>(out: &mut [f32], a: &[T], b: &[f32], d: usize) {
+/// Σ a\[i\] b\[i\] over each row of `d`: rowsum(dO O) of each row and head, \[T, heads\].
+fn row_products<T: Stored>(device: &Device, a: &[T], b: &[f32], d: usize) -> Buffer {
+    let mut out = device.buffer(a.len() / d);
     let chunks = a.par_chunks(KEYS * d).zip(b.par_chunks(KEYS * d));
     out.par_chunks_mut(KEYS)
         .zip(chunks)
@@ -244,4 +236,5 @@ fn set_row_products<T: Stored>(out: &mut [f32], a: &[T], b: &[f32], d: usize) {
                 }
             })
         });
+    out
 }

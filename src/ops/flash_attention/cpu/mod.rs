@@ -4,31 +4,33 @@
 //! r % group. That gives matrix products of a good size, and their reduction adds up the gradients
 //! of the group in a fixed order.
 
+mod arithmetic;
 mod backward;
-mod products;
+mod in_bf16;
+mod in_f32;
 
 use std::f32::consts::{LN_2, LOG2_E};
 use std::ops::Range;
 
-use faer::Accum;
 use rayon::prelude::*;
 
 use super::FlashAttention;
-use super::softmax::{Visible, finish_softmax, online_softmax};
+use super::softmax::{Visible, finish_softmax};
 use crate::device::simd::vectorized;
 use crate::device::{Device, Precision};
 use crate::error::Result;
 use crate::ops::stored::Stored;
 use crate::tensor::{Buffer, Tensor};
+pub(super) use arithmetic::Arithmetic;
+use arithmetic::Sums;
 pub(super) use backward::backward;
-use products::{KEY_STEP, Keys, Products, mat};
 
 /// Stacked rows of a query tile (more only where the group alone is larger).
 const TILE_ROWS: usize = 192;
 /// Queries of a tile at most: what lies above the diagonal within it is wasted.
 const MAX_QUERIES: usize = 64;
-/// Keys that a query tile meets at a time; also the width of a row of scores.
-pub(super) const KEYS: usize = 256;
+/// Keys that a query tile meets at a time.
+const KEYS: usize = 256;
 
 /// The operator and its inputs as slices.
 pub(super) struct Operands<'a> {
@@ -38,8 +40,6 @@ pub(super) struct Operands<'a> {
     v: &'a [f32],
     doc_starts: Option<&'a [u32]>,
     scales: Scales,
-    /// Where blocks of keys may begin: at multiples of this.
-    key_step: usize,
 }
 
 impl<'a> Operands<'a> {
@@ -58,10 +58,6 @@ impl<'a> Operands<'a> {
             v: v.f32s()?,
             doc_starts: op.doc_starts.as_ref().map(Tensor::u32s).transpose()?,
             scales: Scales::new(device.precision(), op.head_dim),
-            key_step: match device.precision() {
-                Precision::F32 => 1,
-                Precision::Bf16 => KEY_STEP,
-            },
         })
     }
 
@@ -83,16 +79,6 @@ impl<'a> Operands<'a> {
     fn first_visible(&self, tile: &TileOf) -> usize {
         let first = self.starts_of(tile).and_then(|starts| starts.iter().min());
         first.map_or(0, |&start| start as usize)
-    }
-
-    /// Which of the keys `keys` the rows of the tile see.
-    fn visible(&self, tile: &TileOf, keys: &Range<usize>) -> Visible<'a> {
-        Visible {
-            first_query: tile.queries.start,
-            group: self.op.group(),
-            keys: keys.clone(),
-            doc_starts: self.starts_of(tile),
-        }
     }
 
     /// Copies the tile of one group of heads out of `from` ([T, heads * d]), times `scale`.
@@ -121,12 +107,6 @@ impl<'a> Operands<'a> {
             width,
             scale,
         ));
-    }
-
-    /// The products of a task.
-    fn products(&self, device: &Device) -> Products {
-        let sides = [self.rows_of_tile(), KEYS, self.op.head_dim];
-        Products::new(device, sides.into_iter().max().expect("there are three"))
     }
 }
 
@@ -188,30 +168,27 @@ fn copy_scaled<T: Stored>(
 }
 
 /// Memory for one query tile.
-struct Scratch {
-    products: Products,
+struct Scratch<T: Arithmetic> {
     /// [rows, D]: queries, scaled.
     q: Buffer,
     /// [rows, D]: O.
     out: Buffer,
-    /// [rows, KEYS].
-    scores: Buffer,
     /// [rows]: the running maximum, at the end the logarithm of the denominator.
     log_sum: Buffer,
     /// [rows]: the running sum.
     sum: Buffer,
+    scores: T::Scratch,
 }
 
-impl Scratch {
+impl<T: Arithmetic> Scratch<T> {
     fn new(device: &Device, x: &Operands<'_>) -> Self {
         let rows = x.rows_of_tile();
         Self {
-            products: x.products(device),
             q: device.buffer(rows * x.op.head_dim),
             out: device.buffer(rows * x.op.head_dim),
-            scores: device.buffer(rows * KEYS),
             log_sum: device.buffer(rows),
             sum: device.buffer(rows),
+            scores: T::scratch(device, [rows, KEYS]),
         }
     }
 }
@@ -236,29 +213,33 @@ fn blocks<'a, T>(
         .collect()
 }
 
-/// The keys that a query tile meets, cut into blocks that its scores can hold.
-fn key_blocks(x: &Operands<'_>, tile: &TileOf) -> impl Iterator<Item = Range<usize>> + use<> {
+/// The keys that a query tile meets, in blocks that begin at multiples of `step`.
+fn key_blocks(
+    x: &Operands<'_>,
+    tile: &TileOf,
+    step: usize,
+) -> impl Iterator<Item = Range<usize>> + use<> {
     let (first, end) = (x.first_visible(tile), tile.queries.end);
-    let first = first - first % x.key_step;
+    let first = first - first % step;
     let blocks = (first..end).step_by(KEYS);
     blocks.map(move |j| j..(j + KEYS).min(end))
 }
 
 /// Computes the output and the base-2 logarithms of the softmax's denominators.
-pub(super) fn forward<T: Stored>(
+pub(super) fn forward<T: Arithmetic>(
     device: &Device,
     x: &Operands<'_>,
     o: &mut [T],
     log_sum: &mut [f32],
 ) {
     let op = x.op;
-    let k_t = Keys::new(device, op, x.k, true);
-    let v = Keys::new(device, op, x.v, false);
+    let k_t = T::keys(device, op, x.k, true);
+    let v = T::keys(device, op, x.v, false);
     let o = blocks(o, op, op.heads * op.head_dim, x.queries_of_tile());
     let log_sum = blocks(log_sum, op, op.heads, x.queries_of_tile());
     let tasks = o.into_par_iter().zip(log_sum).with_max_len(1);
     tasks.for_each(|((seq, queries, o), (_, _, log_sum))| {
-        let mut scratch = Scratch::new(device, x);
+        let mut scratch = Scratch::<T>::new(device, x);
         let rows = queries.len() * op.group();
         for kv_head in 0..op.kv_heads {
             let tile = TileOf {
@@ -266,7 +247,7 @@ pub(super) fn forward<T: Stored>(
                 kv_head,
                 queries: queries.clone(),
             };
-            forward_tile(x, (&k_t, &v), &tile, &mut scratch);
+            forward_tile(device, x, [&k_t, &v], &tile, &mut scratch);
             x.unpack(
                 &scratch.out[..rows * op.head_dim],
                 op.head_dim,
@@ -279,35 +260,53 @@ pub(super) fn forward<T: Stored>(
     });
 }
 
-fn forward_tile(
+fn forward_tile<'k, T: Arithmetic>(
+    device: &Device,
     x: &Operands<'_>,
-    (k_t, v): (&Keys<'_>, &Keys<'_>),
+    keys_and_values: [&T::Keys<'k>; 2],
     tile: &TileOf,
-    scratch: &mut Scratch,
+    scratch: &mut Scratch<T>,
 ) {
     let d = x.op.head_dim;
     let rows = tile.queries.len() * x.op.group();
-    let products = &mut scratch.products;
+    let mut sums = Sums {
+        o: &mut scratch.out[..rows * d],
+        max: &mut scratch.log_sum[..rows],
+        sum: &mut scratch.sum[..rows],
+    };
     let q = &mut scratch.q[..rows * d];
-    let o = &mut scratch.out[..rows * d];
-    let scores = &mut scratch.scores[..rows * KEYS];
-    let (max, sum) = (&mut scratch.log_sum[..rows], &mut scratch.sum[..rows]);
     x.pack(x.q, d, tile, x.scales.queries, q);
-    o.fill(0.0);
-    max.fill(f32::NEG_INFINITY);
-    sum.fill(0.0);
-    for keys in key_blocks(x, tile) {
-        products.product(
-            (scores, KEYS),
-            Accum::Replace,
-            x.scales.scores,
-            mat(q, rows, d, d),
-            k_t.of(tile.seq, tile.kv_head, &keys),
-        );
-        vectorized!(online_softmax(scores, &x.visible(tile, &keys), max, sum, o));
-        let p = mat(scores, rows, keys.len(), KEYS);
-        let v = v.of(tile.seq, tile.kv_head, &keys);
-        products.product((o, d), Accum::Add, 1.0, p, v);
+    let q = T::rows(device, q, d);
+    sums.o.fill(0.0);
+    sums.max.fill(f32::NEG_INFINITY);
+    sums.sum.fill(0.0);
+    for keys in key_blocks(x, tile, T::KEY_STEP) {
+        let block = Block {
+            x,
+            tile,
+            keys: &keys,
+        };
+        T::attend(&block, &q, keys_and_values, &mut sums, &mut scratch.scores);
     }
-    vectorized!(finish_softmax(max, sum, o));
+    vectorized!(finish_softmax(sums.max, sums.sum, sums.o));
+}
+
+/// A query tile and some of the keys that it meets.
+pub(super) struct Block<'b> {
+    x: &'b Operands<'b>,
+    tile: &'b TileOf,
+    keys: &'b Range<usize>,
+}
+
+impl<'b> Block<'b> {
+    /// Which of some keys the rows of the tile see, from stacked row `first_row` on.
+    fn visible(&self, first_row: usize, keys: &Range<usize>) -> Visible<'b> {
+        Visible {
+            first_query: self.tile.queries.start,
+            first_row,
+            group: self.x.op.group(),
+            keys: keys.clone(),
+            doc_starts: self.x.starts_of(self.tile),
+        }
+    }
 }

@@ -20,14 +20,14 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 pub(crate) use pack::{Operand, Side, Values};
-pub(crate) use panels::{Packed, Panels, Part};
-pub(crate) use tile::{COLS, Level, ROWS, Tile};
+pub(crate) use panels::{Packed, Panels};
+pub(crate) use tile::{COLS, Level, Multiplier, ROWS, Tile};
 
 use super::{Kept, Start};
 use crate::device::Device;
 use left::LeftPanels;
 use output::{Output, finish_streams};
-use tile::{Multiplier, PAIRS, Step};
+use tile::{PAIRS, Step};
 
 /// Most steps of the reduction that are packed at a time.
 const STEPS: usize = 48;

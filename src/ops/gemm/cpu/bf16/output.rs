@@ -113,6 +113,12 @@ impl<'a> Output<'a> {
         }
     }
 
+    /// The first value of the tile that begins at that row and column, if all of it is there.
+    pub(super) fn whole(&self, (row, col): (usize, usize)) -> Option<*mut f32> {
+        let block = self.block(row, col);
+        ((block.rows, block.cols) == (ROWS, COLS)).then_some(block.first)
+    }
+
     fn block(&self, row: usize, col: usize) -> Block {
         assert!(row < self.rows && col < self.cols);
         // SAFETY: within the values that `new` has counted.

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use super::left::LeftPanels;
 use super::output::{Output, finish_streams};
 use super::tile::{COLS, Level, Multiplier, PAIRS, ROWS, Step, Tile};
-use super::{Operand, Side, Start, blocks, multiply};
+use super::{Operand, Side, Start, blocks, multiply, pack};
 use crate::device::Device;
 use crate::tensor::Buffer;
 
@@ -168,31 +168,72 @@ impl Panels {
         }
     }
 
-    /// out \[m, n\] (+)= alpha · self · rightᵀ on this thread. `out` holds m rows of n values,
-    /// `stride` apart. The right side may go on beyond the reduction where the left one is zero.
+    /// Has the panels be of these many outer indices and a reduction of that length. What they hold
+    /// is for [`Panels::set`] to say.
+    ///
+    /// # Panics
+    /// When there is no memory for so many.
+    pub(crate) fn resize(&mut self, outer: usize, reduction: usize) {
+        self.lay_out(&(0..outer), &(0..reduction));
+    }
+
+    /// Packs a tile as a step of a panel on this thread: its rows as outer indices of a left panel,
+    /// its columns as those of a right one.
+    ///
+    /// # Panics
+    /// When there is no such step.
+    pub(crate) fn set(
+        &mut self,
+        level: Level,
+        side: Side,
+        (panel, step): (usize, usize),
+        tile: &Tile,
+    ) {
+        assert!(panel < self.count && step < self.steps);
+        let steps: &mut [Step] = bytemuck::cast_slice_mut(&mut self.memory);
+        pack::pack_tile(level, side, tile, &mut steps[panel * self.steps + step]);
+    }
+
+    /// out \[m, n\] (+)= left · rightᵀ on this thread, with the panels `which` on the left. `out`
+    /// holds m rows of n values, `stride` apart. The right side may go on beyond the reduction where
+    /// the left one is zero.
     ///
     /// # Panics
     /// When the panels hold more than that or another reduction, or `out` less.
     pub(crate) fn multiply(
         &self,
         level: Level,
+        which: Range<usize>,
         right: Part<'_>,
         (out, [m, n, stride]): (&mut [f32], [usize; 3]),
-        alpha: f32,
         add: bool,
     ) {
         let start = if add { Start::Output } else { Start::Zero };
-        let out = Output::new(out, start, [m, n, stride], alpha, false, level);
-        let lefts = self.lefts();
+        let out = Output::new(out, start, [m, n, stride], 1.0, false, level);
+        let lefts = self.lefts().range(which);
         let mut tile = Tile::ZERO;
         let mut multiplier = Multiplier::new(level);
         for (j, panel) in right.which.enumerate() {
             multiplier.set_right(&right.panels.panel(panel)[right.steps.clone()]);
             for i in 0..lefts.len() {
                 let place = (i * ROWS, j * COLS);
-                multiplier.multiply(lefts.panel(i), (&mut tile, false), m - i * ROWS, None);
                 // SAFETY: `out` is borrowed for this product, and this thread alone writes to it.
-                unsafe { out.write(&tile, place) };
+                unsafe {
+                    match out
+                        .whole(place)
+                        .filter(|_| multiplier.multiplies_in_place())
+                    {
+                        Some(first) => {
+                            let sums = (first, stride, add);
+                            multiplier.multiply_in_place(lefts.panel(i), sums);
+                        }
+                        None => {
+                            let sums = (&mut tile, false);
+                            multiplier.multiply(lefts.panel(i), sums, m - place.0, None);
+                            out.write(&tile, place);
+                        }
+                    }
+                }
             }
         }
         finish_streams();
@@ -225,5 +266,18 @@ impl Panels {
             }
         }
         Ok(())
+    }
+}
+
+/// Single tiles of panels that are packed.
+impl<'r> Multiplier<'r> {
+    /// Takes a right panel.
+    pub(crate) fn set_right_panel(&mut self, panels: &'r Panels, i: usize) {
+        self.set_right(panels.panel(i));
+    }
+
+    /// Sets the tile to the product of a left panel with the right one that was taken.
+    pub(crate) fn tile(&mut self, left: &Panels, i: usize, tile: &mut Tile) {
+        self.multiply(left.lefts().panel(i), (tile, false), ROWS, None);
     }
 }

@@ -161,7 +161,6 @@ fn a_part_of_panels_multiplied_on_one_thread_has_the_bits_of_the_whole_product()
             let mut want = before.clone();
             let part = Operand::rows(Values::F32(part), depth);
             let product = Product {
-                alpha: 0.75,
                 start: if add { Start::Output } else { Start::Zero },
                 ..product(level, (a, part), [m, n, k])
             };
@@ -169,8 +168,30 @@ fn a_part_of_panels_multiplied_on_one_thread_has_the_bits_of_the_whole_product()
             let mut got = before.clone();
             left.pack(level, (&a, Side::Left), 0..m, 0..k);
             let right = right.part(&(COLS..cols), &(4 * PAIRS..depth));
-            left.multiply(level, right, (&mut got, [m, n, stride]), 0.75, add);
+            let all = 0..m.div_ceil(ROWS);
+            left.multiply(level, all, right, (&mut got, [m, n, stride]), add);
             assert_eq!(got, want, "{level:?}");
+        }
+    }
+}
+
+#[test]
+fn a_tile_is_packed_as_a_matrix_of_its_values_is() {
+    let device = Device::cpu(1).unwrap();
+    let sums: Vec<f32> = values(11, ROWS * COLS).iter().map(|v| v / 3.0).collect();
+    let mut tile = Tile::ZERO;
+    tile.0.as_flattened_mut().copy_from_slice(&sums);
+    for level in Level::available() {
+        for side in [Side::Left, Side::Right] {
+            let operand = match side {
+                Side::Left => Operand::rows(Values::F32(&sums), COLS),
+                Side::Right => Operand::columns(Values::F32(&sums), COLS),
+            };
+            let want = Panels::new(&device, level, (&operand, side), 0..ROWS, 0..2 * PAIRS);
+            let mut got = Panels::with_capacity(&device, 2 * ROWS, 6 * PAIRS);
+            got.resize(2 * ROWS, 6 * PAIRS);
+            got.set(level, side, (1, 2), &tile);
+            assert_eq!(got.panel(1)[2], want.panel(0)[0], "{level:?} {side:?}");
         }
     }
 }

@@ -33,7 +33,7 @@ const _: () = assert!(ROWS == COLS);
 pub(crate) struct Tile(pub [[f32; COLS]; ROWS]);
 
 impl Tile {
-    pub(super) const ZERO: Self = Self([[0.0; COLS]; ROWS]);
+    pub(crate) const ZERO: Self = Self([[0.0; COLS]; ROWS]);
 
     /// Rows and columns exchanged.
     #[inline(always)]
@@ -127,7 +127,7 @@ impl Level {
 }
 
 /// Computes tiles of left panels and a right one on this thread.
-pub(super) struct Multiplier<'r> {
+pub(crate) struct Multiplier<'r> {
     level: Level,
     right: &'r [Step],
     wide: Widened,
@@ -136,7 +136,7 @@ pub(super) struct Multiplier<'r> {
 }
 
 impl<'r> Multiplier<'r> {
-    pub(super) fn new(level: Level) -> Self {
+    pub(crate) fn new(level: Level) -> Self {
         Self {
             level,
             right: &[],
@@ -193,7 +193,8 @@ impl<'r> Multiplier<'r> {
             // other code makes this level.
             #[cfg(target_arch = "x86_64")]
             Level::Avx512Bf16 => unsafe {
-                x86::multiply_avx512_bf16(left, self.right, (tile, add), rows, ahead);
+                let sums = (tile.0.as_mut_ptr().cast(), COLS, add);
+                x86::multiply_avx512_bf16(left, self.right, sums, rows, ahead);
             },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
@@ -204,18 +205,48 @@ impl<'r> Multiplier<'r> {
             Level::Plain => wide.multiply::<false>(left, tile, rows, add),
         }
     }
+
+    /// Whether [`Self::multiply_in_place`] is there.
+    pub(super) fn multiplies_in_place(&self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self.level == Level::Avx512Bf16;
+        #[cfg(not(target_arch = "x86_64"))]
+        return false;
+    }
+
+    /// As [`Self::multiply`] for sums that lie in rows `stride` apart, from `first` on.
+    ///
+    /// # Safety
+    /// [`ROWS`] rows of [`COLS`] values are there, which nobody else reads or writes meanwhile, and
+    /// [`Self::multiplies_in_place`] has said yes.
+    pub(super) unsafe fn multiply_in_place(
+        &self,
+        left: LeftPanel,
+        (first, stride, add): (*mut f32, usize, bool),
+    ) {
+        assert_eq!(left.steps(), self.right.len());
+        // SAFETY: as for `multiply`, and the caller's promise.
+        #[cfg(target_arch = "x86_64")]
+        unsafe {
+            x86::multiply_avx512_bf16(left, self.right, (first, stride, add), ROWS, None);
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        unreachable!("the caller's promise, {first:?} {stride} {add}");
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::asm;
     use std::arch::x86_64::{
-        __m512, __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_set1_epi32, _mm512_setzero_ps,
+        __m512bh, __m512i, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_loadu_ps, _mm512_set1_epi32,
+        _mm512_setzero_ps, _mm512_storeu_ps,
     };
 
     use half::bf16;
 
     use super::{COLS, LeftPanel, ROWS, Step, Tile, Widened};
+    use crate::device::simd::{Fetch, prefetch};
 
     const VECTOR: usize = 16;
 
@@ -284,30 +315,30 @@ mod x86 {
         }
     }
 
-    /// The panel `ahead` is asked for as it will be read, some lines a step.
+    /// Sums lie in rows so many values apart. The panel `ahead` is asked for as it will be read, some
+    /// lines a step.
     ///
     /// # Safety
-    /// The machine has the instructions, and there are as many steps in `b` as in `a`.
+    /// The machine has the instructions, there are as many steps in `b` as in `a`, and 32 sums in each
+    /// of as many strips of 8 rows as `rows` need, 4 at most.
     #[target_feature(enable = "avx512f,avx512bf16")]
     pub(super) unsafe fn multiply_avx512_bf16(
         a: LeftPanel,
         b: &[Step],
-        (tile, add): (&mut Tile, bool),
+        (first, stride, add): (*mut f32, usize, bool),
         rows: usize,
         ahead: Option<LeftPanel>,
     ) {
         const STRIP: usize = 8;
         let [row, step] = a.distances();
-        let strips = tile.0.as_chunks_mut::<STRIP>().0.iter_mut();
-        for (s, strip) in strips.enumerate().take(rows.div_ceil(STRIP)) {
+        for s in 0..rows.min(ROWS).div_ceil(STRIP) {
             let mut sums = [[_mm512_setzero_ps(); COLS / VECTOR]; STRIP];
+            // SAFETY: the caller's promise, here and below.
+            let place = |r, i| unsafe { first.add((s * STRIP + r) * stride + i * VECTOR) };
             if add {
-                // SAFETY: 8 x 32 f32 on either side, row by row, as below.
-                sums = unsafe {
-                    std::mem::transmute::<[[f32; COLS]; STRIP], [[__m512; COLS / VECTOR]; STRIP]>(
-                        *strip,
-                    )
-                };
+                for r in 0..STRIP {
+                    (0..COLS / VECTOR).for_each(|i| prefetch(place(r, i), Fetch::L1));
+                }
             }
             for (i, b) in b.iter().enumerate() {
                 if let Some(ahead) = ahead {
@@ -330,10 +361,16 @@ mod x86 {
                     }
                 }
             }
-            // SAFETY: as above.
-            *strip = unsafe {
-                std::mem::transmute::<[[__m512; COLS / VECTOR]; STRIP], [[f32; COLS]; STRIP]>(sums)
-            };
+            for (r, sums) in sums.into_iter().enumerate() {
+                for (i, mut sum) in sums.into_iter().enumerate() {
+                    unsafe {
+                        if add {
+                            sum = _mm512_add_ps(_mm512_loadu_ps(place(r, i)), sum);
+                        }
+                        _mm512_storeu_ps(place(r, i), sum);
+                    }
+                }
+            }
         }
     }
 

@@ -11,7 +11,7 @@ use std::ops::Range;
 use half::bf16;
 
 use super::left::LeftPanels;
-use super::tile::{COLS, Level, PAIRS, Step};
+use super::tile::{COLS, Level, PAIRS, Step, Tile};
 use crate::device::simd::{Fetch, multiplies_bf16, prefetch, vectorized};
 use crate::error::{Error, Result};
 use crate::ops::math::rounded_to_bf16;
@@ -252,6 +252,43 @@ unsafe fn pack_step<L: Line, T: Value>(
             };
             for (i, line) in square.into_iter().enumerate() {
                 out[first + i * stride..][..PAIRS].copy_from_slice(&line.pairs());
+            }
+        }
+    }
+}
+
+/// Packs a tile as a step: its rows are outer indices of a left panel, its columns those of a right
+/// one.
+pub(super) fn pack_tile(level: Level, side: Side, tile: &Tile, out: &mut Step) {
+    if level.has_avx512() && multiplies_bf16() {
+        // SAFETY: the machine has been seen to have the instructions.
+        #[cfg(target_arch = "x86_64")]
+        return unsafe { x86::pack_tile(side, tile, out) };
+    }
+    // SAFETY: plain vectors need no instructions.
+    vectorized!(unsafe { pack_sums::<Plain>(side, tile, out) });
+}
+
+/// # Safety
+/// The machine has the instructions of `L`.
+#[inline(always)]
+unsafe fn pack_sums<L: Line>(side: Side, Tile(sums): &Tile, out: &mut Step) {
+    let lines = out.as_chunks_mut::<PAIRS>().0;
+    match side {
+        Side::Left => {
+            for (line, row) in lines.iter_mut().zip(sums) {
+                // SAFETY: the caller's promise.
+                *line = unsafe { L::neighbours(row).pairs() };
+            }
+        }
+        Side::Right => {
+            let pairs = sums.as_chunks::<2>().0;
+            for (lines, [low, high]) in lines.as_chunks_mut::<2>().0.iter_mut().zip(pairs) {
+                let halves = [low, high].map(|row| row.as_chunks::<PAIRS>().0);
+                for (i, line) in lines.iter_mut().enumerate() {
+                    // SAFETY: the caller's promise.
+                    *line = unsafe { L::zipped(&halves[0][i], &halves[1][i]).pairs() };
+                }
             }
         }
     }

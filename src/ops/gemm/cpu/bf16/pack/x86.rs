@@ -5,7 +5,7 @@ use std::arch::x86_64::{
     _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
 };
 
-use super::{Line, Matrix, PAIRS, Side, Step, Value};
+use super::{Line, Matrix, PAIRS, Side, Step, Tile, Value};
 
 pub(super) type Vector = __m512i;
 type Square = [Vector; PAIRS];
@@ -23,6 +23,16 @@ pub(super) unsafe fn pack<T: Value>(
 ) {
     // SAFETY: the caller's promise.
     unsafe { super::pack::<Vector, T>(matrix, along, side, out) }
+}
+
+/// As [`super::pack_tile`].
+///
+/// # Safety
+/// The machine has AVX-512 with bf16.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+pub(super) unsafe fn pack_tile(side: Side, tile: &Tile, out: &mut Step) {
+    // SAFETY: the caller's promise.
+    unsafe { super::pack_sums::<Vector>(side, tile, out) }
 }
 
 impl Line for Vector {
