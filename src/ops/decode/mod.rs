@@ -161,7 +161,8 @@ impl<'b, 'c> Batch<'b, 'c> {
     /// One more token for each cache, to go through layer `first` and others that hold as many.
     ///
     /// # Errors
-    /// Heads that do not fit each other or the caches' keys, a position that `rope` does not hold, out of memory.
+    /// Heads that do not fit each other or the caches' keys, a position that `rope` does not hold, out
+    /// of memory.
     pub fn new(
         device: &'b Device,
         heads: Heads,

@@ -1,9 +1,10 @@
 //! Products of bf16 values with sums in f32, over packed panels. P and dS are made tile by tile and
 //! packed while they are in the L1 cache, which halves what goes through L2.
 
-use rayon::prelude::*;
+use std::ops::Range;
 
 use half::bf16;
+use rayon::prelude::*;
 
 use super::super::softmax::{online_softmax, softmax_backward};
 use super::arithmetic::{Arithmetic, Grads, KeysAndValues, Sums, Upstream};
@@ -63,7 +64,7 @@ impl Arithmetic for bf16 {
             |[outer, reduction]: [usize; 2]| Panels::with_capacity(device, outer, reduction);
         Scratch {
             scores: device.buffer(ROWS * keys),
-            keys,
+            width: keys,
             tiles: vec![Tile::ZERO; rows.div_ceil(ROWS)],
             left: panels([rows, keys]),
             rights: [[keys, rows]; 2].map(panels),
@@ -77,24 +78,27 @@ impl Arithmetic for bf16 {
         sums: &mut Sums<'_>,
         scratch: &mut Scratch,
     ) {
-        let (level, d) = (Level::best(), block.x.op.head_dim);
-        let (keys, width) = (block.keys.len(), scratch.keys);
+        let (level, d, width) = (Level::best(), block.x.op.head_dim, scratch.width);
         let rows = sums.max.chunks_mut(ROWS).zip(sums.sum.chunks_mut(ROWS));
         for (i, ((max, sum), o)) in rows.zip(sums.o.chunks_mut(ROWS * d)).enumerate() {
+            let keys = &keys_of_panel(block, i);
+            if keys.is_empty() {
+                continue;
+            }
             let scores = &mut scratch.scores[..max.len() * width];
-            let out = (&mut *scores, [max.len(), keys, width]);
-            let right = k_t.of(block).part(block.keys, &(0..d));
+            let out = (&mut *scores, [max.len(), keys.len(), width]);
+            let right = k_t.of(block).part(keys, &(0..d));
             q.multiply(level, i..i + 1, right, out, false);
             vectorized!(online_softmax(
                 (scores, width, block.x.scales.scores),
-                &block.visible(i * ROWS, block.keys),
+                &block.visible(i * ROWS, keys),
                 max,
                 sum,
                 o,
             ));
             let p = (&Operand::rows(Values::F32(scores), width), Side::Left);
-            scratch.left.pack(level, p, 0..max.len(), 0..keys);
-            let right = v.of(block).part(&(0..d), block.keys);
+            scratch.left.pack(level, p, 0..max.len(), 0..keys.len());
+            let right = v.of(block).part(&(0..d), keys);
             let out = (o, [max.len(), d, d]);
             scratch.left.multiply(level, 0..1, right, out, true);
         }
@@ -115,9 +119,12 @@ impl Arithmetic for bf16 {
             rights: [p, ds],
             ..
         } = scratch;
-        let k = keys.k.of(block).part(&(0..d), block.keys);
-        let out = (grads.dq, [rows, d, d]);
-        ds_rows.multiply(level, 0..rows.div_ceil(ROWS), k, out, true);
+        for (i, dq) in grads.dq.chunks_mut(ROWS * d).enumerate() {
+            let seen = keys_of_panel(block, i);
+            let k = keys.k.of(block).part(&(0..d), &seen);
+            let dims = [dq.len() / d, d, d];
+            ds_rows.multiply(level, i..i + 1, k, (dq, dims), true);
+        }
         let stride = grads.dk.len() / d;
         for (out, left, right) in [(grads.dk, tile.q, ds), (grads.dv, tile.grad, p)] {
             let right = right.part(&(0..count), &(0..rows));
@@ -126,6 +133,13 @@ impl Arithmetic for bf16 {
             left.columns.multiply(level, all, right, out, true);
         }
     }
+}
+
+/// Those of the block's keys that a panel of the tile's rows sees, whatever the documents.
+fn keys_of_panel(block: &Block<'_>, panel: usize) -> Range<usize> {
+    let last_row = (panel + 1) * ROWS - 1;
+    let end = block.tile.queries.start + last_row / block.x.op.group() + 1;
+    block.keys.start..block.keys.end.min(end).max(block.keys.start)
 }
 
 /// Keys or values, packed once for all tasks.
@@ -149,9 +163,9 @@ pub(in super::super) struct Summed {
 
 /// Memory for the scores of a tile and a block of keys.
 pub(in super::super) struct Scratch {
-    /// The scores of a panel of rows, rows `keys` long.
+    /// The scores of a panel of rows, rows `width` apart.
     scores: Buffer,
-    keys: usize,
+    width: usize,
     /// The scores of all panels of rows with one of keys.
     tiles: Vec<Tile>,
     /// \[rows, keys\] for the left side: P of a panel of rows, or dS.
@@ -178,12 +192,22 @@ impl Scratch {
         let mut multiplier = Multiplier::new(level);
         let mut grads = Tile::ZERO;
         for (j, first_key) in block.keys.clone().step_by(COLS).enumerate() {
+            let panels = 0..rows.div_ceil(ROWS);
+            let unseen = |&i: &usize| keys_of_panel(block, i).end <= first_key;
+            let unseen = panels.clone().take_while(unseen).count();
+            for i in 0..unseen {
+                p.set(level, Side::Right, (j, i), &Tile::ZERO);
+                ds.set(level, Side::Right, (j, i), &Tile::ZERO);
+                ds_rows.set(level, Side::Left, (i, j), &Tile::ZERO);
+            }
+            let seen = unseen..panels.end;
             multiplier.set_right_panel(k_t, first_key / COLS);
-            for (i, scores) in self.tiles[..rows.div_ceil(ROWS)].iter_mut().enumerate() {
-                multiplier.tile(&tile.q.rows, i, scores);
+            for i in seen.clone() {
+                multiplier.tile(&tile.q.rows, i, &mut self.tiles[i]);
             }
             multiplier.set_right_panel(v_t, first_key / COLS);
-            for (i, scores) in self.tiles[..rows.div_ceil(ROWS)].iter_mut().enumerate() {
+            for i in seen {
+                let scores = &mut self.tiles[i];
                 multiplier.tile(&tile.grad.rows, i, &mut grads);
                 let of_tile = i * ROWS..rows.min((i + 1) * ROWS);
                 for tile in [&mut *scores, &mut grads] {

@@ -195,11 +195,11 @@ impl Panels {
     }
 
     /// out \[m, n\] (+)= left · rightᵀ on this thread, with the panels `which` on the left. `out`
-    /// holds m rows of n values, `stride` apart. The right side may go on beyond the reduction where
-    /// the left one is zero.
+    /// holds m rows of n values, `stride` apart. The reduction is the right side's, which may go on
+    /// beyond the left one's values.
     ///
     /// # Panics
-    /// When the panels hold more than that or another reduction, or `out` less.
+    /// When the panels hold more than that or the left ones a shorter reduction, or `out` less.
     pub(crate) fn multiply(
         &self,
         level: Level,
@@ -217,6 +217,7 @@ impl Panels {
             multiplier.set_right(&right.panels.panel(panel)[right.steps.clone()]);
             for i in 0..lefts.len() {
                 let place = (i * ROWS, j * COLS);
+                let left = lefts.panel(i).part(0..right.steps.len());
                 // SAFETY: `out` is borrowed for this product, and this thread alone writes to it.
                 unsafe {
                     match out
@@ -225,11 +226,11 @@ impl Panels {
                     {
                         Some(first) => {
                             let sums = (first, stride, add);
-                            multiplier.multiply_in_place(lefts.panel(i), sums);
+                            multiplier.multiply_in_place(left, sums);
                         }
                         None => {
                             let sums = (&mut tile, false);
-                            multiplier.multiply(lefts.panel(i), sums, m - place.0, None);
+                            multiplier.multiply(left, sums, m - place.0, None);
                             out.write(&tile, place);
                         }
                     }
