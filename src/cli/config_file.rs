@@ -36,9 +36,9 @@ const IDLE: [Idle; 4] = [
         why: "has no effect with --sae-init scratch: expected --sae-init finetune or pretrained",
     },
     Idle {
-        when: |config| config.sae_init == SaeInit::Finetune,
+        when: |config| config.sae_init != SaeInit::Scratch,
         options: &["k", "latents", "expansion", "multi-topk"],
-        why: "has no effect with --sae-init finetune: the SAE of --sae has its own",
+        why: "has no effect with --sae-init finetune or pretrained: the SAE of --sae has its own",
     },
     Idle {
         when: |config| config.adapter.is_some(),

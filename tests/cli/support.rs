@@ -89,7 +89,7 @@ impl Workshop {
         };
         // Those that would have no effect are refused.
         let idle = |option: &str| match option {
-            "--latents" | "--k" => more.contains(&"finetune"),
+            "--latents" | "--k" => more.contains(&"finetune") || more.contains(&"pretrained"),
             "--lora-r" => given("--adapter"),
             _ => false,
         };

@@ -145,6 +145,16 @@ fn an_option_without_effect_is_refused_with_the_one_that_takes_it() {
             &["--multi-topk=false"],
             "--multi-topk",
         ),
+        (
+            &["--sae-init", "pretrained", "--sae", "s"],
+            &["--k", "32"],
+            "--k",
+        ),
+        (
+            &["--sae-init", "pretrained", "--sae", "s"],
+            &["--latents", "64"],
+            "--latents",
+        ),
         (&["--adapter", "a"], &["--lora-r", "32"], "--lora-r"),
         (&["--adapter", "a"], &["--lora-alpha", "1"], "--lora-alpha"),
         (
