@@ -22,7 +22,7 @@ use crate::error::{Error, Result};
 use crate::ops::{Operator, expect_shape, only_grad};
 use crate::tensor::{Buffer, Tensor};
 pub(crate) use cpu::bf16::{self, Values};
-pub(crate) use cpu::{Kept, Left, LowRank, Product, Start, product_tn};
+pub(crate) use cpu::{Kept, Left, LowRank, Product, Start, Summed, product_tn};
 
 /// Y = X Wᵀ + b, or Y = R + X Wᵀ + b. Inputs: X, and the residual R \[T, out\] where there is one.
 pub struct Linear {

@@ -20,7 +20,7 @@ use dropout::Mask;
 
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::ops::gemm::{Left, LowRank, Product, Start, Values, affine, output, product_tn};
+use crate::ops::gemm::{Left, LowRank, Product, Start, Summed, Values, affine, output, product_tn};
 use crate::ops::{Operator, expect_cols, expect_shape};
 use crate::tensor::{Buffer, Tensor};
 
@@ -171,6 +171,11 @@ impl LoraLinear {
     ) -> Result<Gradients> {
         let mut sum = None;
         let mut found = Vec::new();
+        let readers = adapters.iter().filter(|adapter| adapter.mask.is_none());
+        let summed = match readers.count() > 1 {
+            true => Summed::shared(device, x)?,
+            false => Summed::once(x),
+        };
         let modules = self.modules.iter().zip(adapters).zip(grads);
         for ((module, adapter), dy) in modules.rev() {
             let Some(dy) = dy else {
@@ -178,6 +183,7 @@ impl LoraLinear {
                 continue;
             };
             let sum = needed.then_some(&mut sum);
+            let x = (x, &summed);
             let (da, db) = module.backward(device, x, adapter, &dy, self.scale, sum)?;
             found.push([Some(da), Some(db)]);
         }
@@ -231,7 +237,7 @@ impl Frozen {
     fn backward(
         &self,
         device: &Device,
-        x: &Tensor,
+        (x, summed): (&Tensor, &Summed),
         HostAdapter { factors, mask }: HostAdapter,
         dy: &Tensor,
         scale: f32,
@@ -252,9 +258,15 @@ impl Frozen {
         let du = Tensor::from_buffer(du, [rows, r])?;
 
         let mut da = device.buffer(a.len());
-        product_tn(device, &mut da, &du, &dropped(device, x, mask.as_ref())?)?;
+        match &mask {
+            None => product_tn(device, &mut da, &du, summed)?,
+            Some(mask) => {
+                let dropped = mask.apply(device, x)?;
+                product_tn(device, &mut da, &du, &Summed::once(&dropped))?;
+            }
+        }
         let mut db = device.buffer(b.len());
-        product_tn(device, &mut db, dy, &u)?;
+        product_tn(device, &mut db, dy, &Summed::once(&u))?;
         let grads = (
             Tensor::from_buffer(da, a.shape())?,
             Tensor::from_buffer(db, b.shape())?,
@@ -277,12 +289,5 @@ impl Frozen {
         };
         product.nn(device, dx.get_or_insert_with(|| device.buffer(x.len())))?;
         Ok(grads)
-    }
-}
-
-fn dropped(device: &Device, x: &Tensor, mask: Option<&Mask>) -> Result<Tensor> {
-    match mask {
-        Some(mask) => mask.apply(device, x),
-        None => Ok(x.clone()),
     }
 }

@@ -246,6 +246,7 @@ impl<'a> Product<'a> {
                 a: Operand::rows(self.left.values, self.left.cols),
                 packed: self.left.packed.as_ref(),
                 b: layout.operand(w, self.right),
+                packed_b: None,
                 low_rank: low_rank.transpose()?,
                 dims,
                 alpha: self.alpha,
@@ -259,8 +260,43 @@ impl<'a> Product<'a> {
     }
 }
 
+/// The right operand of products that sum over its rows, \[M, K\].
+pub(crate) struct Summed<'a> {
+    x: &'a Tensor,
+    /// The same for products in bf16, where more than one reads it.
+    packed: Option<Packed>,
+}
+
+impl<'a> Summed<'a> {
+    /// For one product.
+    pub(crate) fn once(x: &'a Tensor) -> Self {
+        Self { x, packed: None }
+    }
+
+    /// For several: what is packed for one serves them all.
+    ///
+    /// # Errors
+    /// Elements that are neither f32 nor bf16 in host memory.
+    pub(crate) fn shared(device: &Device, x: &'a Tensor) -> Result<Self> {
+        let (rows, cols) = x.matrix_dims();
+        let packed = match device.precision() {
+            Precision::F32 => None,
+            Precision::Bf16 => {
+                let operand = Operand::columns(Values::of(x)?, cols);
+                Some(Packed::new(device, (&operand, Side::Right), [cols, rows]))
+            }
+        };
+        Ok(Self { x, packed })
+    }
+}
+
 /// out \[N, K\] = dY \[M, N\]ᵀ · X \[M, K\]: the gradient of a weight.
-pub(crate) fn product_tn(device: &Device, out: &mut [f32], dy: &Tensor, x: &Tensor) -> Result<()> {
+pub(crate) fn product_tn(
+    device: &Device,
+    out: &mut [f32],
+    dy: &Tensor,
+    Summed { x, packed }: &Summed,
+) -> Result<()> {
     let ((m, n), (rows, k)) = (dy.matrix_dims(), x.matrix_dims());
     expect("rows", m, rows)?;
     expect("an output", n * k, out.len())?;
@@ -271,6 +307,7 @@ pub(crate) fn product_tn(device: &Device, out: &mut [f32], dy: &Tensor, x: &Tens
         a: Operand::columns(Values::of(dy)?, n),
         packed: None,
         b: Operand::columns(Values::of(x)?, k),
+        packed_b: packed.as_ref(),
         low_rank: None,
         dims: [n, k, m],
         alpha: 1.0,

@@ -43,6 +43,8 @@ pub(crate) struct Product<'a> {
     /// The same packed, where that has been done.
     pub packed: Option<&'a Packed>,
     pub b: Operand<'a>,
+    /// As for `a`.
+    pub packed_b: Option<&'a Packed>,
     /// Left out where k is 0: it is made of the same values.
     pub low_rank: Option<LowRank<'a>>,
     /// m, n and k.
@@ -131,18 +133,20 @@ impl Product<'_> {
                 false => None,
                 true => self.b.in_place(n, block.clone()),
             };
-            let at_a_time = match in_place {
-                Some(_) => n,
-                None => (PACKED_BYTES / a.panel_bytes()).max(1) * COLS,
+            let packed_b = self.packed_b.and_then(|packed| packed.block(side_b, i));
+            let at_a_time = match in_place.is_some() || packed_b.is_some() {
+                true => n,
+                false => (PACKED_BYTES / a.panel_bytes()).max(1) * COLS,
             };
             for from in (0..n).step_by(at_a_time) {
                 let outer = from..n.min(from + at_a_time);
                 let pack = |operand: &Operand, block| pack(operand, side_b, outer.clone(), block);
                 let low_rank = low_rank.as_ref().map(|(l, a)| (a, pack(&l.b, 0..l.rank)));
                 let own;
-                let (left, right) = match in_place {
-                    Some(left) => (left, a),
-                    None => {
+                let (left, right) = match (in_place, packed_b) {
+                    (Some(left), _) => (left, a),
+                    (None, Some(b)) => self.sides(a, b),
+                    (None, None) => {
                         own = pack(&self.b, block.clone());
                         self.sides(a, &own)
                     }

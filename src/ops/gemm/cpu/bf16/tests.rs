@@ -27,6 +27,7 @@ fn product<'a>(level: Level, (a, b): (Operand<'a>, Operand<'a>), dims: [usize; 3
         a,
         packed: None,
         b,
+        packed_b: None,
         low_rank: None,
         dims,
         alpha: 1.0,
