@@ -3,6 +3,7 @@
 use super::{Block, FlashAttention};
 use crate::device::Device;
 use crate::ops::stored::Stored;
+use crate::tensor::Buffer;
 
 /// The products of query tiles: in f32, or with operands rounded to bf16 and sums in f32.
 pub(in super::super) trait Arithmetic: Stored {
@@ -26,9 +27,9 @@ pub(in super::super) trait Arithmetic: Stored {
     ) -> Self::Keys<'a>;
 
     /// Rows of `d` values.
-    fn rows(device: &Device, values: &[f32], d: usize) -> Self::Rows;
+    fn rows(device: &Device, values: Buffer, d: usize) -> Self::Rows;
 
-    fn summed(device: &Device, values: &[f32], d: usize) -> Self::Summed;
+    fn summed(device: &Device, values: Buffer, d: usize) -> Self::Summed;
 
     /// For so many rows and keys.
     fn scratch(device: &Device, rows_and_keys: [usize; 2]) -> Self::Scratch;
@@ -45,7 +46,7 @@ pub(in super::super) trait Arithmetic: Stored {
     /// Adds what the tile and the keys contribute to the gradients.
     fn add_grads(
         block: &Block<'_>,
-        tile: &Upstream<'_, Self::Summed>,
+        tile: &Upstream<Self::Summed>,
         keys: &KeysAndValues<Self::Keys<'_>>,
         grads: Grads<'_>,
         scratch: &mut Self::Scratch,
@@ -69,16 +70,16 @@ pub(in super::super) struct KeysAndValues<K> {
     pub(super) v_t: K,
 }
 
-/// A query tile in backward, with what flows into it.
-pub(in super::super) struct Upstream<'t, R> {
+/// The queries of a tile in backward, and what flows into it.
+pub(in super::super) struct Upstream<S> {
     /// \[rows, D\]: queries, scaled.
-    pub(super) q: &'t R,
+    pub(super) q: S,
     /// \[rows, D\]: dO.
-    pub(super) grad: &'t R,
+    pub(super) grad: S,
     /// \[rows\], base 2.
-    pub(super) log_sum: &'t [f32],
+    pub(super) log_sum: Buffer,
     /// \[rows\]: rowsum(dO O).
-    pub(super) delta: &'t [f32],
+    pub(super) delta: Buffer,
 }
 
 /// What is added to.

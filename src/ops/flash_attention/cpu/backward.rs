@@ -98,14 +98,7 @@ struct Pass<'a, T: Arithmetic> {
 /// A query tile with what flows into it.
 struct Tile<T: Arithmetic> {
     of: TileOf,
-    /// \[rows, D\]: queries, scaled.
-    q: T::Summed,
-    /// \[rows, D\]: dO.
-    grad: T::Summed,
-    /// \[rows\], base 2.
-    log_sum: Buffer,
-    /// \[rows\]: rowsum(dO O).
-    delta: Buffer,
+    upstream: Upstream<T::Summed>,
 }
 
 /// A block of queries and one of keys, with the part of each sum that is theirs.
@@ -143,14 +136,14 @@ impl<T: Arithmetic> Pass<'_, T> {
                 to
             };
             let [q, grad] = [stacked(x.q, d, x.scales.queries), stacked(grad, d, 1.0)]
-                .map(|values| T::summed(self.device, &values, d));
-            Tile {
+                .map(|values| T::summed(self.device, values, d));
+            let upstream = Upstream {
                 q,
                 grad,
                 log_sum: stacked(log_sum, 1, 1.0),
                 delta: stacked(delta, 1, 1.0),
-                of,
-            }
+            };
+            Tile { of, upstream }
         };
         let (first, step) = (block * BLOCK, x.queries_of_tile());
         let end = x.op.seq_len.min(first + BLOCK);
@@ -176,18 +169,12 @@ impl<T: Arithmetic> Pass<'_, T> {
                 tile: &tile.of,
                 keys: &keys,
             };
-            let upstream = Upstream {
-                q: &tile.q,
-                grad: &tile.grad,
-                log_sum: &tile.log_sum,
-                delta: &tile.delta,
-            };
             let grads = Grads {
                 dq,
                 dk: pair.dk,
                 dv: pair.dv,
             };
-            T::add_grads(&block, &upstream, &self.keys, grads, &mut scratch);
+            T::add_grads(&block, &tile.upstream, &self.keys, grads, &mut scratch);
         }
     }
 }

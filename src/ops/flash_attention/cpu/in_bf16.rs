@@ -46,16 +46,16 @@ impl Arithmetic for bf16 {
         }
     }
 
-    fn rows(device: &Device, values: &[f32], d: usize) -> Panels {
-        let operand = (&Operand::rows(Values::F32(values), d), Side::Left);
+    fn rows(device: &Device, values: Buffer, d: usize) -> Panels {
+        let operand = (&Operand::rows(Values::F32(&values), d), Side::Left);
         Panels::new(device, Level::best(), operand, 0..values.len() / d, 0..d)
     }
 
-    fn summed(device: &Device, values: &[f32], d: usize) -> Summed {
-        let operand = (&Operand::columns(Values::F32(values), d), Side::Left);
+    fn summed(device: &Device, values: Buffer, d: usize) -> Summed {
+        let operand = (&Operand::columns(Values::F32(&values), d), Side::Left);
         Summed {
-            rows: Self::rows(device, values, d),
             columns: Panels::new(device, Level::best(), operand, 0..d, 0..values.len() / d),
+            rows: Self::rows(device, values, d),
         }
     }
 
@@ -106,7 +106,7 @@ impl Arithmetic for bf16 {
 
     fn add_grads(
         block: &Block<'_>,
-        tile: &Upstream<'_, Summed>,
+        tile: &Upstream<Summed>,
         keys: &KeysAndValues<Keys>,
         grads: Grads<'_>,
         scratch: &mut Scratch,
@@ -126,7 +126,7 @@ impl Arithmetic for bf16 {
             ds_rows.multiply(level, i..i + 1, k, (dq, dims), true);
         }
         let stride = grads.dk.len() / d;
-        for (out, left, right) in [(grads.dk, tile.q, ds), (grads.dv, tile.grad, p)] {
+        for (out, left, right) in [(grads.dk, &tile.q, ds), (grads.dv, &tile.grad, p)] {
             let right = right.part(&(0..count), &(0..rows));
             let out = (out, [d, count, stride]);
             let all = 0..d.div_ceil(ROWS);
@@ -179,7 +179,7 @@ impl Scratch {
     fn set_probabilities(
         &mut self,
         block: &Block<'_>,
-        tile: &Upstream<'_, Summed>,
+        tile: &Upstream<Summed>,
         keys: &KeysAndValues<Keys>,
     ) {
         let level = Level::best();

@@ -33,14 +33,12 @@ impl Arithmetic for f32 {
         }
     }
 
-    fn rows(device: &Device, values: &[f32], _: usize) -> Buffer {
-        let mut rows = device.buffer(values.len());
-        rows.copy_from_slice(values);
-        rows
+    fn rows(_: &Device, values: Buffer, _: usize) -> Buffer {
+        values
     }
 
-    fn summed(device: &Device, values: &[f32], d: usize) -> Buffer {
-        Self::rows(device, values, d)
+    fn summed(_: &Device, values: Buffer, _: usize) -> Buffer {
+        values
     }
 
     fn scratch(device: &Device, [rows, _]: [usize; 2]) -> Self::Scratch {
@@ -71,21 +69,21 @@ impl Arithmetic for f32 {
 
     fn add_grads(
         block: &Block<'_>,
-        tile: &Upstream<'_, Buffer>,
+        tile: &Upstream<Buffer>,
         keys: &KeysAndValues<Keys<'_>>,
         grads: Grads<'_>,
         [p, ds]: &mut Self::Scratch,
     ) {
         let (d, rows) = (block.x.op.head_dim, tile.delta.len());
-        let [q, grad] = [tile.q, tile.grad].map(|values| mat(values, rows, d, d));
+        let [q, grad] = [&tile.q, &tile.grad].map(|values| mat(values, rows, d, d));
         product((p, KEYS), Accum::Replace, q, keys.k_t.of(block));
         product((ds, KEYS), Accum::Replace, grad, keys.v_t.of(block));
         vectorized!(softmax_backward(
             (p, ds, KEYS),
             block.x.scales.scores,
             &block.visible(0, block.keys),
-            tile.log_sum,
-            tile.delta,
+            &tile.log_sum,
+            &tile.delta,
         ));
         let [p, ds] = [p, ds].map(|values| mat(values, rows, block.keys.len(), KEYS));
         product((grads.dq, d), Accum::Add, ds, keys.k.of(block));

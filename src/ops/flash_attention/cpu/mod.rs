@@ -169,8 +169,6 @@ fn copy_scaled<T: Stored>(
 
 /// Memory for one query tile.
 struct Scratch<T: Arithmetic> {
-    /// [rows, D]: queries, scaled.
-    q: Buffer,
     /// [rows, D]: O.
     out: Buffer,
     /// [rows]: the running maximum, at the end the logarithm of the denominator.
@@ -184,7 +182,6 @@ impl<T: Arithmetic> Scratch<T> {
     fn new(device: &Device, x: &Operands<'_>) -> Self {
         let rows = x.rows_of_tile();
         Self {
-            q: device.buffer(rows * x.op.head_dim),
             out: device.buffer(rows * x.op.head_dim),
             log_sum: device.buffer(rows),
             sum: device.buffer(rows),
@@ -274,8 +271,8 @@ fn forward_tile<'k, T: Arithmetic>(
         max: &mut scratch.log_sum[..rows],
         sum: &mut scratch.sum[..rows],
     };
-    let q = &mut scratch.q[..rows * d];
-    x.pack(x.q, d, tile, x.scales.queries, q);
+    let mut q = device.buffer(rows * d);
+    x.pack(x.q, d, tile, x.scales.queries, &mut q);
     let q = T::rows(device, q, d);
     sums.o.fill(0.0);
     sums.max.fill(f32::NEG_INFINITY);
