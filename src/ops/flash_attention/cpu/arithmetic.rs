@@ -11,7 +11,7 @@ pub(in super::super) trait Arithmetic: Stored {
     const KEY_STEP: usize;
     /// Keys or values of all sequences, \[keys, D\] of a sequence and head or the transpose, as they
     /// stand on the right of products.
-    type Keys<'a>: Sync;
+    type Keys<'a>: Send + Sync;
     /// \[rows, D\] of a query tile, as they stand on the left of products.
     type Rows;
     /// The same, also where a product sums over the rows.

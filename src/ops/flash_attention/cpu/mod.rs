@@ -230,11 +230,15 @@ pub(super) fn forward<T: Arithmetic>(
     log_sum: &mut [f32],
 ) {
     let op = x.op;
-    let k_t = T::keys(device, op, x.k, true);
-    let v = T::keys(device, op, x.v, false);
+    let (k_t, v) = rayon::join(
+        || T::keys(device, op, x.k, true),
+        || T::keys(device, op, x.v, false),
+    );
     let o = blocks(o, op, op.heads * op.head_dim, x.queries_of_tile());
     let log_sum = blocks(log_sum, op, op.heads, x.queries_of_tile());
-    let tasks = o.into_par_iter().zip(log_sum).with_max_len(1);
+    // The later queries of a sequence see the most keys: threads are done together where these come
+    // first.
+    let tasks = o.into_iter().zip(log_sum).rev().par_bridge();
     tasks.for_each(|((seq, queries, o), (_, _, log_sum))| {
         let mut scratch = Scratch::<T>::new(device, x);
         let rows = queries.len() * op.group();

@@ -5,7 +5,7 @@ use std::ops::Range;
 use bytemuck::{cast_slice, pod_read_unaligned};
 use half::bf16;
 
-use super::tile::{PAIRS, ROWS, Step};
+use super::tile::{PAIRS, ROWS, STRIP, Step};
 use crate::device::simd::{Fetch, prefetch};
 
 /// A left panel: rows with 16 pairs of the reduction in succession for each step.
@@ -51,12 +51,13 @@ impl<'a> LeftPanel<'a> {
         pod_read_unaligned(cast_slice(&self.values[first..][..2 * PAIRS]))
     }
 
-    /// Asks for the cache lines of some rows of a step.
-    #[inline(always)]
-    pub(super) fn prefetch(&self, rows: Range<usize>, step: usize) {
-        for row in rows {
-            let first = row * self.row + step * self.step;
-            prefetch(self.values.as_ptr().wrapping_add(first), Fetch::L2);
+    /// Asks for all of it at once.
+    pub(super) fn prefetch(&self) {
+        for step in 0..self.steps {
+            for row in 0..ROWS {
+                let first = row * self.row + step * self.step;
+                prefetch(self.values.as_ptr().wrapping_add(first), Fetch::L2);
+            }
         }
     }
 
@@ -70,6 +71,73 @@ impl<'a> LeftPanel<'a> {
     #[cfg(target_arch = "x86_64")]
     pub(super) fn distances(&self) -> [usize; 2] {
         [self.row, self.step]
+    }
+}
+
+/// The cache lines of a left panel in the order of their addresses, to be asked for some at a time
+/// while others are used. Asked for in another order or all at once they hold up what is loaded
+/// meanwhile: a product with weights in memory took 7 % longer.
+pub(super) struct Lines<'a> {
+    values: &'a [bf16],
+    /// The next line of its piece of memory.
+    next: usize,
+    /// Lines of a piece.
+    len: usize,
+    /// Values from one piece to the next.
+    distance: usize,
+    /// Pieces from that of the next line on.
+    pieces: usize,
+    at_a_time: usize,
+}
+
+impl<'a> Lines<'a> {
+    /// To be asked for while so many tiles are computed, some at every step of every strip of rows.
+    pub(super) fn new(panel: LeftPanel<'a>, tiles: usize) -> Self {
+        let LeftPanel {
+            values,
+            row,
+            step,
+            steps,
+        } = panel;
+        // What is packed lies in one piece, a matrix has one in each row.
+        let (len, distance, pieces) = match row < step {
+            true => (ROWS * steps, 0, 1),
+            false => (steps, row, ROWS),
+        };
+        Self {
+            values,
+            next: 0,
+            len,
+            distance,
+            pieces,
+            at_a_time: STRIP.div_ceil(tiles.max(1)),
+        }
+    }
+
+    #[inline(always)]
+    pub(super) fn prefetch_some(&mut self) {
+        for line in self.take(self.at_a_time) {
+            prefetch(line, Fetch::L1);
+        }
+    }
+}
+
+impl Iterator for Lines<'_> {
+    type Item = *const bf16;
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<*const bf16> {
+        if self.next == self.len {
+            self.next = 0;
+            self.pieces = self.pieces.saturating_sub(1);
+            self.values = self.values.get(self.distance..).unwrap_or(&[]);
+        }
+        if self.pieces == 0 {
+            return None;
+        }
+        let line = self.values.as_ptr().wrapping_add(self.next * 2 * PAIRS);
+        self.next += 1;
+        Some(line)
     }
 }
 

@@ -19,13 +19,14 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+pub(crate) use output::copy_transposed;
 pub(crate) use pack::{Operand, Side, Values};
 pub(crate) use panels::{Packed, Panels};
 pub(crate) use tile::{COLS, Level, Multiplier, ROWS, Tile};
 
 use super::{Kept, Start};
 use crate::device::Device;
-use left::LeftPanels;
+use left::{LeftPanels, Lines};
 use output::{Output, finish_streams};
 use tile::{PAIRS, Step};
 
@@ -200,16 +201,17 @@ impl Product<'_> {
     fn tiles(&self, task: &Task, block: &Block, out: &Output) {
         let [m, n, _] = self.dims;
         let mut multiplier = Multiplier::new(self.level);
-        let group = match self.level.streams_left() {
-            true => 1,
-            false => task.left.len(),
-        };
+        let streams_left = self.level.streams_left();
+        let group = if streams_left { 1 } else { task.left.len() };
         let mut tiles = vec![Tile::ZERO; group];
         for from in task.left.clone().step_by(group) {
             let lefts = from..task.left.end;
             let tiles = &mut tiles[..group.min(lefts.len())];
             let first_row = block.first.0 + from * ROWS;
             let rows = if self.turned { n } else { m } - first_row;
+            // The next one may be another task's, but of those this thread's own next is likely.
+            let next = (streams_left && from + 1 < block.left.len()).then(|| from + 1);
+            let mut lines = next.map(|i| Lines::new(block.left.panel(i), task.right.len()));
             for j in task.right.clone() {
                 let place = |i| {
                     let (row, col) = (first_row + i * ROWS, block.first.1 + j * COLS);
@@ -218,7 +220,7 @@ impl Product<'_> {
                 if let Some((left, right)) = &block.low_rank {
                     let panels = (left.range(lefts.clone()), right.panel(j));
                     let sums = (&mut *tiles, false);
-                    multiply(&mut multiplier, panels, rows, sums, false, |_| ());
+                    multiply(&mut multiplier, panels, rows, sums, Ahead::Nothing, |_| ());
                 }
                 if let Some(kept) = &block.kept {
                     assert!(!self.turned);
@@ -228,7 +230,11 @@ impl Product<'_> {
                 }
                 let panels = (block.left.range(lefts.clone()), block.right.panel(j));
                 let sums = (&mut *tiles, block.low_rank.is_some());
-                let ahead = block.in_place && j == task.right.start;
+                let ahead = match &mut lines {
+                    Some(lines) => Ahead::Lines(lines),
+                    None if block.in_place && j == task.right.start => Ahead::Panels,
+                    None => Ahead::Nothing,
+                };
                 multiply(&mut multiplier, panels, rows, sums, ahead, |i| {
                     out.prefetch(place(i))
                 });
@@ -242,16 +248,24 @@ impl Product<'_> {
     }
 }
 
+/// What is asked for while panels are multiplied.
+enum Ahead<'l, 'a> {
+    Nothing,
+    /// Each left panel while the one before it is used.
+    Panels,
+    /// Some of these lines at a time.
+    Lines(&'l mut Lines<'a>),
+}
+
 /// Sets the tiles to the products of the first left panels, of which `rows` rows are used, with a
 /// right one, or adds these: part by part of the reduction, so that the part of the right panel stays
-/// in the L1 cache, or widened in L2. Where left panels are read `ahead`, each is asked for while the
-/// one before it is used. `before_last` is called with the index of each tile before its last part.
+/// in the L1 cache, or widened in L2. `before_last` is called with the index of each tile before its last part.
 fn multiply<'r>(
     multiplier: &mut Multiplier<'r>,
     (left, right): (LeftPanels, &'r [Step]),
     rows: usize,
     (tiles, add): (&mut [Tile], bool),
-    ahead: bool,
+    mut ahead: Ahead,
     before_last: impl Fn(usize),
 ) {
     let most = multiplier.part_steps();
@@ -262,16 +276,24 @@ fn multiply<'r>(
         multiplier.set_right(&right[part(from)]);
         let count = tiles.len();
         for (i, tile) in tiles.iter_mut().enumerate() {
-            let next = match i + 1 < count || last {
-                true => (i + 1 < left.len()).then(|| left.panel(i + 1).part(part(from))),
-                false => Some(left.panel(0).part(part(from + len))),
+            let lines = match &mut ahead {
+                Ahead::Nothing => None,
+                Ahead::Panels => {
+                    if i + 1 < count {
+                        left.panel(i + 1).part(part(from)).prefetch();
+                    } else if !last {
+                        left.panel(0).part(part(from + len)).prefetch();
+                    }
+                    None
+                }
+                Ahead::Lines(lines) => Some(&mut **lines),
             };
             if last {
                 before_last(i);
             }
             let rows = ROWS.min(rows - i * ROWS);
             let left = left.panel(i).part(part(from));
-            multiplier.multiply(left, (tile, add || from > 0), rows, next.filter(|_| ahead));
+            multiplier.multiply(left, (tile, add || from > 0), rows, lines);
         }
     }
 }

@@ -225,6 +225,33 @@ impl Block {
     }
 }
 
+/// to \[cols, rows\] = `scale` times the transpose of a matrix of so many rows and columns. The rows of
+/// `to` are `stride` apart.
+///
+/// # Panics
+/// When `from` or `to` holds less, or nothing.
+pub(crate) fn copy_transposed(
+    from: &[f32],
+    [rows, cols]: [usize; 2],
+    (to, stride): (&mut [f32], usize),
+    scale: f32,
+) {
+    let dims = [cols, rows, stride];
+    let out = Output::new(to, Start::Zero, dims, scale, true, Level::best());
+    let mut tile = Tile::ZERO;
+    for row in (0..rows).step_by(ROWS) {
+        for col in (0..cols).step_by(COLS) {
+            for (i, line) in tile.0[..ROWS.min(rows - row)].iter_mut().enumerate() {
+                let from = &from[(row + i) * cols..][col..cols.min(col + COLS)];
+                line[..from.len()].copy_from_slice(from);
+            }
+            // SAFETY: `to` is borrowed for this alone.
+            unsafe { out.write(&tile, (col, row)) };
+        }
+    }
+    finish_streams();
+}
+
 /// Makes what was written past the caches visible to other threads, as other writes are.
 pub(super) fn finish_streams() {
     #[cfg(target_arch = "x86_64")]

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use super::left::LeftPanels;
 use super::output::{Output, finish_streams};
 use super::tile::{COLS, Level, Multiplier, PAIRS, ROWS, Step, Tile};
-use super::{Operand, Side, Start, blocks, multiply, pack};
+use super::{Ahead, Operand, Side, Start, blocks, multiply, pack};
 use crate::device::Device;
 use crate::tensor::Buffer;
 
@@ -259,7 +259,7 @@ impl Panels {
                 panels,
                 rows,
                 (&mut tiles, false),
-                false,
+                Ahead::Nothing,
                 |_| (),
             );
             for (i, tile) in tiles.iter().enumerate() {

@@ -199,6 +199,46 @@ fn a_tile_is_packed_as_a_matrix_of_its_values_is() {
 
 /// start + a · bᵀ + kept(u · vᵀ) with and without a mask, from each start, beside float64. Columns
 /// are no whole bytes of the mask where n is odd.
+#[test]
+fn the_lines_of_a_panel_are_where_its_rows_are_read_in_ascending_order() {
+    let (rows, steps) = (2 * ROWS, 3);
+    let k = steps * 2 * PAIRS;
+    for stride in [k, k + 40] {
+        let matrix = vec![bf16::ONE; rows * stride];
+        let in_place = LeftPanels::in_place(&matrix, stride, rows, 0..k).unwrap();
+        let packed = vec![[0; ROWS * PAIRS]; 2 * steps];
+        for panels in [in_place, LeftPanels::packed(&packed, steps)] {
+            for i in 0..2 {
+                let panel = panels.panel(i);
+                let [row, step] = panel.distances();
+                let read = (0..ROWS).flat_map(|r| (0..steps).map(move |s| r * row + s * step));
+                let mut read: Vec<_> = read.map(|i| panel.as_ptr().wrapping_add(i)).collect();
+                read.sort();
+                assert_eq!(Lines::new(panel, 1).collect::<Vec<_>>(), read);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_scaled_transpose_has_every_value_at_its_place() {
+    for [rows, cols, stride] in [[1, 1, 1], [64, 128, 64], [45, 67, 51], [64, 33, 192]] {
+        let from = values(6, rows * cols);
+        let mut to = vec![-1.0; cols * stride];
+        copy_transposed(&from, [rows, cols], (&mut to, stride), 0.5);
+        for (c, to) in to.chunks(stride).enumerate() {
+            let (there, rest) = to.split_at(rows);
+            assert!(
+                there
+                    .iter()
+                    .enumerate()
+                    .all(|(r, &v)| v == 0.5 * from[r * cols + c])
+            );
+            assert!(rest.iter().all(|&v| v == -1.0));
+        }
+    }
+}
+
 fn check_low_rank([m, n, k, rank]: [usize; 4], masked: bool) {
     let device = Device::cpu(2).unwrap();
     let (a, b, u, v) = (

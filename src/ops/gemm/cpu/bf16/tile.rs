@@ -6,7 +6,7 @@
 //! 16 accumulators of 16 sums, in flight together.
 
 use super::STEPS;
-use super::left::LeftPanel;
+use super::left::{LeftPanel, Lines};
 use super::widened::Widened;
 use crate::device::simd::vectorized;
 #[cfg(target_arch = "x86_64")]
@@ -19,6 +19,8 @@ use crate::device::{
 pub(crate) const ROWS: usize = 32;
 /// Columns of a tile: outer indices of a right panel.
 pub(crate) const COLS: usize = 32;
+/// Rows of a tile that AVX-512 with BF16 computes at a time.
+pub(super) const STRIP: usize = 8;
 /// Pairs of the reduction in a step.
 pub(super) const PAIRS: usize = 16;
 
@@ -168,7 +170,8 @@ impl<'r> Multiplier<'r> {
 
     /// tile\[i\]\[j\] (+)= Σ_p left\[i\]\[p\] · right\[p\]\[j\], each product being that of
     /// two pairs of bf16 (the lower index of the reduction in the lower half) and the sum of its two
-    /// terms. Rows from `rows` on may stay as they are. The panel `ahead` is asked for.
+    /// terms. Rows from `rows` on may stay as they are. Where single left panels go by, the lines
+    /// `ahead` are asked for, some at every step of 8 rows.
     ///
     /// # Panics
     /// Where the right panel has other steps than `left`.
@@ -177,12 +180,9 @@ impl<'r> Multiplier<'r> {
         left: LeftPanel,
         (tile, add): (&mut Tile, bool),
         rows: usize,
-        ahead: Option<LeftPanel>,
+        ahead: Option<&mut Lines>,
     ) {
         assert_eq!(left.steps(), self.right.len());
-        if let Some(ahead) = ahead.filter(|_| !self.level.streams_left()) {
-            (0..ahead.steps()).for_each(|step| ahead.prefetch(0..ROWS, step));
-        }
         let wide = &mut self.wide;
         match self.level {
             // SAFETY: the tiles are configured for as long as `self` lives, and there are as many
@@ -245,7 +245,7 @@ mod x86 {
 
     use half::bf16;
 
-    use super::{COLS, LeftPanel, ROWS, Step, Tile, Widened};
+    use super::{COLS, LeftPanel, Lines, ROWS, STRIP, Step, Tile, Widened};
     use crate::device::simd::{Fetch, prefetch};
 
     const VECTOR: usize = 16;
@@ -315,8 +315,7 @@ mod x86 {
         }
     }
 
-    /// Sums lie in rows so many values apart. The panel `ahead` is asked for as it will be read, some
-    /// lines a step.
+    /// Sums lie in rows so many values apart.
     ///
     /// # Safety
     /// The machine has the instructions, there are as many steps in `b` as in `a`, and 32 sums in each
@@ -327,9 +326,8 @@ mod x86 {
         b: &[Step],
         (first, stride, add): (*mut f32, usize, bool),
         rows: usize,
-        ahead: Option<LeftPanel>,
+        mut ahead: Option<&mut Lines>,
     ) {
-        const STRIP: usize = 8;
         let [row, step] = a.distances();
         for s in 0..rows.min(ROWS).div_ceil(STRIP) {
             let mut sums = [[_mm512_setzero_ps(); COLS / VECTOR]; STRIP];
@@ -341,8 +339,8 @@ mod x86 {
                 }
             }
             for (i, b) in b.iter().enumerate() {
-                if let Some(ahead) = ahead {
-                    ahead.prefetch(s * STRIP..(s + 1) * STRIP, i);
+                if let Some(ahead) = &mut ahead {
+                    ahead.prefetch_some();
                 }
                 for (p, b) in b.as_chunks::<COLS>().0.iter().enumerate() {
                     // SAFETY: arrays of 32 u32 and of two vectors of 512 bits have the same
