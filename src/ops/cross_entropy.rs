@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::ops::embedding::Embedding;
 use crate::ops::gemm::{Left, Product, Values};
 use crate::ops::head::CudaHead;
-use crate::ops::math::exp;
+use crate::ops::math::exp_of_negative;
 use crate::ops::{Operator, expect_cols, expect_inputs, head, only_grad};
 use crate::tensor::{DType, Tensor};
 
@@ -162,7 +162,8 @@ fn nll(row: &mut [f32], y: usize, scale: f32) -> f32 {
 
 #[inline(always)]
 fn softmax_scaled(row: &mut [f32], log_sum: f32, scale: f32) {
-    row.iter_mut().for_each(|v| *v = scale * exp(*v - log_sum));
+    row.iter_mut()
+        .for_each(|v| *v = scale * exp_of_negative(*v - log_sum));
 }
 
 const FORWARD: Kernel = Kernel {

@@ -9,7 +9,7 @@ use crate::device::simd::vectorized;
 use crate::error::Result;
 use crate::ops::gemm::bf16::COLS;
 use crate::ops::gemm::cuda::{Layout, Matrix, Product};
-use crate::ops::math::{LANES, add_up, exp};
+use crate::ops::math::{LANES, add_up, exp_of_negative};
 use crate::tensor::{CudaBuffer, DType, Tensor};
 
 /// Bytes of logits and of their gradients at a time.
@@ -25,13 +25,12 @@ pub(super) fn chunk_tokens(tokens: usize, vocab: usize, copies: usize) -> usize 
 }
 
 /// Tokens in a chunk with two rows of logits each, and in a group of chunks whose gradients, in
-/// bf16, are kept: that product alone packs the head. A chunk takes a quarter of the budget, its
-/// rows whole panels.
+/// bf16, are kept: that product alone packs the head. A chunk takes a quarter of the budget. Its rows
+/// are whole panels, and so are those of a group.
 pub(super) fn chunk_and_group(tokens: usize, vocab: usize) -> [usize; 2] {
-    const PANEL: usize = COLS / 2;
-    let fitting = |bytes: usize, row: usize| bytes / (vocab * row).max(1) / PANEL * PANEL;
-    let chunk = fitting(BUDGET / 4, 2 * size_of::<f32>()).max(PANEL);
-    let group = fitting(BUDGET / 4 * 3, size_of::<bf16>()).max(chunk);
+    let panels = |bytes: usize, row: usize| bytes / (vocab * row * COLS).max(1);
+    let chunk = panels(BUDGET / 4, size_of::<f32>()).max(1) * COLS / 2;
+    let group = (panels(BUDGET / 4 * 3, size_of::<bf16>()) * COLS).max(chunk);
     [chunk, group].map(|most| most.min(tokens).max(1))
 }
 
@@ -147,11 +146,11 @@ fn sum_exp(row: &[f32], shift: f32) -> f32 {
     let mut lanes = [0.0; LANES];
     for chunk in chunks {
         for (lane, &v) in lanes.iter_mut().zip(chunk) {
-            *lane += exp(v - shift);
+            *lane += exp_of_negative(v - shift);
         }
     }
     for (lane, &v) in lanes.iter_mut().zip(rest) {
-        *lane += exp(v - shift);
+        *lane += exp_of_negative(v - shift);
     }
     add_up(lanes)
 }

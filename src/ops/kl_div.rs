@@ -12,15 +12,18 @@ use half::bf16;
 use rayon::prelude::*;
 
 use crate::device::cuda::{Arg, Grid, Kernel};
-use crate::device::simd::vectorized;
+use crate::device::simd::{Fetch, prefetch, vectorized};
 use crate::device::{CudaDevice, Device, Precision};
 use crate::error::Result;
 use crate::ops::gemm::{Left, Product, Values};
 use crate::ops::head::CudaHead;
-use crate::ops::math::{LANES, add_up, exp};
+use crate::ops::math::{LANES, add_up, exp_of_negative};
 use crate::ops::stored::Stored;
 use crate::ops::{Operator, expect_cols, expect_inputs, expect_shape, head, only_grad};
 use crate::tensor::{Buffer, DType, Tensor};
+
+/// Values of a cache line.
+const LINE: usize = 16;
 
 /// Input: the student's hidden states \[T, d\]. Output: the divergence of each token \[T\].
 pub struct KlDiv {
@@ -156,21 +159,27 @@ fn divergence(p: &mut [f32], q: &mut [f32]) -> (f32, [f32; 2]) {
 }
 
 /// Replaces p by e^(p − its shift), q likewise. Sums of these, and of the new p times the difference
-/// of the shifted logits.
+/// of the shifted logits. The rows that follow in memory are asked for: they are next.
 #[inline(always)]
 fn exponentials(p: &mut [f32], q: &mut [f32], [shift_p, shift_q]: [f32; 2]) -> [f32; 3] {
+    let vocab = p.len();
     let (p, p_rest) = p.as_chunks_mut::<LANES>();
     let (q, q_rest) = q.as_chunks_mut::<LANES>();
     let mut sums = [[0.0; LANES]; 3];
     let [of_p, of_q, weighted] = &mut sums;
     let mut add = |lane: usize, p: &mut f32, q: &mut f32| {
         let (log_p, log_q) = (*p - shift_p, *q - shift_q);
-        (*p, *q) = (exp(log_p), exp(log_q));
+        (*p, *q) = (exp_of_negative(log_p), exp_of_negative(log_q));
         of_p[lane] += *p;
         of_q[lane] += *q;
         weighted[lane] += *p * (log_p - log_q);
     };
     for (p, q) in p.iter_mut().zip(q) {
+        for next in [&*p, &*q].map(|row| row.as_ptr().wrapping_add(vocab)) {
+            (0..LANES)
+                .step_by(LINE)
+                .for_each(|i| prefetch(next.wrapping_add(i), Fetch::L1));
+        }
         for lane in 0..LANES {
             add(lane, &mut p[lane], &mut q[lane]);
         }

@@ -81,17 +81,33 @@ const ROUND: f32 = 12_582_912.0;
 /// product to be exact), then a polynomial through the Chebyshev nodes.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
-    const LN2_HIGH: f32 = 0.693_115_23;
-    const LN2_LOW: f32 = 3.194_618_3e-5;
     // Written so that NaN passes through.
     let x = if x > 89.0 { 89.0 } else { x };
     let x = if x < -104.0 { -104.0 } else { x };
+    let (r, power) = reduced(x);
+    // 2^n in two factors: n may lie outside the exponents of normal numbers.
+    let half = power >> 1;
+    exp_near_zero(r) * power_of_two(half) * power_of_two(power - half)
+}
+
+/// The same for x <= 0; 0 below -87.
+#[inline(always)]
+pub(crate) fn exp_of_negative(x: f32) -> f32 {
+    let clamped = if x < -87.0 { -87.0 } else { x };
+    let (r, power) = reduced(clamped);
+    let y = exp_near_zero(r) * power_of_two(power);
+    if x < -87.0 { 0.0 } else { y }
+}
+
+/// r and n with x = r + n ln(2), |r| <= ln(2) / 2.
+#[inline(always)]
+fn reduced(x: f32) -> (f32, i32) {
+    const LN2_HIGH: f32 = 0.693_115_23;
+    const LN2_LOW: f32 = 3.194_618_3e-5;
     let shifted = x * std::f32::consts::LOG2_E + ROUND;
     let n = shifted - ROUND;
     let power = shifted.to_bits().wrapping_sub(ROUND.to_bits()) as i32;
-    // 2^n in two factors: n may lie outside the exponents of normal numbers.
-    let half = power >> 1;
-    exp_near_zero(x - n * LN2_HIGH - n * LN2_LOW) * power_of_two(half) * power_of_two(power - half)
+    (x - n * LN2_HIGH - n * LN2_LOW, power)
 }
 
 /// 2^x for x <= 0, to a relative error below 1.3e-7; 0 below -126.
@@ -148,9 +164,13 @@ mod tests {
     }
 
     #[test]
-    fn exp2_is_within_its_stated_error() {
+    fn exponentials_of_negative_numbers_are_within_their_stated_error() {
         for range in [-126.0..0.0, -1.0..0.0] {
             let error = worst_relative_error(range.clone(), exp2_of_negative, f64::exp2);
+            assert!(error < 1.3e-7, "{error:e} in {range:?}");
+        }
+        for range in [-87.0..0.0, -1.0..0.0] {
+            let error = worst_relative_error(range.clone(), exp_of_negative, f64::exp);
             assert!(error < 1.3e-7, "{error:e} in {range:?}");
         }
     }
@@ -169,6 +189,10 @@ mod tests {
         assert_eq!(exp2_of_negative(-126.0), f32::MIN_POSITIVE);
         assert_eq!(exp2_of_negative(f32::NEG_INFINITY), 0.0);
         assert!(exp2_of_negative(f32::NAN).is_nan());
+        assert_eq!(exp_of_negative(0.0), 1.0);
+        assert_eq!(exp_of_negative(-87.01), 0.0);
+        assert_eq!(exp_of_negative(f32::NEG_INFINITY), 0.0);
+        assert!(exp_of_negative(f32::NAN).is_nan());
     }
 
     #[test]

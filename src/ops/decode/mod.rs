@@ -25,7 +25,7 @@ pub use cache::KvCache;
 use crate::device::Device;
 use crate::device::simd::vectorized;
 use crate::error::{Error, Result};
-use crate::ops::math::{add_scaled, dot, exp};
+use crate::ops::math::{add_scaled, dot, exp_of_negative};
 use crate::ops::rope::RopeTable;
 use crate::ops::{expect_cols, expect_shape};
 use crate::tensor::{DType, Tensor};
@@ -308,7 +308,9 @@ fn attend(q: &[f32], keys: Rows, values: Rows, scores: &mut [f32], out: &mut [f3
     }
     for scores in scores.chunks_exact_mut(n) {
         let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        scores.iter_mut().for_each(|s| *s = exp(*s - max));
+        scores
+            .iter_mut()
+            .for_each(|s| *s = exp_of_negative(*s - max));
         let sum = scores.iter().map(|&s| f64::from(s)).sum::<f64>();
         let inverse = (1.0 / sum) as f32;
         scores.iter_mut().for_each(|s| *s *= inverse);

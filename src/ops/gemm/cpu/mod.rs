@@ -60,11 +60,7 @@ impl<'a> Left<'a> {
                     Layout::Nt => Side::Right,
                     Layout::Nn => Side::Left,
                 };
-                Some(Packed::new(
-                    device,
-                    (&operand, side),
-                    [self.rows, self.cols],
-                ))
+                Packed::new(device, (&operand, side), [self.rows, self.cols])
             }
         };
         Self { packed, ..self }
@@ -283,7 +279,7 @@ impl<'a> Summed<'a> {
             Precision::F32 => None,
             Precision::Bf16 => {
                 let operand = Operand::columns(Values::of(x)?, cols);
-                Some(Packed::new(device, (&operand, Side::Right), [cols, rows]))
+                Packed::new(device, (&operand, Side::Right), [cols, rows])
             }
         };
         Ok(Self { x, packed })

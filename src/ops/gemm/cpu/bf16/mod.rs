@@ -2,9 +2,9 @@
 //!
 //! Operands are packed by all threads: the activations once for a product or for several, the
 //! weights, stored as their file has them, some columns at a time, and so a weight exists once in
-//! memory whatever way round it is used. Where a weight's rows run along the reduction (X Wᵀ) they
-//! already lie as a left operand is read, and nothing of it is packed: the product is made as that
-//! of the transpose, W Xᵀ. A sum runs over the reduction in order, block by block, whatever the
+//! memory whatever way round it is used. Rows of bf16 that run along the reduction already lie as a
+//! left operand is read, and nothing of it is packed; with a weight's (X Wᵀ) the product is made as
+//! that of the transpose, W Xᵀ. A sum runs over the reduction in order, block by block, whatever the
 //! tasks are and whichever side is left: results do not depend on the number of threads, nor on how
 //! many other rows are computed along.
 
@@ -110,12 +110,16 @@ impl Product<'_> {
             Panels::in_parallel(device, self.level, (operand, side), outer, block)
         };
         for (i, block) in blocks(k).enumerate() {
+            let [a_in_place, b_in_place] = [(&self.a, side_a, m), (&self.b, side_b, n)]
+                .map(|(operand, side, outer)| operand.in_place(side, outer, block.clone()));
+            let [packed_a, packed_b] = [(self.packed, side_a), (self.packed_b, side_b)]
+                .map(|(packed, side)| packed.and_then(|packed| packed.block(side, i)));
             let own;
-            let a = match self.packed.and_then(|packed| packed.block(side_a, i)) {
-                Some(packed) => packed,
+            let a = match a_in_place.or(packed_a.map(|a| a.on(side_a))) {
+                Some(a) => a,
                 None => {
                     own = pack(&self.a, side_a, 0..m, block.clone());
-                    &own
+                    own.on(side_a)
                 }
             };
             let low_rank = self.low_rank.as_ref().filter(|l| i == 0 && l.rank > 0);
@@ -130,49 +134,39 @@ impl Product<'_> {
                 self.turned,
                 self.level,
             );
-            let in_place = match self.turned {
-                false => None,
-                true => self.b.in_place(n, block.clone()),
-            };
-            let packed_b = self.packed_b.and_then(|packed| packed.block(side_b, i));
-            let at_a_time = match in_place.is_some() || packed_b.is_some() {
-                true => n,
-                false => (PACKED_BYTES / a.panel_bytes()).max(1) * COLS,
+            let panel_bytes = block.len().div_ceil(2 * PAIRS) * size_of::<Step>();
+            let ready = b_in_place.or(packed_b.map(|b| b.on(side_b)));
+            let at_a_time = match ready {
+                Some(_) => n,
+                None => (PACKED_BYTES / panel_bytes).max(1) * COLS,
             };
             for from in (0..n).step_by(at_a_time) {
                 let outer = from..n.min(from + at_a_time);
                 let pack = |operand: &Operand, block| pack(operand, side_b, outer.clone(), block);
                 let low_rank = low_rank.as_ref().map(|(l, a)| (a, pack(&l.b, 0..l.rank)));
+                let low_rank = low_rank.as_ref();
                 let own;
-                let (left, right) = match (in_place, packed_b) {
-                    (Some(left), _) => (left, a),
-                    (None, Some(b)) => self.sides(a, b),
-                    (None, None) => {
+                let b = match ready {
+                    Some(b) => b,
+                    None => {
                         own = pack(&self.b, block.clone());
-                        self.sides(a, &own)
+                        own.on(side_b)
                     }
                 };
+                let (left, right) = sides(a, b);
                 let block = Block {
                     left,
                     right,
-                    low_rank: low_rank.as_ref().map(|(a, b)| self.sides(a, b)),
+                    low_rank: low_rank.map(|(a, b)| sides(a.on(side_a), b.on(side_b))),
                     kept,
-                    in_place: in_place.is_some(),
+                    in_place: a_in_place.or(b_in_place).is_some(),
                     first: if self.turned { (from, 0) } else { (0, from) },
                 };
-                self.tasks([left.len(), right.len()], a.panel_bytes(), device.threads())
+                self.tasks([left.len(), right.len()], panel_bytes, device.threads())
                     .par_iter()
                     .with_max_len(1)
                     .for_each(|task| self.tiles(task, &block, &out));
             }
-        }
-    }
-
-    /// The left and the right one of an `a` and a `b` that are packed.
-    fn sides<'p>(&self, a: &'p Panels, b: &'p Panels) -> (LeftPanels<'p>, &'p Panels) {
-        match self.turned {
-            false => (a.lefts(), b),
-            true => (b.lefts(), a),
         }
     }
 
@@ -245,6 +239,23 @@ impl Product<'_> {
             }
         }
         finish_streams();
+    }
+}
+
+/// An operand as one of the sides.
+#[derive(Clone, Copy)]
+enum Sided<'p> {
+    Left(LeftPanels<'p>),
+    Right(&'p Panels),
+}
+
+/// The left and the right one of two operands.
+fn sides<'p>(a: Sided<'p>, b: Sided<'p>) -> (LeftPanels<'p>, &'p Panels) {
+    match (a, b) {
+        (Sided::Left(left), Sided::Right(right)) | (Sided::Right(right), Sided::Left(left)) => {
+            (left, right)
+        }
+        _ => unreachable!("each of the two sides is given to one of them"),
     }
 }
 

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use super::left::LeftPanels;
 use super::output::{Output, finish_streams};
 use super::tile::{COLS, Level, Multiplier, PAIRS, ROWS, Step, Tile};
-use super::{Ahead, Operand, Side, Start, blocks, multiply, pack};
+use super::{Ahead, Operand, Side, Sided, Start, blocks, multiply, pack};
 use crate::device::Device;
 use crate::tensor::Buffer;
 
@@ -19,16 +19,20 @@ pub(crate) struct Packed {
 }
 
 impl Packed {
-    /// All of an operand with `outer` outer indices and a reduction of k values.
+    /// All of an operand with `outer` outer indices and a reduction of k values. `None` where products
+    /// read it in place.
     pub(crate) fn new(
         device: &Device,
         (operand, side): (&Operand, Side),
         [outer, k]: [usize; 2],
-    ) -> Self {
+    ) -> Option<Self> {
+        if operand.in_place(side, outer, 0..k).is_some() {
+            return None;
+        }
         let pack =
             |block| Panels::in_parallel(device, Level::best(), (operand, side), 0..outer, block);
         let blocks = blocks(k).map(pack).collect();
-        Self { side, blocks }
+        Some(Self { side, blocks })
     }
 
     /// The panels for a block of the reduction, if they are for that side.
@@ -139,12 +143,15 @@ impl Panels {
         self.count
     }
 
-    /// Bytes of a panel.
-    pub(super) fn panel_bytes(&self) -> usize {
-        self.steps * size_of::<Step>()
+    /// As a side of a product.
+    pub(super) fn on(&self, side: Side) -> Sided<'_> {
+        match side {
+            Side::Left => Sided::Left(self.lefts()),
+            Side::Right => Sided::Right(self),
+        }
     }
 
-    /// As the left side of a product.
+    /// As the left one.
     pub(super) fn lefts(&self) -> LeftPanels<'_> {
         LeftPanels::packed(self.as_steps(), self.steps)
     }

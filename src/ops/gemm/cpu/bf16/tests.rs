@@ -44,10 +44,11 @@ fn check([m, n, k]: [usize; 3], alpha: f32, add: bool, threads: usize) {
     let (a, b, before) = (values(1, m * k), values(2, n * k), values(3, m * n));
     let (a_turned, b_turned) = (transposed(&a, k), transposed(&b, k));
     let narrow = |v: &[f32]| v.iter().map(|&v| bf16::from_f32(v)).collect::<Vec<_>>();
-    let (b16, b16_turned) = (narrow(&b), narrow(&b_turned));
+    let (a16, b16, b16_turned) = (narrow(&a), narrow(&b), narrow(&b_turned));
     let lefts = [
         Operand::rows(Values::F32(&a), k),
         Operand::columns(Values::F32(&a_turned), m),
+        Operand::rows(Values::Bf16(&a16), k),
     ];
     let rights = [
         Operand::rows(Values::F32(&b), k),
@@ -113,8 +114,9 @@ fn products_across_tiles_and_blocks_match_float64() {
         [13, 33, 65],
         [25, 70, 1700],
         [200, 130, 31],
-        // Whole panels and steps, of which a weight in bf16 is not packed.
+        // Whole panels and steps: rows of bf16 are not packed.
         [70, 96, 1600],
+        [96, 70, 1600],
     ] {
         check(dims, 1.0, false, 2);
         check(dims, -1.5, true, 1);
@@ -326,7 +328,7 @@ fn a_packed_operand_gives_the_bits_of_one_that_is_not() {
     let (a, b) = (values(17, m * k), values(18, n * k));
     let operands = [&a, &b].map(|values| Operand::rows(Values::F32(values), k));
     for (side, turned) in [(Side::Left, false), (Side::Right, true)] {
-        let packed = Packed::new(&device, (&operands[0], side), [m, k]);
+        let packed = Packed::new(&device, (&operands[0], side), [m, k]).unwrap();
         let [with, without] = [Some(&packed), None].map(|packed| {
             let product = Product {
                 packed,

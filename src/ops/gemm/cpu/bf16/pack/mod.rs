@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use half::bf16;
 
+use super::Sided;
 use super::left::LeftPanels;
 use super::tile::{COLS, Level, PAIRS, Step, Tile};
 use crate::device::simd::{Fetch, multiplies_bf16, prefetch, vectorized};
@@ -90,11 +91,16 @@ impl<'a> Operand<'a> {
         }
     }
 
-    /// As left panels, where it lies so: whole panels of pairs.
-    pub(super) fn in_place(&self, outer: usize, block: Range<usize>) -> Option<LeftPanels<'a>> {
-        match self.values {
-            Values::Bf16(values) if self.along => {
-                LeftPanels::in_place(values, self.stride, outer, block)
+    /// As that side, where it lies so: whole panels of pairs, for the left one.
+    pub(super) fn in_place(
+        &self,
+        side: Side,
+        outer: usize,
+        block: Range<usize>,
+    ) -> Option<Sided<'a>> {
+        match (self.values, side) {
+            (Values::Bf16(values), Side::Left) if self.along => {
+                LeftPanels::in_place(values, self.stride, outer, block).map(Sided::Left)
             }
             _ => None,
         }
