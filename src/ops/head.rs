@@ -13,7 +13,7 @@ use crate::ops::math::{LANES, add_up, exp_of_negative};
 use crate::tensor::{CudaBuffer, DType, Tensor};
 
 /// Bytes of logits and of their gradients at a time.
-const BUDGET: usize = 64 << 20;
+const BUDGET: usize = 72 << 20;
 
 /// Tokens in a chunk: as many as keep `copies` rows of f32 a token within the budget, in chunks of
 /// nearly equal size. Each chunk reads, and in bf16 packs, the whole head, which chunks that fit a
@@ -25,12 +25,13 @@ pub(super) fn chunk_tokens(tokens: usize, vocab: usize, copies: usize) -> usize 
 }
 
 /// Tokens in a chunk with two rows of logits each, and in a group of chunks whose gradients, in
-/// bf16, are kept: that product alone packs the head. A chunk takes a quarter of the budget. Its rows
-/// are whole panels, and so are those of a group.
+/// bf16, are kept: that product alone packs the head. A chunk takes a third of the budget: with fewer
+/// rows the head would come from memory more often. Its rows are whole panels, and so are those of a
+/// group.
 pub(super) fn chunk_and_group(tokens: usize, vocab: usize) -> [usize; 2] {
     let panels = |bytes: usize, row: usize| bytes / (vocab * row * COLS).max(1);
-    let chunk = panels(BUDGET / 4, size_of::<f32>()).max(1) * COLS / 2;
-    let group = (panels(BUDGET / 4 * 3, size_of::<bf16>()) * COLS).max(chunk);
+    let chunk = panels(BUDGET / 3, size_of::<f32>()).max(1) * COLS / 2;
+    let group = (panels(BUDGET / 3 * 2, size_of::<bf16>()) * COLS).max(chunk);
     [chunk, group].map(|most| most.min(tokens).max(1))
 }
 
