@@ -2,8 +2,9 @@
 //! In step s of n, for n blocks, the keys of block j meet the queries of block i ≥ j with
 //! i + j = s modulo n: the pairs of a step add to different parts of dQ, dK and dV, and all steps have
 //! about as much to do. Threads take pair after pair, and one whose sums have not had their earlier
-//! steps waits for these alone: every sum is added up in the order of the steps. That is all five products for each pair, where one pass for dQ and another for dK and dV
-//! computes the scores and dP twice.
+//! steps waits for these alone: every sum is added up in the order of the steps. That is all five
+//! products for each pair, where one pass for dQ and another for dK and dV computes the scores and dP
+//! twice.
 
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard};
@@ -178,7 +179,8 @@ impl<S> Turns<S> {
         Self(Mutex::new(Ordered { next: 0, sum }))
     }
 
-    /// Waits until so many have added. These have begun, since pairs are taken in order.
+    /// Waits until so many have added. These have begun, since pairs are taken in order, and they end,
+    /// since what a pair computes is computed on the thread that took it.
     fn wait_for(&self, turn: usize) -> MutexGuard<'_, Ordered<S>> {
         loop {
             let sum = self.0.lock().expect("no thread that adds panics");

@@ -270,7 +270,8 @@ enum Ahead<'l, 'a> {
 
 /// Sets the tiles to the products of the first left panels, of which `rows` rows are used, with a
 /// right one, or adds these: part by part of the reduction, so that the part of the right panel stays
-/// in the L1 cache, or widened in L2. `before_last` is called with the index of each tile before its last part.
+/// in the L1 cache, or widened in L2. `before_last` is called with the index of each tile before its
+/// last part.
 fn multiply<'r>(
     multiplier: &mut Multiplier<'r>,
     (left, right): (LeftPanels, &'r [Step]),

@@ -183,6 +183,8 @@ impl<'r> Multiplier<'r> {
         ahead: Option<&mut Lines>,
     ) {
         assert_eq!(left.steps(), self.right.len());
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = ahead;
         let wide = &mut self.wide;
         match self.level {
             // SAFETY: the tiles are configured for as long as `self` lives, and there are as many
