@@ -76,6 +76,9 @@ fn is_intel() -> bool {
         == b"GenuineIntel"
 }
 
+/// Bytes of a cache line.
+pub(crate) const CACHE_LINE: usize = 64;
+
 /// Where a cache line is wanted.
 #[derive(Clone, Copy)]
 pub(crate) enum Fetch {

@@ -12,7 +12,7 @@ use half::bf16;
 use rayon::prelude::*;
 
 use crate::device::cuda::{Arg, Grid, Kernel};
-use crate::device::simd::{Fetch, prefetch, vectorized};
+use crate::device::simd::{CACHE_LINE, Fetch, prefetch, vectorized};
 use crate::device::{CudaDevice, Device, Precision};
 use crate::error::Result;
 use crate::ops::gemm::{Left, Product, Values};
@@ -21,9 +21,6 @@ use crate::ops::math::{LANES, add_up, exp_of_negative};
 use crate::ops::stored::Stored;
 use crate::ops::{Operator, expect_cols, expect_inputs, expect_shape, head, only_grad};
 use crate::tensor::{Buffer, DType, Tensor};
-
-/// Values of a cache line.
-const LINE: usize = 16;
 
 /// Input: the student's hidden states \[T, d\]. Output: the divergence of each token \[T\].
 pub struct KlDiv {
@@ -177,7 +174,7 @@ fn exponentials(p: &mut [f32], q: &mut [f32], [shift_p, shift_q]: [f32; 2]) -> [
     for (p, q) in p.iter_mut().zip(q) {
         for next in [&*p, &*q].map(|row| row.as_ptr().wrapping_add(vocab)) {
             (0..LANES)
-                .step_by(LINE)
+                .step_by(CACHE_LINE / size_of::<f32>())
                 .for_each(|i| prefetch(next.wrapping_add(i), Fetch::L1));
         }
         for lane in 0..LANES {

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use super::Map;
 use crate::device::Device;
-use crate::device::simd::{Fetch, Simd, level, prefetch, vectorized};
+use crate::device::simd::{CACHE_LINE, Fetch, Simd, level, prefetch, vectorized};
 use crate::error::Result;
 use crate::tensor::{Buffer, DType, Tensor};
 
@@ -23,7 +23,6 @@ const BLOCK: usize = 1 << 15;
 /// How far ahead of where they are multiplied weights are asked for, in bytes. Rows of a small
 /// model end before the processor has seen that they go on.
 const AHEAD: usize = 2048;
-const CACHE_LINE: usize = 64;
 
 /// X Wᵀ as \[B, out\] for each map; X \[B, cols\], shapes checked before.
 pub(super) fn products(

@@ -63,12 +63,15 @@ pub(in super::super) fn backward<T: Arithmetic>(
     let of_keys: Vec<_> = of_keys
         .map(|((_, keys, dk), (_, _, dv))| Turns::new((keys, dk, dv)))
         .collect();
-    Pair::all(count, heads).into_iter().par_bridge().for_each(
-        |Pair {
-             head,
-             queries,
-             keys,
-         }| {
+    Pair::all(count, heads)
+        .into_iter()
+        .par_bridge()
+        .for_each(|pair| {
+            let Pair {
+                head,
+                queries,
+                keys,
+            } = pair;
             let block = |turn: Turn| head * count + turn.block;
             let mut of_queries = of_queries[block(queries)].wait_for(queries.turn);
             let mut of_keys = of_keys[block(keys)].wait_for(keys.turn);
@@ -96,8 +99,7 @@ pub(in super::super) fn backward<T: Arithmetic>(
             }
             of_queries.next += 1;
             of_keys.next += 1;
-        },
-    );
+        });
     Ok(grads)
 }
 
@@ -312,26 +314,14 @@ mod tests {
         for (count, heads) in [(1, 2), (2, 1), (5, 3), (8, 2)] {
             let mut found = Vec::new();
             let mut added = vec![[0; 2]; heads * count];
-            for Pair {
-                head,
-                queries,
-                keys,
-            } in Pair::all(count, heads)
-            {
-                found.push((head, queries.block, keys.block));
-                for (
-                    side,
-                    Turn {
-                        block,
-                        turn,
-                        is_last,
-                    },
-                ) in [queries, keys].into_iter().enumerate()
-                {
-                    let added = &mut added[head * count + block][side];
-                    assert_eq!(turn, *added);
+            for pair in Pair::all(count, heads) {
+                found.push((pair.head, pair.queries.block, pair.keys.block));
+                for (side, of) in [pair.queries, pair.keys].into_iter().enumerate() {
+                    let added = &mut added[pair.head * count + of.block][side];
+                    assert_eq!(of.turn, *added);
                     *added += 1;
-                    assert_eq!(is_last, *added == [block + 1, count - block][side]);
+                    let all = [of.block + 1, count - of.block][side];
+                    assert_eq!(of.is_last, *added == all);
                 }
             }
             found.sort();

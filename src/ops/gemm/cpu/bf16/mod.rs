@@ -144,7 +144,6 @@ impl Product<'_> {
                 let outer = from..n.min(from + at_a_time);
                 let pack = |operand: &Operand, block| pack(operand, side_b, outer.clone(), block);
                 let low_rank = low_rank.as_ref().map(|(l, a)| (a, pack(&l.b, 0..l.rank)));
-                let low_rank = low_rank.as_ref();
                 let own;
                 let b = match ready {
                     Some(b) => b,
@@ -157,7 +156,9 @@ impl Product<'_> {
                 let block = Block {
                     left,
                     right,
-                    low_rank: low_rank.map(|(a, b)| sides(a.on(side_a), b.on(side_b))),
+                    low_rank: low_rank
+                        .as_ref()
+                        .map(|(a, b)| sides(a.on(side_a), b.on(side_b))),
                     kept,
                     in_place: a_in_place.or(b_in_place).is_some(),
                     first: if self.turned { (from, 0) } else { (0, from) },

@@ -199,8 +199,6 @@ fn a_tile_is_packed_as_a_matrix_of_its_values_is() {
     }
 }
 
-/// start + a · bᵀ + kept(u · vᵀ) with and without a mask, from each start, beside float64. Columns
-/// are no whole bytes of the mask where n is odd.
 #[cfg(target_arch = "x86_64")]
 #[test]
 fn the_lines_of_a_panel_are_where_its_rows_are_read_in_ascending_order() {
@@ -242,6 +240,8 @@ fn a_scaled_transpose_has_every_value_at_its_place() {
     }
 }
 
+/// start + a · bᵀ + kept(u · vᵀ) with and without a mask, from each start, beside float64. Columns
+/// are no whole bytes of the mask where n is odd.
 fn check_low_rank([m, n, k, rank]: [usize; 4], masked: bool) {
     let device = Device::cpu(2).unwrap();
     let (a, b, u, v) = (
